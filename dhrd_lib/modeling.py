@@ -1,0 +1,519 @@
+"""The model: one causal decoder, a pooled classifier on its input states, and its own LM head (paper, "Model")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from scipy.special import softmax
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextIteratorStreamer,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import ModelOutput
+
+from dhrd_lib.backbones import Backbone, decoder_of, layers_of, load_backbone, logit_softcap
+from dhrd_lib.config import ConfigError, ModelConfig
+from dhrd_lib.losses import class_cross_entropy_sum, dhrd_loss, lm_cross_entropy_sum
+from dhrd_lib.sequences import SPECIAL_MARKERS, TEXT_MARKERS, DHRDCollator, SequenceFormat, encode_example
+from dhrd_lib.tasks import Task, render
+
+FULL_FINETUNE_BELOW = 500_000_000
+
+
+class DHRDConfig(PreTrainedConfig):
+    """What a saved model needs to be used alone: backbone, heads, label names, template and markers.
+
+    `lora` is None, or the keyword arguments of `peft.LoraConfig`; `verbalizers` are the labels as the LM head
+    writes them, in the order of `id2label`.
+    """
+
+    model_type = "dhrd"
+    keys_to_ignore_at_inference = ["class_loss", "lm_loss"]  # noqa: RUF012
+    sub_configs_defaults = {  # noqa: RUF012 (transformers reads a plain class attribute)
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
+    }
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    backbone_name: str = ""
+    pooling: str = "last"
+    head: str = "mlp"
+    template: str = "{text}"
+    verbalizers: list[str] | tuple[str, ...] = ()
+    reason_marker: str = TEXT_MARKERS[0]
+    answer_marker: str = TEXT_MARKERS[1]
+    max_input_tokens: int = 512
+    max_rationale_tokens: int = 256
+    lm_chunk_tokens: int = 512
+    lora: dict | None = None
+    tie_word_embeddings: bool = False
+
+
+@dataclass
+class DHRDOutput(ModelOutput):
+    """`loss` and its terms (float32 scalars, None where not asked for) and `logits (B, K)`, float32."""
+
+    loss: torch.FloatTensor | None = None
+    class_loss: torch.FloatTensor | None = None
+    lm_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+
+
+class Predictions(NamedTuple):
+    """`labels`: N label names; `probabilities (N, K)`: float32, in the order of the model's labels."""
+
+    labels: list[str]
+    probabilities: np.ndarray
+
+
+def pool(
+    hidden: torch.Tensor, input_mask: torch.Tensor, mode: str, query: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One vector for each row from the states of its input span, and of nothing else.
+
+    `hidden (B, S, H)`, `input_mask (B, S)` with ones over the input; returns `(B, H)`. Modes: `last` (the paper's:
+    the last input token), `mean`, `weightedmean` (weights 1, 2, 3, … over the places: later states have seen
+    more), `max`, and `attention` (softmax of `hidden @ query / sqrt(H)`, `query (H,)` learned).
+    """
+    mask = input_mask.bool()
+    if mode == "last":
+        last = input_mask.long().sum(1) - 1
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    if mode == "max":
+        return hidden.masked_fill(~mask[..., None], float("-inf")).amax(1)
+    if mode == "mean":
+        weights = mask.to(hidden.dtype)
+    elif mode == "weightedmean":
+        weights = input_mask.long().cumsum(1).to(hidden.dtype) * mask
+    elif mode == "attention":
+        scores = (hidden @ query.to(hidden.dtype)) / hidden.shape[-1] ** 0.5
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(1)
+    else:
+        raise ConfigError(f"pooling is {mode!r}; expected last, mean, weightedmean, max or attention.")
+    return torch.einsum("bsh,bs->bh", hidden, weights / weights.sum(1, keepdim=True))
+
+
+class _Stand(nn.Module):
+    """Stands in for a decoder layer: keeps the states that reach it and gives on others, or the same."""
+
+    def __init__(self, layer: nn.Module, gives: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.attention_type = getattr(layer, "attention_type", None)
+        self.seen: torch.Tensor | None = None
+        self.gives = gives
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.seen = hidden_states
+        return hidden_states if self.gives is None else self.gives
+
+
+class DHRDModel(PreTrainedModel):
+    """A causal decoder with two heads: a pooled classifier, and its own pretrained LM head.
+
+    Made by `build_model` or `from_pretrained`; `tokenizer` travels with it.
+    """
+
+    config_class = DHRDConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: DHRDConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.backbone = backbone or AutoModelForCausalLM.from_config(config.backbone_config)
+        if config.lora:
+            inject_adapter_in_model(LoraConfig(**config.lora), self.backbone)
+            _rename_tied_weights(self.backbone)
+        hidden_size = self.lm_head.weight.shape[1]
+        self.classifier = make_classifier(config.head, hidden_size, config.num_labels)
+        if config.pooling == "attention":
+            self.pooling_query = nn.Parameter(torch.zeros(hidden_size))
+        self.post_init()
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """The reasoning head: the backbone's own pretrained LM head."""
+        return self.backbone.get_output_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            module.weight.data.normal_(0.0, 0.02)
+            if module.bias is not None:
+                module.bias.data.zero_()
+
+    @property
+    def sequence_format(self) -> SequenceFormat:
+        """How this model's token rows are made; `lm_span` is the training configuration's to set."""
+        return SequenceFormat(
+            tokenizer=self.tokenizer,
+            reason_marker=self.config.reason_marker,
+            answer_marker=self.config.answer_marker,
+            max_input_tokens=self.config.max_input_tokens,
+            max_rationale_tokens=self.config.max_rationale_tokens,
+        )
+
+    @property
+    def label_names(self) -> list[str]:
+        """The labels' names, in the order of the logits."""
+        return [self.config.id2label[i] for i in range(self.config.num_labels)]
+
+    # ------------------------------------------------------------------ one forward for both heads
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        input_mask: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        lm_labels: torch.Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        num_examples: torch.Tensor | None = None,
+        num_lm_tokens: torch.Tensor | None = None,
+        trunk_states: torch.Tensor | None = None,
+        trunk_layers: int = 0,
+    ) -> DHRDOutput:
+        """Both heads on one pass of the decoder (paper, "Model" and "Loss").
+
+        `input_ids`, `attention_mask`, `input_mask`, `lm_labels`: `(B, S)` int64, padded on the right;
+        `class_labels (B,)` int64. `class_loss` is summed over rows and divided by `num_examples`, `lm_loss`
+        summed over supervised tokens and divided by `num_lm_tokens`: pass the counts of the whole effective
+        batch when this is a part of one; left out, they are this batch's own. With `trunk_states (B, S, H)`,
+        the states that enter layer `trunk_layers`, only the layers from there on are run.
+        """
+        hidden = self._hidden(input_ids, attention_mask, trunk_states, trunk_layers)
+        logits = self.classifier(self._pool(hidden, input_mask)).float()
+        class_loss = lm_loss = None
+        if class_labels is not None:
+            count = len(class_labels) if num_examples is None else num_examples
+            class_loss = class_cross_entropy_sum(logits, class_labels) / count
+        if lm_labels is not None and alpha > 0:
+            total, own_count = lm_cross_entropy_sum(
+                hidden,
+                lm_labels,
+                *self._lm_weights(),
+                chunk_tokens=self.config.lm_chunk_tokens,
+                softcap=logit_softcap(self.backbone),
+            )
+            count = own_count if num_lm_tokens is None else num_lm_tokens
+            lm_loss = total / count.clamp(min=1)
+        loss = dhrd_loss(class_loss, lm_loss, alpha, beta)
+        return DHRDOutput(loss=loss, class_loss=class_loss, lm_loss=lm_loss, logits=logits)
+
+    def _lm_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight `(V, H)` and bias of the LM head, with the trained rows of special markers where they are."""
+        adapter = getattr(self.lm_head, "token_adapter", None)
+        if adapter is not None:
+            return adapter.get_merged_weights(adapter.active_adapters), None
+        return self.lm_head.weight, self.lm_head.bias
+
+    def classify(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        trunk_states: torch.Tensor | None = None,
+        trunk_layers: int = 0,
+    ) -> torch.Tensor:
+        """Class logits `(B, K)` of inputs alone; the LM head isn't computed."""
+        hidden = self._hidden(input_ids, attention_mask, trunk_states, trunk_layers)
+        return self.classifier(self._pool(hidden, attention_mask)).float()
+
+    def _pool(self, hidden: torch.Tensor, input_mask: torch.Tensor) -> torch.Tensor:
+        pooled = pool(hidden, input_mask, self.config.pooling, getattr(self, "pooling_query", None))
+        return pooled.to(next(self.classifier.parameters()).dtype)
+
+    def _hidden(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        trunk_states: torch.Tensor | None,
+        trunk_layers: int,
+    ) -> torch.Tensor:
+        given = {}
+        if trunk_states is not None:
+            layers = layers_of(self.backbone)
+            given = {i: _Stand(layers[i]) for i in range(trunk_layers - 1)}
+            given[trunk_layers - 1] = _Stand(layers[trunk_layers - 1], gives=trunk_states)
+        with self._layers_replaced(given):
+            return decoder_of(self.backbone)(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+
+    @torch.no_grad()
+    def trunk_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, trunk_layers: int
+    ) -> torch.Tensor:
+        """The states `(B, S, H)` that enter layer `trunk_layers`; the layers from there on aren't run."""
+        layers = layers_of(self.backbone)
+        stands = {i: _Stand(layers[i]) for i in range(trunk_layers, len(layers))}
+        with self._layers_replaced(stands):
+            decoder_of(self.backbone)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return stands[trunk_layers].seen
+
+    @contextmanager
+    def _layers_replaced(self, stands: Mapping[int, nn.Module]) -> Iterator[None]:
+        layers = layers_of(self.backbone) if stands else {}
+        own = {i: layers[i] for i in stands}
+        try:
+            for i, stand in stands.items():
+                layers[i] = stand
+            yield
+        finally:
+            for i, layer in own.items():
+                layers[i] = layer
+
+    # ------------------------------------------------------------------ from text
+
+    def encode_texts(self, texts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Token rows of inputs: each a dict of the template's fields, or a str where it has one field."""
+        fmt = self.sequence_format
+        return [encode_example(fmt, render(self.config.template, text)) for text in texts]
+
+    def predict(self, texts: Sequence[str | Mapping[str, Any]], max_batch_tokens: int = 4096) -> Predictions:
+        """Label names and probabilities for a list of inputs, in the order given.
+
+        Inputs of like length share a batch of at most `max_batch_tokens` tokens, padding counted. The LM
+        head isn't computed.
+        """
+        logits = self.classify_rows(self.encode_texts(texts), max_batch_tokens)
+        names = self.label_names
+        return Predictions([names[i] for i in logits.argmax(1)], softmax(logits, axis=1))
+
+    @torch.inference_mode()
+    def classify_rows(
+        self, rows: Sequence[Mapping[str, Any]], max_batch_tokens: int = 4096, trunk_layers: int = 0
+    ) -> np.ndarray:
+        """Class logits `(N, K)`, float32, of encoded inputs, in their order; length-sorted batches.
+
+        Rows may bring `trunk_states`, the states that enter layer `trunk_layers`.
+        """
+        self.eval()
+        collate = DHRDCollator(self.tokenizer.pad_token_id)
+        logits = np.zeros((len(rows), self.config.num_labels), dtype=np.float32)
+        for places in length_sorted_batches([len(row["input_ids"]) for row in rows], max_batch_tokens):
+            batch = {key: value.to(self.device) for key, value in collate([rows[i] for i in places]).items()}
+            found = self.classify(
+                batch["input_ids"], batch["input_mask"], batch.get("trunk_states"), trunk_layers
+            )
+            logits[places] = found.cpu().numpy()
+        return logits
+
+    def generate_rationale(
+        self,
+        text: str | Mapping[str, Any],
+        max_new_tokens: int = 128,
+        stream: bool = False,
+        **generation: Any,
+    ) -> str | Iterator[str]:
+        """What the reasoning head writes after `<REASON>`: an explanation that the prediction doesn't use.
+
+        Greedy unless `generation` (keyword arguments of `generate`) says otherwise; ends at `<ANS>`, at the
+        end token or at `max_new_tokens`. With `stream`, gives the text piece by piece.
+        """
+        row = encode_example(self.sequence_format, render(self.config.template, text))
+        ids = row["input_ids"] + self.sequence_format.encode(self.config.reason_marker)
+        arguments = {
+            "input_ids": torch.tensor([ids], device=self.device),
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.long, device=self.device),
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "stop_strings": [self.config.answer_marker],
+            "tokenizer": self.tokenizer,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            **generation,
+        }
+        self.eval()
+        if stream:
+            return self._streamed(arguments)
+        written = self.backbone.generate(**arguments)[0, len(ids) :]
+        return self._rationale_text(self.tokenizer.decode(written, skip_special_tokens=True))
+
+    def _streamed(self, arguments: dict[str, Any]) -> Iterator[str]:
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        thread = Thread(
+            target=self.backbone.generate, kwargs={**arguments, "streamer": streamer}, daemon=True
+        )
+        thread.start()
+        told, given = "", 0
+        for piece in streamer:
+            told += piece
+            # Hold back what may be the start of the marker, so that it never shows.
+            ready = self._rationale_text(told)
+            ready = ready[: max(len(ready) - len(self.config.answer_marker), given)]
+            if len(ready) > given:
+                yield ready[given:]
+                given = len(ready)
+        thread.join()
+        yield self._rationale_text(told)[given:]
+
+    def _rationale_text(self, written: str) -> str:
+        return written.split(self.config.answer_marker)[0].strip()
+
+    # ------------------------------------------------------------------ save and load
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write configuration, weights (safetensors) and tokenizer to a folder that is enough by itself."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> DHRDModel:
+        """Load a folder that `save_pretrained` wrote: model in evaluation mode, with its tokenizer."""
+        model = super().from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **kwargs)
+        model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return model
+
+
+def _rename_tied_weights(backbone: PreTrainedModel) -> None:
+    """PEFT puts its trainable token rows between a module and its weight; name the tied weights anew."""
+    tied = backbone.all_tied_weights_keys
+    for target, source in list(tied.items()):
+        if hasattr(backbone.get_submodule(source.rpartition(".")[0]), "token_adapter"):
+            del tied[target]
+            for name in ("base_layer.weight", "trainable_tokens_delta.default"):
+                old, new = "weight", f"token_adapter.{name}"
+                tied[target.removesuffix(old) + new] = source.removesuffix(old) + new
+            backbone._tied_weights_keys = dict(tied)
+
+
+def make_classifier(head: str, hidden_size: int, num_labels: int) -> nn.Module:
+    """`mlp`: the paper's two layers with a GELU between; `linear`: one."""
+    if head == "linear":
+        return nn.Linear(hidden_size, num_labels)
+    return nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_labels))
+
+
+def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
+    """Places of rows, longest first, in batches of at most `max_batch_tokens` tokens, padding counted."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    while order:
+        rows = max(max_batch_tokens // lengths[order[0]], 1)
+        yield order[:rows]
+        order = order[rows:]
+
+
+def build_model(
+    config: ModelConfig,
+    task: Task,
+    *,
+    backbone: Backbone | None = None,
+    max_input_tokens: int = 512,
+    max_rationale_tokens: int = 256,
+    lm_chunk_tokens: int = 512,
+    seed: int = 0,
+) -> DHRDModel:
+    """A model for a task, ready to train: backbone loaded, new head drawn with the seed, weights frozen.
+
+    Raises `ConfigError` where the configuration doesn't fit the backbone (more frozen layers than it has,
+    limits beyond its context).
+    """
+    backbone = backbone or load_backbone(config.backbone, config.device, config.dtype)
+    lm, tokenizer = backbone.model, backbone.tokenizer
+    _check_context(lm, max_input_tokens, max_rationale_tokens)
+    markers = _prepare_markers(config, lm, tokenizer)
+    lora = _lora_arguments(config, lm, tokenizer) if uses_lora(config, lm) else None
+    model_config = DHRDConfig(
+        backbone_config=lm.config,
+        # Left out, it would be reset on the backbone's configuration.
+        attn_implementation=lm.config._attn_implementation,
+        backbone_name=backbone.name,
+        pooling=config.pooling,
+        head=config.head,
+        template=task.template,
+        verbalizers=list(task.verbalizers),
+        reason_marker=markers[0],
+        answer_marker=markers[1],
+        max_input_tokens=max_input_tokens,
+        max_rationale_tokens=max_rationale_tokens,
+        lm_chunk_tokens=lm_chunk_tokens,
+        lora=lora,
+        id2label=dict(enumerate(task.label_names)),
+        label2id={name: i for i, name in enumerate(task.label_names)},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DHRDModel(model_config, backbone=lm)
+    model.tokenizer = tokenizer
+    # Heads stay in float32: they are small, and their gradients are not.
+    model.classifier.to(lm.device, torch.float32)
+    freeze(model, config.freeze_layers)
+    return model
+
+
+def uses_lora(config: ModelConfig, lm: PreTrainedModel) -> bool:
+    """Whether the backbone is trained through LoRA; "auto" decides by its size."""
+    if config.finetune != "auto":
+        return config.finetune == "lora"
+    return lm.num_parameters() >= FULL_FINETUNE_BELOW and config.freeze_layers == 0
+
+
+def freeze(model: DHRDModel, n_layers: int) -> None:
+    """Freeze the embeddings and the lowest `n_layers` layers; 0 freezes nothing."""
+    if not n_layers:
+        return
+    layers = layers_of(model.backbone)
+    if n_layers > len(layers):
+        raise ConfigError(f"freeze_layers is {n_layers}; the backbone has {len(layers)} layers.")
+    embeddings = [m for m in decoder_of(model.backbone).modules() if isinstance(m, nn.Embedding)]
+    for module in [*embeddings, *layers[:n_layers]]:
+        module.requires_grad_(False)
+
+
+def _check_context(lm: PreTrainedModel, max_input_tokens: int, max_rationale_tokens: int) -> None:
+    context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    # Markers and label need a few places beside the two limits.
+    wanted = max_input_tokens + max_rationale_tokens + 32
+    if context and wanted > context:
+        raise ConfigError(
+            f"max_input_tokens={max_input_tokens} and max_rationale_tokens={max_rationale_tokens} need a "
+            f"context of {wanted} tokens with markers and label; the backbone's is {context}."
+        )
+
+
+def _prepare_markers(
+    config: ModelConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    if config.markers == "text":
+        return TEXT_MARKERS
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_MARKERS)})
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+        lm.resize_token_embeddings(len(tokenizer))
+    return SPECIAL_MARKERS
+
+
+def _lora_arguments(
+    config: ModelConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        # On Llama and Qwen: q, k, v, o, gate, up and down, as in the paper; the LM head is left out.
+        "target_modules": "all-linear",
+    }
+    if config.markers == "special":
+        arguments["trainable_token_indices"] = tokenizer.convert_tokens_to_ids(list(SPECIAL_MARKERS))
+    return arguments

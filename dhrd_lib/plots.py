@@ -1,0 +1,266 @@
+"""Plots: plotly figures of plain tables, each answering the question in its title.
+
+One look for all: no background of their own and mid-tone text, so that they read on a light and on a dark
+page; Okabe and Ito's colours, which the colour-blind tell apart, one a setting and always the same.
+Variants of a setting ("DHRD (alpha=0.5)") share its colour and differ in symbol, dash or hatching.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+COLORS = {"pooled baseline": "#D55E00", "DHRD": "#0072B2", "reasoning only": "#009E73"}
+_OTHER_COLOR = "#CC79A7"
+_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_HATCHES = ("", "/", ".", "x", "-")
+_INK, _GRID, _ZERO = "#7d828a", "rgba(125, 130, 138, 0.25)", "rgba(125, 130, 138, 0.9)"
+_AXIS = {"gridcolor": _GRID, "linecolor": _GRID, "zerolinecolor": _GRID, "automargin": True}
+
+TEMPLATE = go.layout.Template(
+    layout={
+        "paper_bgcolor": "rgba(0, 0, 0, 0)",
+        "plot_bgcolor": "rgba(0, 0, 0, 0)",
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": _INK},
+        "title": {"x": 0, "xref": "paper", "font": {"size": 15}},
+        "legend": {"orientation": "h", "x": 0, "xref": "paper", "y": 1.02, "yanchor": "bottom"},
+        "margin": {"l": 10, "r": 10, "t": 80, "b": 10},
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+    }
+)
+
+
+class _Style(NamedTuple):
+    color: str
+    symbol: str
+    dash: str
+    hatch: str
+
+
+def metric_with_interval(rows: pd.DataFrame, metric: str = "primary metric") -> go.Figure:
+    """One dot per setting and split, with its confidence interval.
+
+    `rows` has the columns split, setting, name (of the runs), value, low and high (fractions).
+    """
+    figure = _figure(f"How well does each setting do? {_plain(metric)}, with 95% intervals")
+    styles = _styles(rows["setting"])
+    for setting, part in rows.groupby("setting", sort=False):
+        figure.add_scatter(
+            x=part["split"].map(_plain),
+            y=100 * part["value"],
+            error_y=_error_bars(part["value"], part["low"], part["high"]),
+            mode="markers",
+            marker={"color": styles[setting].color, "symbol": styles[setting].symbol, "size": 11},
+            name=_plain(setting),
+            offsetgroup=_plain(setting),
+            text=part["name"].map(_plain),
+            customdata=100 * part[["low", "high"]].to_numpy(),
+            hovertemplate="%{text}<br>%{x}: %{y:.1f}%<br>95% interval %{customdata[0]:.1f} to "
+            "%{customdata[1]:.1f}%<extra></extra>",
+        )
+    figure.update_layout(scattermode="group", scattergap=0.5, height=400, showlegend=True)
+    # Grouped dots would make the axis start at 0, as for bars.
+    low, high = 100 * rows["low"].min() - 2, 100 * rows["high"].max() + 2
+    figure.update_yaxes(title=f"{_plain(metric)} (%)", range=[max(low, 0), min(high, 102)])
+    return figure
+
+
+def paired_difference(rows: pd.DataFrame) -> go.Figure:
+    """The difference of each setting from the pooled baseline, with its interval and the zero line.
+
+    `rows` has the columns task, split, setting, name (of the runs), difference, low, high (fractions)
+    and p_value. A filled mark is a difference whose interval leaves zero out.
+    """
+    figure = _figure("Does it beat the pooled baseline? Filled where the 95% interval leaves zero out")
+    styles = _styles(rows["setting"])
+    for setting, part in rows.groupby("setting", sort=False):
+        symbol = styles[setting].symbol
+        clear = (part["low"] > 0) | (part["high"] < 0)
+        figure.add_scatter(
+            x=100 * part["difference"],
+            y=_where(part),
+            error_x=_error_bars(part["difference"], part["low"], part["high"]),
+            mode="markers",
+            orientation="h",
+            marker={
+                "color": styles[setting].color,
+                "symbol": [symbol if beyond else f"{symbol}-open" for beyond in clear],
+                "size": 12,
+            },
+            name=_plain(setting),
+            offsetgroup=_plain(setting),
+            text=part["name"].map(_plain),
+            customdata=np.column_stack([100 * part["low"], 100 * part["high"], part["p_value"]]),
+            hovertemplate="%{text}<br>%{x:+.1f} points<br>95% interval %{customdata[0]:+.1f} to "
+            "%{customdata[1]:+.1f}<br>p = %{customdata[2]:.3f}<extra></extra>",
+        )
+    height = 170 + 60 * len(rows[["task", "split"]].drop_duplicates())
+    figure.update_layout(scattermode="group", scattergap=0.5, height=height, showlegend=True)
+    figure.update_xaxes(
+        title="difference (percentage points)", zeroline=True, zerolinecolor=_ZERO, zerolinewidth=2
+    )
+    order = dict.fromkeys(_where(rows))
+    figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=list(order))
+    return figure
+
+
+def loss_curves(history: pd.DataFrame) -> go.Figure:
+    """The loss term by term over the steps of training: class loss, LM loss, weighted total.
+
+    `history` is the runs' histories, one below the other, with two more columns, setting and name (of
+    the run). Lines are training, marks are dev; a run without a term has no line for it.
+    """
+    panels = {
+        "class loss": ("class_loss", "nats per example"),
+        "LM loss": ("lm_loss", "nats per token"),
+        "weighted total": ("loss", "nats"),
+    }
+    columns = ["setting", "name", "step", "eval_class_loss", *(column for column, _ in panels.values())]
+    history = history.reindex(columns=columns)  # a log without a term may lack its column
+    titles = [f"{panel} ({unit})" for panel, (_, unit) in panels.items()]
+    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.09)
+    _dress(figure, "How does each loss term fall? Lines are training, marks are dev")
+    styles, seen = _styles(history["setting"]), set()
+    for (setting, name), part in history.groupby(["setting", "name"], sort=False):
+        style, shared = styles[setting], {"legendgroup": _plain(setting), "name": _plain(setting)}
+        for row, (column, _) in enumerate(panels.values(), start=1):
+            line = part.dropna(subset=column)
+            if line.empty:
+                continue
+            figure.add_scatter(
+                x=line["step"],
+                y=line[column],
+                mode="lines",
+                line={"color": style.color, "dash": style.dash, "width": 1.5},
+                showlegend=setting not in seen,
+                hovertemplate=f"{_plain(name)}<br>step %{{x}}, training: %{{y:.3f}}<extra></extra>",
+                row=row,
+                col=1,
+                **shared,
+            )
+            seen.add(setting)
+        dev = part.dropna(subset="eval_class_loss")
+        figure.add_scatter(
+            x=dev["step"],
+            y=dev["eval_class_loss"],
+            mode="markers",
+            marker={"color": style.color, "symbol": style.symbol, "size": 10},
+            showlegend=False,
+            hovertemplate=f"{_plain(name)}<br>step %{{x}}, dev: %{{y:.3f}}<extra></extra>",
+            row=1,
+            col=1,
+            **shared,
+        )
+    figure.update_layout(height=720, legend={"y": 1.04}, margin={"t": 100})
+    figure.update_annotations(x=0, xanchor="left", font_size=13)
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_xaxes(title="optimiser step", row=3, col=1)
+    return figure
+
+
+def confusion_matrices(
+    matrices: Mapping[str, np.ndarray], label_names: Sequence[str], split: str = ""
+) -> go.Figure:
+    """Confusion matrices side by side: counts as text, the share of the gold label's rows as colour.
+
+    `matrices` has counts of shape (n_labels, n_labels), gold by prediction, by setting.
+    """
+    names = [_plain(name) for name in label_names]
+    figure = make_subplots(
+        cols=len(matrices), subplot_titles=[_plain(s) for s in matrices], shared_yaxes=True
+    )
+    _dress(figure, f"Which labels are taken for which?{_on(split)}")
+    for column, (setting, matrix) in enumerate(matrices.items(), start=1):
+        share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        figure.add_heatmap(
+            x=names,
+            y=names,
+            z=100 * share,
+            zmin=0,
+            zmax=100,
+            text=matrix,
+            texttemplate="%{text}",
+            colorscale="Blues",
+            showscale=False,
+            xgap=2,
+            ygap=2,
+            hovertemplate=f"{_plain(setting)}<br>gold %{{y}}, predicted %{{x}}: %{{text}} rows, "
+            "%{z:.0f}% of the gold label<extra></extra>",
+            row=1,
+            col=column,
+        )
+    figure.update_layout(height=160 + 46 * len(names), margin={"t": 70})
+    figure.update_xaxes(title="predicted label", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_yaxes(title={"text": "gold label", "standoff": 12}, col=1)
+    return figure
+
+
+def per_class_f1(tables: Mapping[str, pd.DataFrame], split: str = "") -> go.Figure:
+    """F1 of each class, a bar a setting; `tables` has the frames of `evaluation.per_class` by setting."""
+    figure = _figure(f"Which classes gain?{_on(split)}")
+    styles = _styles(tables)
+    for setting, table in tables.items():
+        style = styles[setting]
+        figure.add_bar(
+            x=100 * table["f1"],
+            y=[_plain(name) for name in table.index],
+            orientation="h",
+            marker={"color": style.color, "pattern": {"shape": style.hatch}},
+            name=_plain(setting),
+            customdata=table[["precision", "recall", "support"]].to_numpy() * [100, 100, 1],
+            hovertemplate=f"{_plain(setting)}<br>%{{y}}: F1 %{{x:.1f}}%<br>"
+            "precision %{customdata[0]:.1f}%, recall %{customdata[1]:.1f}%<br>"
+            "%{customdata[2]:.0f} rows<extra></extra>",
+        )
+    n_bars = sum(len(table) for table in tables.values())
+    figure.update_layout(height=170 + 22 * n_bars, bargap=0.35, showlegend=True)
+    figure.update_xaxes(title="F1 (%)", range=[0, 102])
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def _figure(title: str) -> go.Figure:
+    return _dress(go.Figure(), title)
+
+
+def _dress(figure: go.Figure, title: str) -> go.Figure:
+    return figure.update_layout(template=TEMPLATE, title_text=title)
+
+
+def _styles(settings: Iterable[str]) -> dict[str, _Style]:
+    """Colour by setting, symbol, dash and hatching by variant within it, in order of appearance."""
+    styles: dict[str, _Style] = {}
+    variants: dict[str, int] = {}
+    for setting in dict.fromkeys(settings):
+        base = setting.split(" (")[0]
+        i = variants[base] = variants.get(base, -1) + 1
+        marks = (series[i % len(series)] for series in (_SYMBOLS, _DASHES, _HATCHES))
+        styles[setting] = _Style(COLORS.get(base, _OTHER_COLOR), *marks)
+    return styles
+
+
+def _where(rows: pd.DataFrame) -> pd.Series:
+    return rows["task"].map(_plain) + "<br>" + rows["split"].map(_plain)
+
+
+def _error_bars(value: pd.Series, low: pd.Series, high: pd.Series) -> dict:
+    arms = {"array": 100 * (high - value), "arrayminus": 100 * (value - low)}
+    return {"type": "data", "symmetric": False, "thickness": 1.5, "width": 5, **arms}
+
+
+def _on(split: str) -> str:
+    return f" Rows of {_plain(split)}" if split else ""
+
+
+def _plain(text: str) -> str:
+    """Text as plotly shows it letter by letter: it reads < and & as markup."""
+    return html.escape(str(text), quote=False)

@@ -1,0 +1,465 @@
+"""Training: `DHRDTrainer` on transformers' Trainer, and `train(config)`, which makes a run from start to end."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset, DatasetDict
+from scipy.special import log_softmax, softmax
+from torch.utils.data import Sampler
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from dhrd_lib.backbones import resolve_device
+from dhrd_lib.config import ConfigError, RunConfig, TrainingConfig
+from dhrd_lib.evaluation import task_metrics
+from dhrd_lib.modeling import DHRDModel, build_model, uses_lora
+from dhrd_lib.runs import Run, environment, is_finished, load_run, write_json
+from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, SequenceReport, encode_split
+from dhrd_lib.tasks import Task, load_task
+from dhrd_lib.trunk import TrunkStates, cached_trunk_states
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Rows in random order, but with rows of like length in the same step.
+
+    The order depends on the seed and the epoch alone, so a resumed run sees the rows that an uninterrupted
+    one would. `group_size` is the number of rows in one optimiser step over all devices.
+    """
+
+    def __init__(self, lengths: Sequence[int], group_size: int, seed: int, groups_sorted: int = 16) -> None:
+        self.lengths = lengths
+        self.group_size = group_size
+        self.seed = seed
+        self.rows_sorted = group_size * groups_sorted
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        whole = len(order) - len(order) % self.group_size
+        groups: list[list[int]] = []
+        for start in range(0, whole, self.rows_sorted):
+            window = sorted(order[start : min(start + self.rows_sorted, whole)], key=self.lengths.__getitem__)
+            groups += [window[i : i + self.group_size] for i in range(0, len(window), self.group_size)]
+        for group in torch.randperm(len(groups), generator=generator).tolist():
+            yield from groups[group]
+        yield from order[whole:]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Encoded rows for the trainer, each with its cached trunk states where there are any."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]], states: TrunkStates | None = None) -> None:
+        self.rows = rows
+        self.states = states
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        row = self.rows[place]
+        return row if self.states is None else {**row, "trunk_states": self.states[place]}
+
+
+def scheduled_alpha(alpha: float, schedule: str, step: int, total_steps: int) -> float:
+    """Alpha at an optimiser step (0-based): kept, or annealed to 0 at the last step."""
+    if schedule == "constant":
+        return alpha
+    progress = min(step / max(total_steps - 1, 1), 1.0)
+    if schedule == "linear":
+        return alpha * (1.0 - progress)
+    return alpha * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class DHRDTrainer(Trainer):
+    """transformers' Trainer with the two losses, each divided by its own count over the effective batch.
+
+    The class loss is divided by the examples and the LM loss by the valid target tokens of all micro-batches
+    and all processes of an optimiser step, so neither accumulation nor data parallelism changes the result.
+    Every term is logged.
+    """
+
+    def __init__(self, config: TrainingConfig, *, trunk_layers: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if self.args.n_gpu > 1:
+            raise ConfigError(
+                f"{self.args.n_gpu} GPUs are visible to one process; expected `accelerate launch`, with one "
+                "process a GPU (or CUDA_VISIBLE_DEVICES to name one)."
+            )
+        self.config = config
+        self.trunk_layers = trunk_layers
+        # compute_loss divides by the counts of the whole step; nothing is left to divide.
+        self.loss_is_scaled_for_ga = True
+        self.valid_tokens = 0
+        self.seconds_evaluating = 0.0
+        self._terms = torch.zeros(2)
+        self._terms_logged_at = 0
+
+    def _get_train_sampler(self, train_dataset: Rows | None = None) -> LengthGroupedSampler:
+        rows = (train_dataset or self.train_dataset).rows
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler([row["length"] for row in rows], group, self.config.seed)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the classifier's own learning rate; biases and norms aren't decayed."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    new = "classifier." in name or "pooling_query" in name
+                    groups.setdefault((new, name in decayed), []).append(parameter)
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.config.classifier_learning_rate if new else self.config.learning_rate,
+                        "weight_decay": self.config.weight_decay if decay else 0.0,
+                    }
+                    for (new, decay), parameters in groups.items()
+                ],
+                **arguments,
+            )
+        return self.optimizer
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Mapping[str, torch.Tensor]], device: torch.device
+    ) -> torch.Tensor | None:
+        """Examples and valid LM target tokens of a step, over all its micro-batches and processes: `(2,)`."""
+        if not batch_samples:
+            return None
+        examples = sum(len(batch["class_labels"]) for batch in batch_samples)
+        tokens = sum(
+            int((batch["lm_labels"] != IGNORE_INDEX).sum()) for batch in batch_samples if "lm_labels" in batch
+        )
+        counts = torch.tensor([[examples, tokens]], dtype=torch.float32, device=device)
+        return self.accelerator.gather(counts).sum(0)
+
+    def current_alpha(self) -> float:
+        """Alpha of the optimiser step under way."""
+        return scheduled_alpha(
+            self.config.alpha, self.config.alpha_schedule, self.state.global_step, self.state.max_steps
+        )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """`beta * class CE + alpha * LM CE` of a micro-batch, as its share of the step's loss."""
+        counts = num_items_in_batch
+        outputs = model(
+            **inputs,
+            alpha=self.current_alpha() if model.training else self.config.alpha,
+            beta=self.config.beta,
+            num_examples=None if counts is None else counts[0],
+            num_lm_tokens=None if counts is None else counts[1],
+            trunk_layers=self.trunk_layers,
+        )
+        # The counts are over all processes, and gradients are averaged over them: undo the average.
+        loss = outputs.loss * self.accelerator.num_processes
+        if model.training:
+            self.valid_tokens += int(inputs["attention_mask"].sum())
+            parts = [outputs.class_loss, outputs.lm_loss]
+            self._terms += torch.tensor([0.0 if part is None else part.item() for part in parts])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds every term to a training step's log: class loss, LM loss, and the alpha of the last step."""
+        if "loss" in logs and "eval_loss" not in logs:
+            steps = max(self.state.global_step - self._terms_logged_at, 1)
+            terms = self.accelerator.gather(self._terms.to(self.args.device)[None]).sum(0) / steps
+            logs["class_loss"] = terms[0].item()
+            if self.config.alpha:
+                logs["lm_loss"] = terms[1].item()
+            logs["alpha"] = scheduled_alpha(
+                self.config.alpha,
+                self.config.alpha_schedule,
+                self.state.global_step - 1,
+                self.state.max_steps,
+            )
+            self._terms.zero_()
+            self._terms_logged_at = self.state.global_step
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """transformers' evaluation, with its time kept apart from training's."""
+        started = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self.seconds_evaluating += time.perf_counter() - started
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save without the pickled arguments: the run's config.json says the same as text."""
+        super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run works on: task, model, data, and each split's encoded rows."""
+
+    task: Task
+    model: DHRDModel
+    data: DatasetDict
+    rows: dict[str, Rows]
+    reports: dict[str, SequenceReport]
+    trunk_layers: int
+
+
+def train(config: RunConfig, root: str | Path = "runs") -> Run:
+    """Train, select on dev, evaluate on the final splits, and store it all in `root/config.name`.
+
+    A finished run is given back as it is; one that was stopped goes on from its last checkpoint. Raises
+    `ConfigError` where the folder holds a run of another configuration.
+    """
+    folder = Path(root) / config.name
+    _claim(folder, config)
+    if is_finished(folder):
+        return load_run(folder)
+    set_seed(config.training.seed)
+    prepared = _prepare(config)
+    for split, report in prepared.reports.items():
+        print(f"{config.name} · {split}: {report}")
+    trainer = _make_trainer(config, prepared, folder)
+    checkpoint = get_last_checkpoint(str(folder / "checkpoints"))
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started - trainer.seconds_evaluating
+    if trainer.is_world_process_zero():
+        _store(config, prepared, trainer, folder, seconds, checkpoint)
+    trainer.accelerator.wait_for_everyone()
+    return load_run(folder)
+
+
+def _claim(folder: Path, config: RunConfig) -> None:
+    """Write the configuration, or check that the folder's is the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    if not path.is_file():
+        write_json(path, config.to_dict())
+    elif RunConfig.load(path) != config:
+        raise ConfigError(
+            f"{folder} holds a run of another configuration; expected the same, another name, or that "
+            "folder removed."
+        )
+
+
+def _prepare(config: RunConfig) -> _Prepared:
+    data, training = config.data, config.training
+    task, splits = load_task(
+        data.task,
+        data.data_dir,
+        text=data.text,
+        label=data.label,
+        rationale=data.rationale,
+        group=data.group,
+        template=data.template,
+        dev_fraction=data.dev_fraction,
+        split_seed=data.split_seed,
+    )
+    splits = _limited(splits, data.max_train_rows, data.max_eval_rows, data.split_seed)
+    model = build_model(
+        config.model,
+        task,
+        max_input_tokens=data.max_input_tokens,
+        max_rationale_tokens=data.max_rationale_tokens,
+        lm_chunk_tokens=training.lm_chunk_tokens,
+        seed=training.seed,
+    )
+    _freeze_unused_head(model, training)
+    trunk_layers = config.model.freeze_layers if training.cache_trunk else 0
+    fmt = replace(model.sequence_format, lm_span=training.lm_span)
+    rows, reports = {}, {}
+    for split, dataset in list(splits.items()):
+        taught = split == "train" or (split == "dev" and training.beta == 0)
+        encoded, reports[split] = encode_split(
+            dataset,
+            fmt,
+            task.verbalizers,
+            # With alpha = 0 nothing reads the rationale, so it needn't stand in the sequence.
+            with_rationale=taught and training.alpha > 0,
+            alignment=data.alignment,
+            seed=training.seed,
+        )
+        if split == "dev":
+            # Dev is evaluated in batches as it lies, so rows of like length lie together.
+            order = sorted(range(len(encoded)), key=encoded["length"].__getitem__)
+            encoded, splits[split] = encoded.select(order), dataset.select(order)
+        rows[split] = _rows(model, encoded, trunk_layers)
+    return _Prepared(task, model, splits, rows, reports, trunk_layers)
+
+
+def _rows(model: DHRDModel, encoded: Dataset, trunk_layers: int) -> Rows:
+    listed = encoded.to_list()
+    return Rows(listed, cached_trunk_states(model, listed, trunk_layers) if trunk_layers else None)
+
+
+def _limited(splits: DatasetDict, max_train_rows: int, max_eval_rows: int, seed: int) -> DatasetDict:
+    """The first rows of each split after a seeded shuffle; 0 keeps all, in their order."""
+    limits = {split: max_train_rows if split == "train" else max_eval_rows for split in splits}
+    return DatasetDict(
+        {
+            split: dataset.shuffle(seed=seed).select(range(min(limits[split], len(dataset))))
+            if limits[split]
+            else dataset
+            for split, dataset in splits.items()
+        }
+    )
+
+
+def _freeze_unused_head(model: DHRDModel, training: TrainingConfig) -> None:
+    """A head whose loss has no weight gets no gradient; weight decay must not move it either."""
+    if training.beta == 0:
+        model.classifier.requires_grad_(False)
+        if model.config.pooling == "attention":
+            model.pooling_query.requires_grad_(False)
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    if training.alpha == 0 and not tied:
+        model.lm_head.requires_grad_(False)
+
+
+def _make_trainer(config: RunConfig, prepared: _Prepared, folder: Path) -> DHRDTrainer:
+    training = config.training
+    device = resolve_device(config.model.device)
+    groups = _groups(prepared.data["dev"])
+
+    def dev_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits, labels = prediction.predictions, prediction.label_ids
+        found = task_metrics(prepared.task.metrics, labels, logits.argmax(1), groups)
+        class_loss = -log_softmax(logits, axis=1)[range(len(labels)), labels].mean()
+        return {**found, "class_loss": float(class_loss)}
+
+    callbacks = []
+    if training.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
+    return DHRDTrainer(
+        training,
+        trunk_layers=prepared.trunk_layers,
+        model=prepared.model,
+        args=_arguments(config, folder, device),
+        data_collator=DHRDCollator(prepared.model.tokenizer.pad_token_id),
+        train_dataset=prepared.rows["train"],
+        eval_dataset=prepared.rows["dev"],
+        compute_metrics=dev_metrics,
+        callbacks=callbacks,
+    )
+
+
+def _groups(dataset: Dataset) -> list[str] | None:
+    """The rows' groups, where the task has groups."""
+    groups = list(dataset["group"])
+    return None if all(group is None for group in groups) else groups
+
+
+def _arguments(config: RunConfig, folder: Path, device: torch.device) -> TrainingArguments:
+    training = config.training
+    every = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    if training.eval_steps:
+        every = {"eval_strategy": "steps", "save_strategy": "steps"}
+        every |= {"eval_steps": training.eval_steps, "save_steps": training.eval_steps}
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.eval_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=training.warmup_steps,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
+            training.lr_schedule, training.lr_schedule
+        ),
+        max_grad_norm=training.max_grad_norm,
+        optim="adamw_torch_fused",
+        logging_steps=training.logging_steps,
+        logging_first_step=True,
+        report_to=list(training.report_to) or "none",
+        # Without a class loss, dev accuracy says nothing: the LM loss selects.
+        metric_for_best_model="eval_primary" if training.beta else "eval_loss",
+        greater_is_better=training.beta > 0,
+        load_best_model_at_end=True,
+        save_total_limit=1,
+        seed=training.seed,
+        bf16=device.type == "cuda" and config.model.dtype in ("auto", "bfloat16"),
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False,
+        label_names=["class_labels"],
+        dataloader_pin_memory=device.type == "cuda",
+        **every,
+    )
+
+
+def _store(
+    config: RunConfig,
+    prepared: _Prepared,
+    trainer: DHRDTrainer,
+    folder: Path,
+    train_seconds: float,
+    checkpoint: str | None,
+) -> None:
+    """Write everything that the run gave; metrics.json last, since it marks the run as finished."""
+    model, state = prepared.model, trainer.state
+    pd.DataFrame(state.log_history).to_json(folder / "history.jsonl", orient="records", lines=True)
+    splits = {}
+    for split in ["dev", *prepared.task.test_splits]:
+        frame = _predictions(prepared, split)
+        frame.to_json(folder / f"predictions_{split}.jsonl", orient="records", lines=True, force_ascii=False)
+        splits[split] = task_metrics(
+            prepared.task.metrics, frame["label"], frame["prediction"], _groups(prepared.data[split])
+        )
+    model.save_pretrained(folder / "model")
+    write_json(folder / "environment.json", environment(model.device))
+    best = state.best_model_checkpoint
+    write_json(
+        folder / "metrics.json",
+        {
+            "task_metrics": list(prepared.task.metrics),
+            "label_names": model.label_names,
+            "splits": splits,
+            "steps": state.global_step,
+            "best_step": int(best.rsplit("-", 1)[1]) if best else state.global_step,
+            "resumed_from_step": int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0,
+            "train_seconds": train_seconds,
+            "train_tokens": trainer.valid_tokens,
+            "tokens_per_second": trainer.valid_tokens / train_seconds,
+            "sequences": {split: vars(report) for split, report in prepared.reports.items()},
+        },
+    )
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _predictions(prepared: _Prepared, split: str) -> pd.DataFrame:
+    rows, dataset = prepared.rows[split], prepared.data[split]
+    logits = prepared.model.classify_rows(rows, trunk_layers=prepared.trunk_layers)
+    return pd.DataFrame(
+        {
+            "idx": dataset["idx"],
+            "input_text": dataset["input_text"],
+            "label": dataset["label"],
+            "prediction": logits.argmax(1),
+            "probabilities": softmax(logits, axis=1).round(6).tolist(),
+            "group": dataset["group"],
+            "rationale": dataset["rationale"],
+        }
+    )

@@ -1,0 +1,97 @@
+"""Shared fixtures: tiny backbones of several architectures, and one small run."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from dhrd_lib.backbones import Backbone, load_backbone
+from dhrd_lib.config import ModelConfig
+from dhrd_lib.modeling import DHRDModel, build_model
+from dhrd_lib.tasks import Task
+
+# Tiny models are slower on two threads than on one.
+torch.set_num_threads(1)
+
+_MODERN = {
+    "vocab_size": 512,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+def _configs() -> dict[str, PreTrainedConfig]:
+    old = {"vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, **_IDS}
+    return {
+        "qwen2": Qwen2Config(**_MODERN),
+        "qwen3": Qwen3Config(**_MODERN),
+        "gemma2": Gemma2Config(**_MODERN, final_logit_softcapping=2.0, sliding_window=8),
+        "gpt2": GPT2Config(
+            vocab_size=512,
+            n_embd=16,
+            n_layer=3,
+            n_head=2,
+            n_positions=1024,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **_IDS,
+        ),
+        "gpt_neox": GPTNeoXConfig(**old, intermediate_size=32, max_position_embeddings=1024),
+        "opt": OPTConfig(**old, ffn_dim=32, max_position_embeddings=1024, word_embed_proj_dim=8, dropout=0.0),
+    }
+
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox", "opt")
+
+
+def tiny_backbone(architecture: str) -> Backbone:
+    """A random backbone of a few thousand parameters; a new one at every call."""
+    tiny = load_backbone("tiny", device="cpu")
+    if architecture == "llama":
+        return tiny
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_configs()[architecture]).eval()
+    return Backbone(model=model, tokenizer=tiny.tokenizer, name=architecture, source="random weights")
+
+
+@pytest.fixture(scope="session")
+def task() -> Task:
+    return Task(
+        name="three_ways",
+        template="Customer: {text}\nWhat must happen next?",
+        label_names=("fix", "refund", "explain"),
+        verbalizers=("fix", "refund", "explain"),
+        metrics=("accuracy",),
+        test_splits=("test",),
+    )
+
+
+def tiny_model(task: Task, architecture: str = "llama", **config: object) -> DHRDModel:
+    return build_model(
+        ModelConfig(backbone="tiny", device="cpu", **config), task, backbone=tiny_backbone(architecture)
+    ).eval()
