@@ -334,13 +334,13 @@ def _training_table(settings: Sequence[_Setting]) -> pd.DataFrame:
         rows.append(
             {
                 "setting": setting.label,
-                "runs": setting.names,
                 "training time": _duration(mean),
                 "× baseline's time": "—" if ratio is None else f"{ratio:.2f}",
                 "tokens a second": f"{_mean_of(setting, lambda run: run.metrics['tokens_per_second']):,.0f}",
                 "tokens": f"{_mean_of(setting, lambda run: run.metrics['train_tokens']):,.0f}",
                 "steps": _span_of(setting, "steps"),
                 "best step": _span_of(setting, "best_step"),
+                "runs": setting.names,
             }
         )
     return pd.DataFrame(rows)
@@ -505,11 +505,11 @@ def _summary(compared: Sequence[_Result], runs: Sequence[Run]) -> str:
         ahead = sum(result.comparison.difference > 0 for result in compared)
         clear = [result for result in compared if _excludes_zero(result)]
         gains = sum(result.comparison.difference > 0 for result in clear)
+        excluding = f"{len(clear)} of them ({gains} ahead, {len(clear) - gains} behind)" if clear else "none"
         sentences = [
             f"The settings with alpha above 0 are ahead of their pooled baseline in {ahead} of "
-            f"{len(compared)} comparisons. The 95% interval leaves zero out in {len(clear)} of the "
-            f"{len(compared)}: {gains} ahead, {len(clear) - gains} behind. The p-values are not corrected "
-            "for the number of comparisons."
+            f"{len(compared)} comparisons. The 95% interval leaves zero out in {excluding}. The p-values are "
+            "not corrected for the number of comparisons."
         ]
     if not compared[0].is_test:
         sentences.append("These are dev rows, which chose each run's best step too: they flatter both sides.")
@@ -608,8 +608,8 @@ h3 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
-th, td { white-space: nowrap; } td.wrap { white-space: normal; min-width: 14rem; }
-@media (max-width: 600px) { th, td { white-space: normal; } }
+td { white-space: nowrap; } th { vertical-align: bottom; } td.wrap { white-space: normal; min-width: 14rem; }
+@media (max-width: 600px) { td { white-space: normal; } }
 figure { margin: 1.5rem 0; } figcaption { font-weight: 600; }
 .pair { display: flex; flex-wrap: wrap; gap: 0 1.5rem; }
 .pair > * { flex: 1 1 320px; min-width: 0; max-width: 560px; margin: 1rem 0; }
@@ -633,7 +633,7 @@ pre { background: var(--panel); padding: .8rem; overflow-x: auto; font-size: .85
 <thead><tr>{% for name in frame.columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in frame.values.tolist() %}
-<tr>{% for cell in row %}<td{% if cell is string and cell|length > 60 %} class="wrap"{% endif %}>\
+<tr>{% for cell in row %}<td{% if cell is string and cell|length > 30 %} class="wrap"{% endif %}>\
 {{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>

@@ -315,6 +315,8 @@ class TestReport:
         assert "bootstrap over seeds and groups" in page
         assert "mean of F1a and EM" in page
         assert "Quick profile" not in page
+        ahead = (frame[frame["split"] != "dev"]["difference"] > 0).sum()
+        assert f"ahead of their pooled baseline in {ahead} of 4 comparisons" in page
 
     def test_disagreements_are_listed_by_who_is_right_with_probability_and_rationale(self, runs, written):
         page, _ = written

@@ -297,9 +297,9 @@ def test_wic_shows_the_word_and_both_sentences(superglue_dir):
         (
             "rte",
             {"premise": "x", "hypothesis": "y", "idx": 1, "label": "maybe"},
-            "row 2 has an unknown label",
+            "has the label 'maybe' in row 2",
         ),
-        ("boolq", {"question": "x", "passage": "y", "idx": 1, "label": -1}, "row 2 has an unknown label"),
+        ("boolq", {"question": "x", "passage": "y", "idx": 1, "label": -1}, "has the label '-1' in row 2"),
         ("multirc", {"idx": 1, "passage": "flat"}, "row 2 isn't in SuperGLUE's format"),
         ("wsc", {**superglue_row("wsc", 1), "text": "No pronoun."}, "row 2 isn't in SuperGLUE's format"),
     ],
@@ -580,22 +580,22 @@ TABLE = "text,label\nfine,a\nbad,b\n"
     [
         ("", "has no rows"),
         ("text,label\n", "has no rows"),
-        (TABLE + "short\n", "line 4 has 1 values; expected 2"),
-        (TABLE + "a,b,c\n", "line 4 has 3 values; expected 2"),
+        (TABLE + "short\n", "line 4 has a row of 1; expected 2 values"),
+        (TABLE + "a,b,c\n", "line 4 has a row of 3; expected 2 values"),
         (TABLE + 'x,"never closed\ny,a\n', "isn't well-formed CSV"),
         ("text,label,text\nx,a,y\n", "columns: 'text' stands 2 times"),
         ("words,label\nx,a\ny,b\n", "has the columns 'words', 'label'; expected 'text'"),
         ("text,class\nx,a\ny,b\n", "has the columns 'text', 'class'; expected 'label'"),
-        ("text,label\nx,a\ny,a\n", "column 'label' has only 'a'; expected two"),
-        ("text,label\nx,\ny, \n", "column 'label' has only no label"),
-        (TABLE + "x,\ny,a\nz, \n", "row 3, 5 has no label"),
-        (TABLE + ' ,a\n"",b\n', "row 3, 4 has no text"),
-        (TABLE + " ,a\n" * 9, "row 3, 4, 5, 6, 7 and 4 more has no text"),
+        ("text,label\nx,a\ny,a\n", "column 'label' has only the label 'a'; expected two"),
+        ("text,label\nx,\ny, \n", "column 'label' has no label; expected two"),
+        (TABLE + "x,\ny,a\nz, \n", "has no label in row 3, 5; expected one."),
+        (TABLE + ' ,a\n"",b\n', "has no text in row 3, 4; expected some."),
+        (TABLE + " ,a\n" * 9, "no text in row 3, 4, 5, 6, 7 and 4 more;"),
         (TABLE, "too few rows of label 'a'"),
         ("text,label,input_text\nx,a,i\ny,b,j\n", "'input_text', a reserved name"),
-        ("idx,text,label\n1,x,a\n2,y,b\n1,z,a\n", "row 1, 3 has an idx that another row has too"),
-        ("idx,text,label\n1,x,a\n,y,b\n", "row 2 has no idx"),
-        ("text,label,group\nx,a,1\ny,b,\n", "row 2 has no group"),
+        ("idx,text,label\n1,x,a\n2,y,b\n1,z,a\n", "the same idx in row 1, 3;"),
+        ("idx,text,label\n1,x,a\n,y,b\n", "no idx in row 2;"),
+        ("text,label,group\nx,a,1\ny,b,\n", "no group in row 2;"),
         ("text,label,group\nx,a,1\ny,b,1\n", "too few groups"),
         ("text,label,group\nx,a,1\ny,a,2\nz,b,3\n", "too few groups"),
         (b"text,label\nx,a\ncaf\xe9,b\n", "line 3 has invalid continuation byte; expected UTF-8"),
@@ -620,8 +620,8 @@ def test_a_csv_file_that_cannot_be_used_is_refused_in_one_sentence(content, told
         ('{"text": "a", "text": "b"}', "line 2 isn't one JSON object (a key stands twice)"),
         ('{"text": "\\ud800", "label": "a"}', "line 2 isn't one JSON object"),
         ("[" * 200_000, "line 2 isn't one JSON object"),
-        ('{"text": "a", "label": NaN}', "row 2 has no label"),
-        ('{"text": null, "label": "a"}', "row 2 has no text"),
+        ('{"text": "a", "label": NaN}', "has no label in row 2;"),
+        ('{"text": null, "label": "a"}', "has no text in row 2;"),
     ],
 )
 def test_a_jsonl_file_that_cannot_be_used_is_refused_in_one_sentence(line, told, tmp_path):
@@ -642,7 +642,7 @@ def test_a_label_that_train_does_not_have_is_refused(tmp_path):
     write_csv(tmp_path / "train.csv", reviews())
     path = write_csv(tmp_path / "test.csv", [*reviews(2), {**reviews(1)[0], "stars": "fair"}])
     message = refusal(tmp_path, **OPTIONS)
-    assert message == f"{path}: row 3 has an unknown label; expected one of 'good', 'poor'."
+    assert message == f"{path} has the label 'fair' in row 3; expected one of 'good', 'poor'."
 
 
 @pytest.mark.parametrize(
