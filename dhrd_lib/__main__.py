@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TeacherConfig, TrainingConfig
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -78,6 +79,53 @@ def predict(
     found = DHRDModel.from_pretrained(run / "model").predict(texts)
     for text, label, probabilities in zip(texts, *found, strict=True):
         print(f"{label}\t{probabilities.max():.3f}\t{text}")
+
+
+@app.command()
+def rationales(
+    task: Annotated[str, typer.Argument(help="A task's name, or a data file.")] = "support_triage",
+    config: Annotated[Path | None, typer.Option(help="The teacher as JSON: fields of TeacherConfig.")] = None,
+    kind: Annotated[str | None, typer.Option(help="local or openai (any server with its API).")] = None,
+    model: Annotated[str | None, typer.Option(help="A backbone, or what the server calls it.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="The server's address, up to /v1.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="gold, rejection or human.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A file's text column; may stand twice.")] = None,
+    label: Annotated[str | None, typer.Option(help="A file's label column.")] = None,
+    split: Annotated[str, typer.Option(help="The split to write rationales for.")] = "train",
+    rows: Annotated[int, typer.Option(min=0, help="At most so many rows; 0 is all.")] = 0,
+    folder: Annotated[Path, typer.Option(help="Folder of rationale stores.")] = Path("rationales"),
+    export_to: Annotated[Path | None, typer.Option(help="Write those kept here, as TASK.jsonl.")] = None,
+) -> None:
+    """Ask a teacher for the rationales that a split's store lacks, and report on all it has.
+
+    The key is read from the variable that the configuration names, OPENAI_API_KEY by default. A run that was
+    stopped goes on where it was. A folder that --export-to filled is used through DHRD_RATIONALES_DIR. Exits
+    with 1 where a row failed.
+    """
+    from dhrd_lib.rationales import export, generate, report_on, select, store_for
+    from dhrd_lib.tasks import load_task
+
+    chosen = {"kind": kind, "model": model, "base_url": base_url, "protocol": protocol}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    teacher = replace(TeacherConfig.load(config) if config else TeacherConfig(), **chosen)
+    loaded, splits = load_task(task, text=text or (), label=label)
+    if split not in splits:
+        raise typer.BadParameter(f"split is {split!r}; expected one of {', '.join(splits)}.")
+    dataset = splits[split].select(range(min(rows or len(splits[split]), len(splits[split]))))
+    done = generate(loaded, dataset, teacher, folder)
+    report = report_on(
+        loaded,
+        dataset,
+        select(store_for(loaded, teacher, folder), loaded, dataset, teacher),
+        failed=done.failed,
+    )
+    print(done, report.table().to_string(), report.by_label().to_string(), sep="\n\n")
+    for idx, reason in done.failed.items():
+        print(f"Row {idx} failed: {reason}")
+    if export_to:
+        export(report.kept, export_to / f"{loaded.name}.jsonl")
+    if done.failed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -75,9 +75,10 @@ def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | 
 
 
 def resolve_device(device: str | None) -> torch.device:
-    """The named device, or the GPU where there is one and the CPU elsewhere."""
+    """The named device, or this process's own GPU where there is one and the CPU elsewhere."""
     if device in (None, "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return torch.device(own_gpu if torch.cuda.is_available() else "cpu")
     return torch.device(device)
 
 

@@ -1,7 +1,8 @@
 """Configuration: what a run is, written down before it starts.
 
 Four frozen dataclasses (`ModelConfig`, `DataConfig`, `TrainingConfig`, and `RunConfig`, which holds
-one of each) check themselves when they are made and go to JSON and back without loss.
+one of each) check themselves when they are made and go to JSON and back without loss. `TeacherConfig`
+does the same for the writing of rationales.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 POOLING_MODES = ("last", "mean", "weightedmean", "max", "attention")
 HEADS = ("mlp", "linear")
@@ -22,6 +24,9 @@ LM_SPANS = ("all", "rationale_label")
 ALPHA_SCHEDULES = ("constant", "linear", "cosine")
 LR_SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TEACHER_KINDS = ("local", "openai")
+PROTOCOLS = ("gold", "rejection", "human")
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 
 
 class ConfigError(ValueError):
@@ -235,11 +240,7 @@ class RunConfig:
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
         """Read a JSON file that `save` wrote, or that was written by hand."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not JSON: {error}.") from error
-        return cls.from_dict(values)
+        return cls.from_dict(_read_json(path))
 
     def replace(self, **changes: Any) -> RunConfig:
         """A copy with some fields changed; `training__alpha=0.5` reaches into a section."""
@@ -249,6 +250,107 @@ class RunConfig:
             target = values[section[0]] if section else values
             target[name] = value
         return RunConfig.from_dict(values)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Who writes the rationales, and how they are asked (paper, "Teacher").
+
+    `kind` is "local" (any causal LM that `load_backbone` takes) or "openai" (any server that speaks
+    OpenAI's chat API). `model` of None is the embedded backbone, or what DHRD_TEACHER_MODEL names for a
+    server; `base_url` of None is OPENAI_BASE_URL, or the hosted default. The key is never a part of the
+    configuration: `api_key_env` is the name of the variable that holds it.
+
+    `protocol` is "gold" (the label is given), "rejection" (it isn't; up to `tries` answers a row, until
+    one agrees with it) or "human" (the rationales that the data brings; nobody is asked). `prompt` is a
+    template of the row's fields, `input`, `labels`, `label` and `sentinel`; None is the protocol's own.
+
+    `temperature` of None is the model's own, and 0 is greedy; `seed` of None sends none. `token_limit` is
+    what the server calls the limit `max_tokens`. Prices are for the cost line; without them it has tokens
+    only. `concurrency`, `timeout_s` (of one request) and `max_retries` belong to servers; `batch_size`,
+    `device` and `dtype` to local models. None of these last changes what a stored rationale belongs to.
+    """
+
+    kind: str = "local"
+    model: str | None = None
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    protocol: str = "gold"
+    tries: int = 4
+    prompt: str | None = None
+    temperature: float | None = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    token_limit: str = "max_tokens"
+    seed: int | None = None
+    concurrency: int = 4
+    timeout_s: float = 60.0
+    max_retries: int = 5
+    usd_per_million_tokens_in: float | None = None
+    usd_per_million_tokens_out: float | None = None
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of(self, "kind", TEACHER_KINDS)
+        _one_of(self, "protocol", PROTOCOLS)
+        _one_of(self, "token_limit", TOKEN_LIMITS)
+        _one_of(self, "dtype", DTYPES)
+        for name in ("model", "prompt", "base_url"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise ConfigError(f"{name} is {value!r}; expected a text, or null.")
+        # The value isn't repeated: whoever puts a key here must not find it in a log.
+        if not isinstance(self.api_key_env, str) or not self.api_key_env.isidentifier():
+            raise ConfigError("api_key_env isn't a variable's name; expected the name, never the key.")
+        if self.base_url is not None:
+            _check_base_url(self.base_url)
+        for name in ("tries", "max_tokens", "concurrency", "batch_size"):
+            _whole(self, name, 1)
+        _whole(self, "max_retries", 0)
+        _number(self, "timeout_s", above=True)
+        _number(self, "top_p", above=True)
+        if self.top_p > 1:
+            raise ConfigError(f"top_p is {self.top_p!r}; expected a number above 0, and at most 1.")
+        for name in ("temperature", "usd_per_million_tokens_in", "usd_per_million_tokens_out"):
+            if getattr(self, name) is not None:
+                _number(self, name)
+        if self.seed is not None:
+            _whole(self, "seed", 0)
+        if self.protocol == "rejection" and self.tries > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"temperature is 0 with protocol='rejection' and tries={self.tries}, so that every try says "
+                "the same; expected a temperature above 0, or tries=1."
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> TeacherConfig:
+        """Read a JSON file of fields; raises `ConfigError` on one that isn't known."""
+        return _build(cls, _read_json(path), where="teacher.")
+
+
+def _check_base_url(base_url: str) -> None:
+    """Refuse an address that isn't one, or that carries a secret, without repeating it."""
+    try:
+        parts = urlsplit(base_url)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        known = False
+    if not known:
+        raise ConfigError("base_url isn't an address; expected http://… or https://….")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ConfigError(
+            "base_url has a user, password or query; expected host and path only, and the key in the "
+            "variable that api_key_env names."
+        )
+
+
+def _read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}.") from error
 
 
 def _build(cls: type, values: Any, where: str) -> Any:

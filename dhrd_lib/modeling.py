@@ -148,6 +148,8 @@ class DHRDModel(PreTrainedModel):
         if config.pooling == "attention":
             self.pooling_query = nn.Parameter(torch.zeros(hidden_size))
         self.post_init()
+        # Saved once, under the name of the weight that they are tied to.
+        self._keys_to_ignore_on_save |= set(self.all_tied_weights_keys)
 
     @property
     def lm_head(self) -> nn.Linear:

@@ -109,7 +109,7 @@ def load_runs(root: str | Path = "runs") -> pd.DataFrame:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under another name and rename it, so that a file is whole or not there."""
-    scratch = path.with_name(f"{path.name}.part")
+    scratch = path.with_name(f"{path.name}.part-{os.getpid()}")
     scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(scratch, path)
 

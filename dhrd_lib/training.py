@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from dhrd_lib.backbones import resolve_device
 from dhrd_lib.config import ConfigError, RunConfig, TrainingConfig
 from dhrd_lib.evaluation import task_metrics
-from dhrd_lib.modeling import DHRDModel, build_model, uses_lora
+from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import Run, environment, is_finished, load_run, write_json
 from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, SequenceReport, encode_split
 from dhrd_lib.tasks import Task, load_task
@@ -108,7 +108,7 @@ class DHRDTrainer(Trainer):
         self.valid_tokens = 0
         self.seconds_evaluating = 0.0
         self._terms = torch.zeros(2)
-        self._terms_logged_at = 0
+        self._terms_logged_at: int | None = None
 
     def _get_train_sampler(self, train_dataset: Rows | None = None) -> LengthGroupedSampler:
         rows = (train_dataset or self.train_dataset).rows
@@ -178,6 +178,8 @@ class DHRDTrainer(Trainer):
         # The counts are over all processes, and gradients are averaged over them: undo the average.
         loss = outputs.loss * self.accelerator.num_processes
         if model.training:
+            if self._terms_logged_at is None:  # A resumed run starts later than at 0.
+                self._terms_logged_at = self.state.global_step
             self.valid_tokens += int(inputs["attention_mask"].sum())
             parts = [outputs.class_loss, outputs.lm_loss]
             self._terms += torch.tensor([0.0 if part is None else part.item() for part in parts])

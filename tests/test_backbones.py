@@ -52,7 +52,9 @@ def test_an_encoder_is_refused(tmp_path):
     )
     BertLMHeadModel(config).save_pretrained(tmp_path)
     load_backbone("tiny").tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(BackboneError, match="attends to later tokens \\(an encoder\\); expected a decoder-only LM"):
+    with pytest.raises(
+        BackboneError, match="attends to later tokens \\(an encoder\\); expected a decoder-only LM"
+    ):
         load_backbone(str(tmp_path))
 
 
@@ -103,7 +105,9 @@ def test_a_name_that_leads_nowhere_is_refused_with_the_alternatives(name, messag
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(BackboneError, match=r"has no config\.json; expected a folder that save_pretrained wrote"):
+    with pytest.raises(
+        BackboneError, match=r"has no config\.json; expected a folder that save_pretrained wrote"
+    ):
         load_backbone(str(tmp_path))
 
 
@@ -188,9 +192,11 @@ def test_the_embedded_backbone_predicts_twenty_texts_and_writes_a_rationale(smol
     torch.testing.assert_close(torch.from_numpy(probabilities.sum(1)), torch.ones(20))
     one_by_one = [model.predict([text]).probabilities[0] for text in texts[:4]]
     torch.testing.assert_close(torch.tensor(one_by_one), torch.tensor(probabilities[:4]), rtol=0, atol=1e-5)
-    rationale = model.generate_rationale(texts[0], max_new_tokens=16)
+    # Untrained, it would rather say nothing: make it write.
+    wanted = {"max_new_tokens": 16, "min_new_tokens": 12}
+    rationale = model.generate_rationale(texts[0], **wanted)
     assert len(rationale.split()) >= 4
-    assert "".join(model.generate_rationale(texts[0], max_new_tokens=16, stream=True)) == rationale
+    assert "".join(model.generate_rationale(texts[0], **wanted, stream=True)) == rationale
 
 
 def test_a_converted_folder_is_enough_by_itself(smollm2, tmp_path):

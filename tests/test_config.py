@@ -37,14 +37,30 @@ def test_replace_reaches_into_sections_and_checks():
         (ModelConfig, {"freeze_layers": -1}, "freeze_layers is -1; expected a whole number, 0 or more."),
         (ModelConfig, {"lora_dropout": 1.0}, "lora_dropout is 1.0; expected a finite number, 0 or more and "),
         (ModelConfig, {"finetune": "lora", "freeze_layers": 2}, "freeze_layers is 2 with finetune='lora'"),
-        (ModelConfig, {"markers": "special", "freeze_layers": 2}, "markers is 'special' with freeze_layers=2"),
+        (
+            ModelConfig,
+            {"markers": "special", "freeze_layers": 2},
+            "markers is 'special' with freeze_layers=2",
+        ),
         (DataConfig, {"alignment": "random"}, "alignment is 'random'; expected one of 'consistent', "),
-        (DataConfig, {"dev_fraction": 0}, "dev_fraction is 0; expected a finite number, above 0 and below 1."),
+        (
+            DataConfig,
+            {"dev_fraction": 0},
+            "dev_fraction is 0; expected a finite number, above 0 and below 1.",
+        ),
         (DataConfig, {"task": ""}, "task is ''; expected a task's name or a data file's path."),
-        (DataConfig, {"max_input_tokens": 8.5}, "max_input_tokens is 8.5; expected a whole number, 8 or more."),
+        (
+            DataConfig,
+            {"max_input_tokens": 8.5},
+            "max_input_tokens is 8.5; expected a whole number, 8 or more.",
+        ),
         (TrainingConfig, {"alpha": -0.1}, "alpha is -0.1; expected a finite number, 0 or more."),
         (TrainingConfig, {"beta": float("nan")}, "beta is nan; expected a finite number, 0 or more."),
-        (TrainingConfig, {"alpha": 0, "beta": 0}, "alpha and beta are both 0; expected at least one of them "),
+        (
+            TrainingConfig,
+            {"alpha": 0, "beta": 0},
+            "alpha and beta are both 0; expected at least one of them ",
+        ),
         (TrainingConfig, {"epochs": 0}, "epochs is 0; expected a whole number, 1 or more."),
         (TrainingConfig, {"epochs": True}, "epochs is True; expected a whole number, 1 or more."),
         (TrainingConfig, {"learning_rate": 0}, "learning_rate is 0; expected a finite number, above 0."),
@@ -61,7 +77,9 @@ def test_a_bad_value_is_refused_in_one_sentence(section, values, message):
 def test_an_unknown_field_is_refused_by_its_full_name():
     with pytest.raises(ConfigError, match=r"^training\.alhpa is not a field; expected one of alpha, beta, "):
         RunConfig.from_dict({"training": {"alhpa": 1}})
-    with pytest.raises(ConfigError, match="^nmae is not a field; expected one of name, model, data, training"):
+    with pytest.raises(
+        ConfigError, match="^nmae is not a field; expected one of name, model, data, training"
+    ):
         RunConfig.from_dict({"nmae": "x"})
     with pytest.raises(ConfigError, match=r"^model\. is 3; expected a mapping of fields"):
         RunConfig.from_dict({"model": 3})
