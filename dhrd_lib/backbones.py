@@ -180,6 +180,8 @@ def _converted(gguf: Path, digest: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
+            for stale in target.parent.glob(f"{target.name}.part-*"):
+                shutil.rmtree(stale)  # Of a process that was killed: the lock is ours.
             _convert(gguf, target)
     return target
 

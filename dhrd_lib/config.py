@@ -45,9 +45,7 @@ def _whole(owner: object, name: str, minimum: int) -> None:
         raise ConfigError(f"{name} is {value!r}; expected a whole number, {minimum} or more.")
 
 
-def _number(
-    owner: object, name: str, minimum: float = 0.0, below: float = math.inf, above: bool = False
-) -> None:
+def _number(owner: object, name: str, minimum: float = 0.0, below: float = math.inf, above: bool = False) -> None:
     value = getattr(owner, name)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     in_range = is_number and math.isfinite(value) and minimum <= value < below

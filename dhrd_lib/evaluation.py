@@ -85,9 +85,7 @@ def task_metrics(
 
 def per_class(labels: ArrayLike, predictions: ArrayLike, label_names: Sequence[str]) -> pd.DataFrame:
     """Precision, recall, F1 (fractions; 0 where undefined) and support (rows), one row a class."""
-    table = precision_recall_fscore_support(
-        labels, predictions, labels=range(len(label_names)), zero_division=0
-    )
+    table = precision_recall_fscore_support(labels, predictions, labels=range(len(label_names)), zero_division=0)
     columns = ("precision", "recall", "f1", "support")
     return pd.DataFrame(dict(zip(columns, table, strict=True)), index=pd.Index(label_names, name="label"))
 
@@ -341,9 +339,7 @@ def _primary(metrics: Sequence[str], counts: np.ndarray) -> np.ndarray:
 # --- Resampling
 
 
-def _resample(
-    metrics: Sequence[str], counts: np.ndarray, n_resamples: int, rng: np.random.Generator
-) -> np.ndarray:
+def _resample(metrics: Sequence[str], counts: np.ndarray, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
     """The primary metric of every run in every resample of the units: (n_resamples, runs)."""
     n_units, n_runs, n_counts = counts.shape
     flat = counts.reshape(n_units, -1)

@@ -66,9 +66,10 @@ def lm_cross_entropy_sum(
 
     `hidden (B, S, H)` are the decoder's last states, `lm_labels (B, S)` int64 the ids at the same places with
     `IGNORE_INDEX` where nothing is taught; position t predicts the label at t + 1. `weight (V, H)` and
-    `bias (V,)` are the LM head's, `softcap` the bound on its logits. Only supervised positions meet the head, `chunk_tokens` of them at a time, so the peak memory is `chunk_tokens x V`, whatever
-    the batch and length. Returns the sum (float32 scalar, a zero that has gradients where nothing is
-    supervised) and the number of valid target tokens (int64 scalar).
+    `bias (V,)` are the LM head's, `softcap` the bound on its logits. Only supervised positions meet the head,
+    `chunk_tokens` of them at a time, so the peak memory is `chunk_tokens x V`, whatever the batch and length.
+    Returns the sum (float32 scalar, a zero that has gradients where nothing is supervised) and the number of
+    valid target tokens (int64 scalar).
     """
     targets = lm_labels[:, 1:]
     valid = targets != IGNORE_INDEX
@@ -98,8 +99,6 @@ def dhrd_loss(
     the last bit. Returns None where no term is left.
     """
     terms = [
-        weight * term
-        for weight, term in ((beta, class_loss), (alpha, lm_loss))
-        if term is not None and weight
+        weight * term for weight, term in ((beta, class_loss), (alpha, lm_loss)) if term is not None and weight
     ]
     return sum(terms) if terms else None

@@ -316,9 +316,7 @@ class DHRDModel(PreTrainedModel):
         logits = np.zeros((len(rows), self.config.num_labels), dtype=np.float32)
         for places in length_sorted_batches([len(row["input_ids"]) for row in rows], max_batch_tokens):
             batch = {key: value.to(self.device) for key, value in collate([rows[i] for i in places]).items()}
-            found = self.classify(
-                batch["input_ids"], batch["input_mask"], batch.get("trunk_states"), trunk_layers
-            )
+            found = self.classify(batch["input_ids"], batch["input_mask"], batch.get("trunk_states"), trunk_layers)
             logits[places] = found.cpu().numpy()
         return logits
 
@@ -354,9 +352,7 @@ class DHRDModel(PreTrainedModel):
 
     def _streamed(self, arguments: dict[str, Any]) -> Iterator[str]:
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        thread = Thread(
-            target=self.backbone.generate, kwargs={**arguments, "streamer": streamer}, daemon=True
-        )
+        thread = Thread(target=self.backbone.generate, kwargs={**arguments, "streamer": streamer}, daemon=True)
         thread.start()
         told, given = "", 0
         for piece in streamer:
@@ -506,9 +502,7 @@ def _prepare_markers(
     return SPECIAL_MARKERS
 
 
-def _lora_arguments(
-    config: ModelConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def _lora_arguments(config: ModelConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "r": config.lora_r,
         "lora_alpha": config.lora_alpha,

@@ -104,9 +104,7 @@ def paired_difference(rows: pd.DataFrame) -> go.Figure:
         )
     height = 170 + 60 * len(rows[["task", "split"]].drop_duplicates())
     figure.update_layout(scattermode="group", scattergap=0.5, height=height, showlegend=True)
-    figure.update_xaxes(
-        title="difference (percentage points)", zeroline=True, zerolinecolor=_ZERO, zerolinewidth=2
-    )
+    figure.update_xaxes(title="difference (percentage points)", zeroline=True, zerolinecolor=_ZERO, zerolinewidth=2)
     order = dict.fromkeys(_where(rows))
     figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=list(order))
     return figure
@@ -174,9 +172,7 @@ def confusion_matrices(
     `matrices` has counts of shape (n_labels, n_labels), gold by prediction, by setting.
     """
     names = [_plain(name) for name in label_names]
-    figure = make_subplots(
-        cols=len(matrices), subplot_titles=[_plain(s) for s in matrices], shared_yaxes=True
-    )
+    figure = make_subplots(cols=len(matrices), subplot_titles=[_plain(s) for s in matrices], shared_yaxes=True)
     _dress(figure, f"Which labels are taken for which?{_on(split)}")
     for column, (setting, matrix) in enumerate(matrices.items(), start=1):
         share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)

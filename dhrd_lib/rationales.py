@@ -104,7 +104,7 @@ _FEATURES = Features(
 
 def _record(line: bytes) -> Record:
     """Read one line; raises `ValueError` with what is wrong with it."""
-    values = json.loads(line)
+    values = json.loads(line.decode())  # bytes would be tried as UTF-16 too
     if not isinstance(values, dict):
         raise ValueError(f"it is a {type(values).__name__}")
     if unknown := sorted(set(values) - set(_NAMES)):
@@ -437,9 +437,7 @@ def export(rationales: Mapping[str, str], path: str | Path) -> None:
     """Write rationales by `idx` as the <task>.jsonl that `load_task` reads in DHRD_RATIONALES_DIR."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps({"idx": idx, "rationale": said}, ensure_ascii=False) for idx, said in rationales.items()
-    ]
+    lines = [json.dumps({"idx": idx, "rationale": said}, ensure_ascii=False) for idx, said in rationales.items()]
     scratch = path.with_name(f"{path.name}.part")
     scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     os.replace(scratch, path)
@@ -473,9 +471,7 @@ FLAGS = {
 }
 
 
-def flags(
-    record: Record, input_text: str, verbalizer: str, filters: Filters | None = None
-) -> tuple[str, ...]:
+def flags(record: Record, input_text: str, verbalizer: str, filters: Filters | None = None) -> tuple[str, ...]:
     """The names of the filters (see `FLAGS`) that a record's rationale fails."""
     filters = filters or Filters()
     words = _words(record.rationale)
@@ -567,9 +563,7 @@ class RationaleReport:
         there = self._there
         counts = {"rows": len(self.rows), "missing": len(self.rows) - len(there), "failed": len(self.failed)}
         counts["rationales"] = len(there)
-        counts |= {
-            name: int(there["flags"].map(lambda found, name=name: name in found).sum()) for name in FLAGS
-        }
+        counts |= {name: int(there["flags"].map(lambda found, name=name: name in found).sum()) for name in FLAGS}
         counts |= {f"{verdict} by hand": int((there["review"] == verdict).sum()) for verdict in REVIEWS}
         counts |= {"names another label (no filter)": int(there["leaks_other"].sum())}
         counts["kept"] = int(there["kept"].sum())

@@ -154,8 +154,7 @@ def _settings(runs: Sequence[Run]) -> list[_Setting]:
         other = seeds.setdefault(run.config.training.seed, run)
         if other is not run:
             raise ValueError(
-                f"runs {other.name!r} and {run.name!r} have the same configuration and seed; "
-                "expected one of them."
+                f"runs {other.name!r} and {run.name!r} have the same configuration and seed; expected one of them."
             )
     variants = [dict(sorted(seeds.items())) for seeds in groups.values()]
     predictions = _aligned_predictions(runs)
@@ -226,9 +225,7 @@ def _baseline_of(setting: _Setting, settings: Sequence[_Setting]) -> _Setting | 
 
 
 def _results(task: str, settings: Sequence[_Setting]) -> list[_Result]:
-    return [
-        _result(task, split, setting, settings) for split in settings[0].predictions for setting in settings
-    ]
+    return [_result(task, split, setting, settings) for split in settings[0].predictions for setting in settings]
 
 
 def _result(task: str, split: str, setting: _Setting, settings: Sequence[_Setting]) -> _Result:
@@ -374,8 +371,7 @@ def _class_figures(settings: Sequence[_Setting], split: str, label_names: Sequen
         )
     # One figure a matrix, so that they stand side by side where there is room and below each other else.
     confusions = [
-        _figure(plots.confusion_matrices({label: matrix}, label_names, split))
-        for label, matrix in matrices.items()
+        _figure(plots.confusion_matrices({label: matrix}, label_names, split)) for label, matrix in matrices.items()
     ]
     return {
         "split": split,
@@ -581,138 +577,6 @@ def _figure(figure: go.Figure) -> dict[str, Any]:
     return {"title": title, "body": markupsafe.Markup(body)}
 
 
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
-style-src 'unsafe-inline'; img-src data: blob:">
-<title>DHRD Workbench: comparison of runs</title>
-<style>
-:root { --ink: #1d2126; --soft: #59616b; --line: #d9dde2; --page: #ffffff; --panel: #f5f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #a3abb5; --line: #3a4048; --page: #16181c; --panel: #202329; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.35rem; margin-top: 2.5rem; }
-h2 { border-top: 1px solid var(--line); padding-top: 1rem; }
-h3 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-.summary { background: var(--panel); border-left: 4px solid #0072b2; padding: .8rem 1rem; }
-.note { color: var(--soft); font-size: .9rem; margin: 1rem 0 .3rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-td { white-space: nowrap; } th { vertical-align: bottom; } td.wrap { white-space: normal; min-width: 14rem; }
-@media (max-width: 600px) { td { white-space: normal; } }
-figure { margin: 1.5rem 0; } figcaption { font-weight: 600; }
-.pair { display: flex; flex-wrap: wrap; gap: 0 1.5rem; }
-.pair > * { flex: 1 1 320px; min-width: 0; max-width: 560px; margin: 1rem 0; }
-details { margin: .5rem 0; } summary { cursor: pointer; }
-details details { margin-left: 1rem; }
-article { background: var(--panel); margin: .8rem 0; padding: .8rem 1rem; }
-article p { margin: 0 0 .5rem; white-space: pre-wrap; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; font-size: .9rem; }
-dt { color: var(--soft); } dd { margin: 0; min-width: 0; }
-pre { background: var(--panel); padding: .8rem; overflow-x: auto; font-size: .85rem; }
-.js-plotly-plot :is([class*="tick"], [class*="title"], .annotation, .legend) text {
-  fill: var(--ink) !important; }
-</style>
-<script>window.PlotlyConfig = {MathJaxConfig: "local"};</script>
-<script>{{ plotly_js }}</script>
-</head>
-<body>
-{% macro show(frame, caption) %}
-<p class="note">{{ caption }}</p>
-<div class="scroll"><table>
-<thead><tr>{% for name in frame.columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in frame.values.tolist() %}
-<tr>{% for cell in row %}<td{% if cell is string and cell|length > 30 %} class="wrap"{% endif %}>\
-{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody></table></div>
-{% endmacro %}
-{% macro draw(figure, note="") %}
-<figure><figcaption>{{ figure.title }}</figcaption>{{ figure.body }}
-{% if note %}<p class="note">{{ note }}</p>{% endif %}</figure>
-{% endmacro %}
-<main>
-<h1>DHRD against the pooled baseline</h1>
-<p class="summary">{{ summary }}</p>
-{% if differences %}{{ draw(differences) }}{% endif %}
-{% for section in sections %}
-<section>
-<h2>Task: {{ section.task }}</h2>
-{{ show(section.scores, "Scores of each setting. The dev rows chose each run's best step, so their figures \
-flatter every setting; the test rows had no part in it.") }}
-{{ draw(section.metric_figure) }}
-{% if section.comparisons|length %}
-{{ show(section.comparisons, "Differences on the same rows: setting minus pooled baseline, in percentage \
-points of the " ~ section.metric ~ ".") }}
-{% endif %}
-<h3>Training</h3>
-{{ show(section.training, "Time and tokens" ~ (" (means over seeds)." if section.several_seeds else ".")) }}
-{{ draw(section.loss_figure) }}
-{% for of_split in section.class_figures %}
-<h3>Classes on {{ of_split.split }}</h3>
-{{ draw(of_split.f1, "Means over seeds." if section.several_seeds else "") }}
-<details><summary>Precision, recall and F1 as tables</summary>
-{% for label, table in of_split.tables.items() %}{{ show(table, label) }}{% endfor %}
-</details>
-<figure><figcaption>{{ of_split.confusions[0].title }}</figcaption>
-<div class="pair">{% for figure in of_split.confusions %}<div>{{ figure.body }}</div>{% endfor %}</div>
-</figure>
-<p class="note">Colour is the share of the gold label's rows.\
-{% if section.several_seeds %} Counts are added up over seeds.{% endif %}</p>
-{% endfor %}
-{% if section.disagreements %}
-<h3>Where the two disagree</h3>
-{% for block in section.disagreements %}
-<details><summary>{{ block.split }}: {{ block.setting }} and {{ block.baseline }} (seed {{ block.seed }}) \
-disagree on {{ block.count }} of {{ block.n_rows }} rows</summary>
-{% for kind, of_kind in block.kinds.items() %}
-<details><summary>{{ kind }}: {{ of_kind.count }}</summary>
-{% if of_kind.count > of_kind.examples|length %}
-<p class="note">The first {{ of_kind.examples|length }} of {{ of_kind.count }}.</p>
-{% endif %}
-{% for example in of_kind.examples %}
-<article>
-<p>{{ example.text }}</p>
-<dl>
-<dt>row</dt><dd>{{ example.idx }}</dd>
-<dt>gold</dt><dd>{{ example.gold }}</dd>
-<dt>{{ block.baseline }}</dt><dd>{{ example.baseline }}</dd>
-<dt>{{ block.setting }}</dt><dd>{{ example.setting }}</dd>
-{% if example.rationale %}<dt>gold rationale</dt><dd>{{ example.rationale }}</dd>{% endif %}
-</dl>
-</article>
-{% endfor %}
-</details>
-{% endfor %}
-</details>
-{% endfor %}
-{% endif %}
-<h3>Configuration</h3>
-{% if section.differing|length %}
-{{ show(section.differing, "Fields in which the settings differ.") }}
-{% endif %}
-{% for label, config in section.configs.items() %}
-<details><summary>Whole configuration: {{ label }}</summary><pre>{{ config }}</pre></details>
-{% endfor %}
-</section>
-{% endfor %}
-<h2>Environment</h2>
-{{ show(environment, "Package versions and hardware of the runs; several values where runs differ.") }}
-</main>
-</body>
-</html>
-"""
-_TEMPLATE = jinja2.Environment(
-    autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-).from_string(_PAGE)
+_TEMPLATE = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined).from_string(
+    Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+)

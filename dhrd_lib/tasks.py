@@ -73,9 +73,7 @@ def render(template: str, row: Mapping[str, Any] | str) -> str:
     if missing:
         raise TaskError(f"the input lacks {', '.join(map(repr, missing))}; {expected}.")
     parts = Formatter().parse(template)
-    return "".join(
-        literal + ((_text(row[name]) or "") if name else "") for literal, name, *_ in parts
-    ).rstrip()
+    return "".join(literal + ((_text(row[name]) or "") if name else "") for literal, name, *_ in parts).rstrip()
 
 
 @dataclass(frozen=True)
@@ -113,9 +111,7 @@ class Task:
 
 _NLI = "Premise: {premise}\nHypothesis: {hypothesis}\nDoes the premise entail the hypothesis?"
 _COPA = "Premise: {premise}\nFirst: {choice1}\nSecond: {choice2}\nWhich is the more likely {question}?"
-_MULTIRC = (
-    "Paragraph: {paragraph}\nQuestion: {question}\nProposed answer: {answer}\nIs the proposed answer right?"
-)
+_MULTIRC = "Paragraph: {paragraph}\nQuestion: {question}\nProposed answer: {answer}\nIs the proposed answer right?"
 _WIC = 'First: {sentence1}\nSecond: {sentence2}\nDoes "{word}" have the same meaning in both sentences?'
 _WSC = "Text: {marked_text}\nDoes *{span2_text}* stand for {span1_text}?"
 _NO_YES = (("no", "yes"), ("no", "yes"))
@@ -432,9 +428,7 @@ def _normalise(where: str, rows: list[Row], task: Task, columns: dict[str, str])
         numbers = [str(number) for number, row in enumerate(found, 1) if bad(row)]
         if numbers:
             more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
-            raise TaskError(
-                f"{where} has {problem} in row {', '.join(numbers[:5])}{more}; expected {expected}."
-            )
+            raise TaskError(f"{where} has {problem} in row {', '.join(numbers[:5])}{more}; expected {expected}.")
     return found
 
 
@@ -473,9 +467,7 @@ def _with_dev(
         tests = {"validation": validation}
     if not tests:
         if fraction >= 0.5:
-            raise TaskError(
-                f"dev_fraction is {fraction}; expected less than 0.5, test being as large as dev."
-            )
+            raise TaskError(f"dev_fraction is {fraction}; expected less than 0.5, test being as large as dev.")
         train, tests["test"] = _cut(where, train, cut_by, fraction, seed)
         fraction /= 1 - fraction  # of the smaller train, so that dev is as large as test
     train, dev = _cut(where, train, cut_by, fraction, seed)

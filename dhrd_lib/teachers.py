@@ -304,9 +304,7 @@ class LocalTeacher:
             end = int(ended.places[i])
             text = tokenizer.decode(row[: end or len(row)], skip_special_tokens=True)
             tokens_in = int(inputs.attention_mask[i].sum())
-            replies.append(
-                Reply(text, "stop" if end else "length", tokens_in, end or len(row), round(seconds, 4))
-            )
+            replies.append(Reply(text, "stop" if end else "length", tokens_in, end or len(row), round(seconds, 4)))
         return replies
 
     def _sampling(self) -> dict[str, Any]:
@@ -321,9 +319,7 @@ class LocalTeacher:
 class _Ended(StoppingCriteria):
     """Ends a row at the end token, or once the answer after the sentinel stands; remembers where."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, start: int, rows: int
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, start: int, rows: int) -> None:
         ends = config.eos_token_id
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         self._tokenizer, self._start = tokenizer, start

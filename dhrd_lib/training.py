@@ -243,6 +243,8 @@ def train(config: RunConfig, root: str | Path = "runs") -> Run:
     for split, report in prepared.reports.items():
         print(f"{config.name} · {split}: {report}")
     trainer = _make_trainer(config, prepared, folder)
+    # Only the first process makes the folder otherwise, and the others may look before it does.
+    (folder / "checkpoints").mkdir(exist_ok=True)
     checkpoint = get_last_checkpoint(str(folder / "checkpoints"))
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -292,10 +294,10 @@ def _prepare(config: RunConfig) -> _Prepared:
     trunk_layers = config.model.freeze_layers if training.cache_trunk else 0
     fmt = replace(model.sequence_format, lm_span=training.lm_span)
     rows, reports = {}, {}
-    for split, dataset in list(splits.items()):
+    for split in list(splits):
         taught = split == "train" or (split == "dev" and training.beta == 0)
         encoded, reports[split] = encode_split(
-            dataset,
+            splits[split],
             fmt,
             task.verbalizers,
             # With alpha = 0 nothing reads the rationale, so it needn't stand in the sequence.
@@ -306,14 +308,11 @@ def _prepare(config: RunConfig) -> _Prepared:
         if split == "dev":
             # Dev is evaluated in batches as it lies, so rows of like length lie together.
             order = sorted(range(len(encoded)), key=encoded["length"].__getitem__)
-            encoded, splits[split] = encoded.select(order), dataset.select(order)
-        rows[split] = _rows(model, encoded, trunk_layers)
+            encoded, splits[split] = encoded.select(order), splits[split].select(order)
+        listed = encoded.to_list()
+        states = cached_trunk_states(model, listed, trunk_layers) if trunk_layers else None
+        rows[split] = Rows(listed, states)
     return _Prepared(task, model, splits, rows, reports, trunk_layers)
-
-
-def _rows(model: DHRDModel, encoded: Dataset, trunk_layers: int) -> Rows:
-    listed = encoded.to_list()
-    return Rows(listed, cached_trunk_states(model, listed, trunk_layers) if trunk_layers else None)
 
 
 def _limited(splits: DatasetDict, max_train_rows: int, max_eval_rows: int, seed: int) -> DatasetDict:
@@ -389,9 +388,7 @@ def _arguments(config: RunConfig, folder: Path, device: torch.device) -> Trainin
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         warmup_steps=training.warmup_steps,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
-            training.lr_schedule, training.lr_schedule
-        ),
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.lr_schedule, training.lr_schedule),
         max_grad_norm=training.max_grad_norm,
         optim="adamw_torch_fused",
         logging_steps=training.logging_steps,

@@ -1,4 +1,4 @@
-"""A loopback server with OpenAI's chat API that misbehaves on demand, and the job that killed processes run."""
+"""A loopback server with OpenAI's chat API that misbehaves on demand, and the job that is to be killed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 from dhrd_lib.config import TeacherConfig
 from dhrd_lib.rationales import Generation, generate
@@ -32,9 +35,9 @@ def good_reply(prompt: str, nth: int) -> str:
 class FaultServer:
     """Answers each request as `plan(prompt, nth)` says, where nth counts the requests for that prompt from 0.
 
-    A plan's values: "ok", "cut_off", "429" (with Retry-After), "500", "401", "404", "400", "hang", "drop" (before
-    the reply), "drop_midway", "broken_json", "html", "no_choices", "null_content", "echo_key" (the reply's text
-    quotes the key), "echo_key_500".
+    A plan's values: "ok", "cut_off", "429" (with Retry-After), "500", "401", "404", "400", "hang", "drop"
+    (before the reply), "drop_midway", "broken_json", "html", "no_choices", "null_content", "echo_key" (the
+    reply's text quotes the key), "echo_key_500".
     """
 
     def __init__(
@@ -131,9 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         whole = json.dumps({"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage})
         self._send(200, whole, midway=behaviour == "drop_midway")
 
-    def _send(
-        self, status: int, text: str, headers: dict[str, str] | None = None, midway: bool = False
-    ) -> None:
+    def _send(self, status: int, text: str, headers: dict[str, str] | None = None, midway: bool = False) -> None:
         raw = text.encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
@@ -152,14 +153,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-def job(n_rows: int) -> tuple[Task, Any]:
+def job(n_rows: int) -> tuple[Task, Dataset]:
     """The first rows of the embedded task's train split."""
     task, data = load_task("support_triage")
     return task, data["train"].select(range(n_rows))
 
 
-def run_job(base_url: str, folder: str, n_rows: int) -> Generation:
-    """What a process does that is to be killed: rationales for some rows, four requests at a time."""
+def run_job(base_url: str, folder: Path, task: Task, dataset: Dataset, ready: Any = None) -> Generation:
+    """What a process does that is to be killed: ask for rationales, four at a time; `ready` is set first."""
     config = TeacherConfig(kind="openai", model="fixed", base_url=base_url, concurrency=4, max_retries=0)
-    task, dataset = job(n_rows)
+    if ready is not None:
+        ready.set()
     return generate(task, dataset, config, folder, progress=False)

@@ -52,9 +52,7 @@ def test_an_encoder_is_refused(tmp_path):
     )
     BertLMHeadModel(config).save_pretrained(tmp_path)
     load_backbone("tiny").tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(
-        BackboneError, match="attends to later tokens \\(an encoder\\); expected a decoder-only LM"
-    ):
+    with pytest.raises(BackboneError, match="attends to later tokens \\(an encoder\\); expected a decoder-only LM"):
         load_backbone(str(tmp_path))
 
 
@@ -105,9 +103,7 @@ def test_a_name_that_leads_nowhere_is_refused_with_the_alternatives(name, messag
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(
-        BackboneError, match=r"has no config\.json; expected a folder that save_pretrained wrote"
-    ):
+    with pytest.raises(BackboneError, match=r"has no config\.json; expected a folder that save_pretrained wrote"):
         load_backbone(str(tmp_path))
 
 

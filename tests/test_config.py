@@ -77,9 +77,7 @@ def test_a_bad_value_is_refused_in_one_sentence(section, values, message):
 def test_an_unknown_field_is_refused_by_its_full_name():
     with pytest.raises(ConfigError, match=r"^training\.alhpa is not a field; expected one of alpha, beta, "):
         RunConfig.from_dict({"training": {"alhpa": 1}})
-    with pytest.raises(
-        ConfigError, match="^nmae is not a field; expected one of name, model, data, training"
-    ):
+    with pytest.raises(ConfigError, match="^nmae is not a field; expected one of name, model, data, training"):
         RunConfig.from_dict({"nmae": "x"})
     with pytest.raises(ConfigError, match=r"^model\. is 3; expected a mapping of fields"):
         RunConfig.from_dict({"model": 3})

@@ -49,9 +49,7 @@ class TestTaskMetrics:
         predictions = [0, 1, 1, 1, 0]
         # F1: class 0 is 2/4, class 1 is 4/5, class 2 is 0.
         metrics = task_metrics(CB, labels, predictions)
-        assert metrics == pytest.approx(
-            {"macro_f1": 1.3 / 3, "accuracy": 0.6, "primary": (1.3 / 3 + 0.6) / 2}
-        )
+        assert metrics == pytest.approx({"macro_f1": 1.3 / 3, "accuracy": 0.6, "primary": (1.3 / 3 + 0.6) / 2})
 
     @pytest.mark.parametrize("n_labels", [2, 3, 5])
     def test_metrics_equal_scikit_learn(self, rng, n_labels):
@@ -133,9 +131,7 @@ class TestBootstrapInterval:
     def test_the_same_seed_gives_the_same_interval(self, rng):
         labels = rng.integers(2, size=80)
         predictions = noisy(labels, 0.7, 2, rng)
-        first, again, other = (
-            bootstrap_interval(["macro_f1"], labels, predictions, seed=s) for s in (1, 1, 2)
-        )
+        first, again, other = (bootstrap_interval(["macro_f1"], labels, predictions, seed=s) for s in (1, 1, 2))
         assert first == again
         assert first != other
 
@@ -160,9 +156,7 @@ class TestBootstrapInterval:
         labels = rng.integers(3, size=100)
         runs = [noisy(labels, 0.7, 3, rng) for _ in range(4)]
         interval = bootstrap_interval_over_seeds(CB, labels, runs)
-        assert interval.value == pytest.approx(
-            np.mean([task_metrics(CB, labels, r)["primary"] for r in runs])
-        )
+        assert interval.value == pytest.approx(np.mean([task_metrics(CB, labels, r)["primary"] for r in runs]))
         assert interval.low < interval.value < interval.high
 
 
@@ -262,9 +256,7 @@ class TestSeveralSeeds:
         a, b = ([noisy(labels, rate, 2, rng) for _ in range(3)] for rate in (0.6, 0.7))
         there = paired_comparison_over_seeds(["accuracy"], labels, a, b)
         back = paired_comparison_over_seeds(["accuracy"], labels, b, a)
-        assert (back.difference, back.low, back.high) == pytest.approx(
-            (-there.difference, -there.high, -there.low)
-        )
+        assert (back.difference, back.low, back.high) == pytest.approx((-there.difference, -there.high, -there.low))
         assert back.p_value == there.p_value
 
     def test_the_interval_covers_the_seeds_as_well_as_the_rows(self, rng):

@@ -162,9 +162,7 @@ def test_heads_are_the_papers_two_layers_or_one(task):
 
 def test_lora_wraps_the_papers_seven_projections_and_trains_them_and_the_classifier_alone(task):
     model = tiny_model(task, finetune="lora", lora_r=2)
-    trained = {
-        name.split(".lora_")[0].rsplit(".")[-1] for name, p in model.named_parameters() if p.requires_grad
-    }
+    trained = {name.split(".lora_")[0].rsplit(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
     projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert {name for name in trained if name.endswith("_proj")} == projections
     others = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
@@ -225,9 +223,9 @@ def test_rationale_continues_from_reason_and_streams_the_same_text(task):
     model = tiny_model(task)
     fmt = model.sequence_format
     prompt = fmt.encode("Customer: My lamp broke.\nWhat must happen next?") + fmt.encode("\nReasoning:")
-    written = model.backbone.generate(
-        torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0
-    )[0, len(prompt) :]
+    written = model.backbone.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[
+        0, len(prompt) :
+    ]
     expected = model.tokenizer.decode(written, skip_special_tokens=True)
     expected = expected.split("\nAnswer:")[0].strip()
     assert model.generate_rationale(TEXTS[0], max_new_tokens=20) == expected

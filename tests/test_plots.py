@@ -255,9 +255,7 @@ class TestReport:
         _, frame = written
         row = frame[(frame["split"] == "test") & (frame["setting"] == "DHRD")].iloc[0]
         base, dhrd = (run.predictions("test") for run in runs)
-        pair = evaluation.paired_comparison(
-            ["accuracy"], base["label"], base["prediction"], dhrd["prediction"]
-        )
+        pair = evaluation.paired_comparison(["accuracy"], base["label"], base["prediction"], dhrd["prediction"])
         assert (row["difference"], row["diff_low"], row["diff_high"], row["p_value"]) == pytest.approx(
             (pair.difference, pair.low, pair.high, pair.p_value)
         )
@@ -305,9 +303,7 @@ class TestReport:
     def test_runs_that_differ_in_seed_alone_are_one_setting_with_paired_seeds(self, tmp_path):
         options = {"task": "multirc", "labels": ["no", "yes"], "task_metrics": ("f1a", "em")}
         options |= {"n_groups": 20, "freeze_layers": 0}
-        runs = [
-            make_run(f"{a}-{seed}", a, seed=seed, **options) for a in (0.0, 0.5, 1.0) for seed in range(3)
-        ]
+        runs = [make_run(f"{a}-{seed}", a, seed=seed, **options) for a in (0.0, 0.5, 1.0) for seed in range(3)]
         frame = report.write_report(runs, tmp_path / "report.html")
         assert set(frame["n_seeds"]) == {3}
         assert set(frame["setting"]) == {"pooled baseline", "DHRD (alpha=0.5)", "DHRD (alpha=1.0)"}

@@ -266,9 +266,7 @@ def test_multirc_has_a_row_an_answer_grouped_by_question_with_paragraphs_kept_wh
     _, data = load_task("multirc", superglue_dir)
     row = data["validation"][3]
     assert (row["idx"], row["group"], row["answer"], row["label"]) == ("100-201-403", "100-201", "Bo", 0)
-    assert Counter(data["validation"]["group"]) == {
-        f"{p}-{2 * p + q}": 2 for p in range(100, 106) for q in (0, 1)
-    }
+    assert Counter(data["validation"]["group"]) == {f"{p}-{2 * p + q}": 2 for p in range(100, 106) for q in (0, 1)}
     assert not set(data["train"]["paragraph"]) & set(data["dev"]["paragraph"])
 
 
@@ -280,8 +278,7 @@ def test_wsc_keeps_the_rows_of_a_text_together(superglue_dir):
 def test_wsc_marks_the_pronoun_nearest_to_its_index(superglue_dir):
     row = load_task("wsc", superglue_dir)[1]["validation"][1]
     assert row["input_text"] == (
-        'Text: Ida told Eva 50 times: "then he left, as *he* should", but he came back.\n'
-        "Does *he* stand for Eva?"
+        'Text: Ida told Eva 50 times: "then he left, as *he* should", but he came back.\nDoes *he* stand for Eva?'
     )
 
 

@@ -53,9 +53,7 @@ def config(table: Path, name: str = "run", **changes: object) -> RunConfig:
     base = RunConfig(
         name=name,
         model=ModelConfig(backbone="tiny", device="cpu"),
-        data=DataConfig(
-            task=str(table), text=("text",), label="label", rationale="rationale", dev_fraction=0.17
-        ),
+        data=DataConfig(task=str(table), text=("text",), label="label", rationale="rationale", dev_fraction=0.17),
         training=TrainingConfig(
             epochs=2,
             batch_size=8,
@@ -174,9 +172,7 @@ def test_one_row_eight_times_accumulated_equals_eight_rows_at_once(table, tmp_pa
         training__gradient_accumulation_steps=8,
     )
     parts = train(parts, tmp_path)
-    np.testing.assert_allclose(
-        logged(whole, "loss", "class_loss"), logged(parts, "loss", "class_loss"), atol=1e-5
-    )
+    np.testing.assert_allclose(logged(whole, "loss", "class_loss"), logged(parts, "loss", "class_loss"), atol=1e-5)
     assert_same_weights(whole, parts, atol=2e-4)
 
 
@@ -211,7 +207,7 @@ def test_two_data_parallel_processes_equal_one(table, tmp_path):
     command += [str(tmp_path / "script.py"), str(tmp_path / "two.json"), str(tmp_path)]
     process = launch(command, PYTHONPATH=str(Path(__file__).parent.parent))
     output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output[-3000:]
+    assert process.returncode == 0, output
     two = load_run(tmp_path / "two")
     terms = ("loss", "class_loss", "lm_loss")
     np.testing.assert_allclose(logged(one, *terms), logged(two, *terms), atol=2e-5)
@@ -237,7 +233,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(table, tmp_path, al
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "killed.json"), str(tmp_path)]
     process = launch(command, PYTHONPATH=str(Path(__file__).parent.parent))
     output, _ = process.communicate(timeout=200)
-    assert process.returncode == -signal.SIGKILL, output[-3000:]
+    assert process.returncode == -signal.SIGKILL, output
     resumed = train(killed, tmp_path)
     assert resumed.metrics["resumed_from_step"] == alive_until // 2 * 2
     terms = ("loss", "class_loss", "lm_loss", "alpha")
