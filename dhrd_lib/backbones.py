@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -58,8 +60,7 @@ def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | 
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device)
     if name == "tiny":
-        model, tokenizer, source = *_tiny(), "random weights"
-        model = model.to(torch_dtype)
+        model, tokenizer, source = *_tiny(torch_dtype), "random weights"
     else:
         folder = _resolve(name)
         model, tokenizer = _from_pretrained(name, folder, torch_dtype)
@@ -209,14 +210,15 @@ def _convert(gguf: Path, target: Path) -> None:
 def _from_pretrained(
     name: str, folder: Path | str, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # With no hub to ask, only what an earlier download left is looked at: the hub's client would go on
+    # asking for a minute.
+    arguments = {"trust_remote_code": False, "local_files_only": isinstance(folder, str) and not _hub_answers(name)}
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, **arguments)
         if config.is_encoder_decoder:
             raise BackboneError(f"{name} is an encoder-decoder ({config.model_type}); {_DECODER_WANTED}")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **arguments)
     except OSError as error:
         if isinstance(folder, Path):
             raise BackboneError(f"{name} can't be read as a backbone with safetensors: {error}") from error
@@ -229,6 +231,16 @@ def _from_pretrained(
             raise
         raise BackboneError(f"{name} can't be loaded as a causal LM: {error}") from error
     return model, tokenizer
+
+
+def _hub_answers(hub_id: str) -> bool:
+    try:
+        HfApi().model_info(hub_id, timeout=10)
+    except HfHubHTTPError:
+        return True  # It answers, if only with a no, which transformers puts into words.
+    except Exception:  # Whatever the transport raises, there is no answer.
+        return False
+    return True
 
 
 _DECODER_WANTED = "expected a decoder-only LM, in which no position sees a later one."
@@ -269,7 +281,7 @@ def _tiny_tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
-def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _tiny(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A random Llama of about 20 thousand parameters, the same at every call."""
     from tokenizers import Tokenizer
 
@@ -292,4 +304,6 @@ def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # Buffers (the rotary frequencies) stay in float32.
+        parameter.data = parameter.data.to(dtype)
     return model, tokenizer

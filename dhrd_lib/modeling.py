@@ -63,6 +63,9 @@ class DHRDConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
 
+AutoConfig.register("dhrd", DHRDConfig)
+
+
 @dataclass
 class DHRDOutput(ModelOutput):
     """`loss` and its terms (float32 scalars, None where not asked for) and `logits (B, K)`, float32."""
@@ -135,6 +138,8 @@ class DHRDModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # Small, and trained: in bfloat16 they would lose the small steps of training.
+    _keep_in_fp32_modules_strict = ["classifier", "pooling_query", "lora_", "trainable_tokens"]  # noqa: RUF012
 
     def __init__(self, config: DHRDConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -155,6 +160,11 @@ class DHRDModel(PreTrainedModel):
     def lm_head(self) -> nn.Linear:
         """The reasoning head: the backbone's own pretrained LM head."""
         return self.backbone.get_output_embeddings()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's; it is what a saved model is loaded in, its float32 heads aside."""
+        return self.backbone.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -433,6 +443,8 @@ def build_model(
     _check_context(lm, max_input_tokens, max_rationale_tokens)
     markers = _prepare_markers(config, lm, tokenizer)
     lora = _lora_arguments(config, lm, tokenizer) if uses_lora(config, lm) else None
+    if lora is None and config.dtype == "auto":
+        lm.float()  # Weights that are trained stay in float32; on a GPU, autocast computes in bfloat16.
     model_config = DHRDConfig(
         backbone_config=lm.config,
         # Left out, it would be reset on the backbone's configuration.
@@ -455,8 +467,10 @@ def build_model(
         torch.manual_seed(seed)
         model = DHRDModel(model_config, backbone=lm)
     model.tokenizer = tokenizer
-    # Heads stay in float32: they are small, and their gradients are not.
-    model.classifier.to(lm.device, torch.float32)
+    model.to(lm.device)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in DHRDModel._keep_in_fp32_modules_strict):
+            parameter.data = parameter.data.float()
     freeze(model, config.freeze_layers)
     return model
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import html
 import json
 import os
 import re
@@ -627,33 +628,36 @@ def report_on(
 
 
 def compare_reports(reports: Mapping[str, RationaleReport]) -> go.Figure:
-    """Reports side by side, a colour each: what the filters find, the lengths, who agrees with gold."""
-    titles = [
-        "fails the filter (%)",
-        "words a rationale (share of rationales, %)",
+    """Reports side by side, a colour each: what the filters find, the lengths, who agrees with gold.
+
+    Rationales that the data brings come without an answer and have no bar in the last panel.
+    """
+    titles = (
+        "share that fails each filter, and share kept (%)",
+        "words a rationale (%)",
         "answer agrees with gold (%)",
-    ]
+    )
     figure = make_subplots(rows=3, cols=1, subplot_titles=titles, vertical_spacing=0.1, row_heights=[3, 2, 2])
-    for (name, report), color in zip(reports.items(), _COLORS * len(reports), strict=False):
-        look = {"name": name, "legendgroup": name, "marker": {"color": color}}
+    for number, (name, report) in enumerate(reports.items()):
+        look = {"marker": {"color": _COLORS[number % len(_COLORS)]}, "name": html.escape(name, quote=False)}
+        look["legendgroup"] = look["name"]
+        numbers = {"texttemplate": "%{text:.0f}", "textposition": "outside", "textfont_size": 11}
         shares = 100 * report.table().loc[[*FLAGS, "kept"], "share"]
         labels = [flag.replace("_", " ") for flag in shares.index]
-        figure.add_bar(x=shares, y=labels, orientation="h", row=1, col=1, **look)
+        figure.add_bar(x=shares, y=labels, text=shares, orientation="h", row=1, col=1, **look, **numbers)
         words = report.rows.loc[report.rows["rationale"].notna(), "words"]
-        bins = {"start": 0, "size": 5}
-        figure.add_histogram(
-            x=words, xbins=bins, histnorm="percent", opacity=0.7, showlegend=False, row=2, col=1, **look
-        )
-        by_label = report.by_label()
-        if report.rows["agreed"].notna().any():
-            share = 100 * by_label["agreed"]
-            figure.add_bar(x=by_label.index, y=share, showlegend=False, row=3, col=1, **look)
-    figure.update_layout(template=TEMPLATE, title="How good are the rationales?", height=860)
-    figure.update_layout(barmode="group", margin={"t": 110}, legend={"y": 1.05})
+        look["showlegend"] = False
+        figure.add_histogram(x=words, xbins={"start": 0, "size": 5}, histnorm="percent", row=2, col=1, **look)
+        agreed = 100 * report.by_label()["agreed"].dropna()
+        names = [html.escape(str(label), quote=False) for label in agreed.index]
+        figure.add_bar(x=names, y=agreed, text=agreed, row=3, col=1, **look, **numbers)
+    title = {"text": "How good are the rationales?", "y": 0.985, "yanchor": "top"}
+    figure.update_layout(template=TEMPLATE, title=title, height=860, barmode="group")
+    figure.update_layout(margin={"t": 110}, legend={"y": 1.045})
     figure.update_annotations(x=0, xanchor="left", font_size=13)
-    figure.update_xaxes(range=[0, 102], row=1, col=1)
+    figure.update_xaxes(range=[0, 110], tickvals=[0, 25, 50, 75, 100], row=1, col=1)
     figure.update_yaxes(autorange="reversed", row=1, col=1)
-    figure.update_yaxes(range=[0, 102], row=3, col=1)
+    figure.update_yaxes(range=[0, 120], tickvals=[0, 50, 100], row=3, col=1)
     return figure
 
 

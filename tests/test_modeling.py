@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_backbone, tiny_model
 
-from dhrd_lib.backbones import decoder_of, layers_of
+from dhrd_lib.backbones import decoder_of, layers_of, load_backbone
 from dhrd_lib.config import POOLING_MODES, ConfigError, ModelConfig
 from dhrd_lib.modeling import DHRDModel, build_model, length_sorted_batches, pool
 from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, encode_example
@@ -147,6 +147,19 @@ def test_save_and_load_keep_logits_labels_and_template(task, tmp_path, changes, 
     assert again.predict(TEXTS).labels == model.predict(TEXTS).labels
     tied = again.lm_head.weight is again.get_input_embeddings().weight
     assert tied == (model.lm_head.weight is model.get_input_embeddings().weight)
+
+
+def test_in_bfloat16_head_and_adapters_stay_in_float32(task, tmp_path):
+    backbone = load_backbone("tiny", device="cpu", dtype="bfloat16")
+    config = ModelConfig(backbone="tiny", dtype="bfloat16", finetune="lora", pooling="attention")
+    model = build_model(config, task, backbone=backbone).eval()
+    model.save_pretrained(tmp_path)
+    for each in (model, DHRDModel.from_pretrained(tmp_path)):
+        for name, parameter in each.named_parameters():
+            small = any(part in name for part in ("classifier", "pooling_query", "lora_"))
+            assert parameter.dtype == (torch.float32 if small else torch.bfloat16), name
+    again = DHRDModel.from_pretrained(tmp_path)
+    assert torch.equal(forward(again, rows(again, True)).logits, forward(model, rows(model, True)).logits)
 
 
 def test_building_a_model_keeps_the_pretrained_weights(task):

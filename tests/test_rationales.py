@@ -623,7 +623,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 def _spawn(target, *arguments):
     """A process from a server that has imported the library, so that it is at work within moments."""
-    _CONTEXT.set_forkserver_preload(["pytest", "fault_server"])
+    _CONTEXT.set_forkserver_preload(["pytest", "dhrd_lib.rationales"])
     process = _CONTEXT.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process

@@ -1,0 +1,75 @@
+"""The commands: a comparison from data to report, a run from a file, predictions from a run."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from dhrd_lib import __main__ as cli
+from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DHRD_CACHE", str(tmp_path / "cache"))
+
+
+def invoke(*arguments: object) -> str:
+    arguments = [str(argument) for argument in arguments]
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def tiny(config: RunConfig) -> RunConfig:
+    """The same run on a tiny backbone and few rows."""
+    return RunConfig(
+        name=config.name,
+        model=ModelConfig(backbone="tiny", device="cpu", freeze_layers=2),
+        data=DataConfig(task=config.data.task, max_train_rows=24, max_eval_rows=12),
+        training=TrainingConfig(alpha=config.training.alpha, seed=config.training.seed, epochs=1, batch_size=8),
+    )
+
+
+@pytest.mark.parametrize(("profile", "tasks", "seeds"), [("quick", 1, 1), ("full", 2, 5)])
+def test_a_profile_pairs_dhrd_and_its_baseline_which_differ_in_alpha_alone(profile, tasks, seeds):
+    configs = cli.comparison(profile)
+    assert len({config.name for config in configs}) == len(configs) == 2 * tasks * seeds
+    for dhrd, baseline in zip(configs[::2], configs[1::2], strict=True):
+        assert dhrd.replace(name="same", training__alpha=0.0) == baseline.replace(name="same")
+        assert (dhrd.training.setting, baseline.training.setting) == ("DHRD", "pooled baseline")
+    assert {config.training.seed for config in configs} == set(range(seeds))
+
+
+def test_compare_trains_both_writes_the_report_and_takes_up_finished_runs(tmp_path, monkeypatch):
+    configs = [tiny(config) for config in cli.comparison("quick")]
+    monkeypatch.setattr(cli, "comparison", lambda _: configs)
+    runs = tmp_path / "runs"
+    output = invoke("compare", "--runs", runs)
+    assert "pooled baseline" in output
+    assert str(runs / "report.html") in output.replace("\n", "")
+    table = json.loads((runs / "report.json").read_text())
+    assert {row["split"] for row in table["rows"]} == {"dev", "test", "test_new_domain"}
+    metrics = json.loads((runs / configs[0].name / "metrics.json").read_text())
+    (test,) = [r for r in table["rows"] if r["split"] == "test" and r["setting"] == "DHRD"]
+    assert test["value"] == pytest.approx(metrics["splits"]["test"]["primary"])
+    assert "DHRD" in (runs / "report.html").read_text()
+    monkeypatch.setattr("dhrd_lib.training._prepare", lambda _: pytest.fail("trained again"))
+    assert invoke("compare", "--runs", runs) in output
+
+
+def test_compare_names_the_profiles_that_there_are():
+    result = CliRunner().invoke(cli.app, ["compare", "--profile", "slow"])
+    assert result.exit_code == 2
+    assert "profile is 'slow'; expected one of quick, full." in re.sub(r"[│\s]+", " ", result.output)
+
+
+def test_train_and_predict_from_a_config_file(tmp_path):
+    tiny(cli.comparison("quick")[0]).replace(name="mine").save(tmp_path / "config.json")
+    output = invoke("train", tmp_path / "config.json", "--runs", tmp_path / "runs")
+    assert "test accuracy" in output
+    output = invoke("predict", tmp_path / "runs" / "mine", "My lamp came broken.", "Why?")
+    assert re.match(r"(refund|replace|fix|explain|escalate)\t0\.\d{3}\tMy lamp came broken\.\n", output)
