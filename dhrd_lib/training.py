@@ -175,8 +175,10 @@ class DHRDTrainer(Trainer):
             num_lm_tokens=None if counts is None else counts[1],
             trunk_layers=self.trunk_layers,
         )
+        # With beta = 0, a batch whose rows all lack a rationale has no term, and still needs a gradient.
+        loss = outputs.logits.sum() * 0 if outputs.loss is None else outputs.loss
         # The counts are over all processes, and gradients are averaged over them: undo the average.
-        loss = outputs.loss * self.accelerator.num_processes
+        loss = loss * self.accelerator.num_processes
         if model.training:
             if self._terms_logged_at is None:  # A resumed run starts later than at 0.
                 self._terms_logged_at = self.state.global_step
@@ -249,8 +251,10 @@ def train(config: RunConfig, root: str | Path = "runs") -> Run:
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started - trainer.seconds_evaluating
+    own_tokens = torch.tensor([trainer.valid_tokens], device=trainer.args.device)
+    tokens = int(trainer.accelerator.gather(own_tokens).sum())
     if trainer.is_world_process_zero():
-        _store(config, prepared, trainer, folder, seconds, checkpoint)
+        _store(config, prepared, trainer, folder, seconds, tokens, checkpoint)
     trainer.accelerator.wait_for_everyone()
     return load_run(folder)
 
@@ -305,6 +309,11 @@ def _prepare(config: RunConfig) -> _Prepared:
             alignment=data.alignment,
             seed=training.seed,
         )
+        if split == "train" and training.alpha > 0 and reports[split].lm_tokens == 0:
+            raise ConfigError(
+                f"alpha is {training.alpha} and none of the {len(encoded)} train rows has a rationale; "
+                "expected some with one, or alpha=0."
+            )
         if split == "dev":
             # Dev is evaluated in batches as it lies, so rows of like length lie together.
             order = sorted(range(len(encoded)), key=encoded["length"].__getitem__)
@@ -415,6 +424,7 @@ def _store(
     trainer: DHRDTrainer,
     folder: Path,
     train_seconds: float,
+    train_tokens: int,
     checkpoint: str | None,
 ) -> None:
     """Write everything that the run gave; metrics.json last, since it marks the run as finished."""
@@ -440,8 +450,8 @@ def _store(
             "best_step": int(best.rsplit("-", 1)[1]) if best else state.global_step,
             "resumed_from_step": int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0,
             "train_seconds": train_seconds,
-            "train_tokens": trainer.valid_tokens,
-            "tokens_per_second": trainer.valid_tokens / train_seconds,
+            "train_tokens": train_tokens,
+            "tokens_per_second": train_tokens / train_seconds,
             "sequences": {split: vars(report) for split, report in prepared.reports.items()},
         },
     )

@@ -155,10 +155,24 @@ def test_alpha_zero_equals_a_baseline_whose_rows_have_no_rationale_to_the_last_b
     bare = tmp_path / "rows.jsonl"
     bare.write_text("".join(json.dumps({**row, "rationale": None}) + "\n" for row in rows))
     ours = train(config(table, "ours", training__alpha=0.0), tmp_path)
-    # The same rows without a rationale, with a weight on the LM loss that then has nothing to weigh.
-    theirs = train(config(bare, "theirs"), tmp_path)
+    theirs = train(config(bare, "theirs", training__alpha=0.0, data__rationale=None), tmp_path)
     assert logged(ours, "loss", "class_loss") == logged(theirs, "loss", "class_loss")
     assert_same_weights(ours, theirs)
+
+
+def test_rows_that_all_lack_a_rationale_are_refused_where_alpha_is_above_zero(table, tmp_path):
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    bare = tmp_path / "rows.jsonl"
+    bare.write_text("".join(json.dumps({**row, "rationale": None}) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=r"alpha is 1\.0 and none of the \d+ train rows has a rationale"):
+        train(config(bare), tmp_path)
+
+
+def test_beta_zero_goes_on_over_a_batch_without_any_rationale(table, tmp_path):
+    changes = {"training__beta": 0.0, "training__batch_size": 1, "training__epochs": 1}
+    losses = [loss for _, loss in logged(train(config(table, **changes), tmp_path), "loss")]
+    assert losses.count(0.0) >= 1  # Two rows of the table have no rationale, and dev has at most one of them.
+    assert all(np.isfinite(losses))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
@@ -209,6 +223,7 @@ def test_two_data_parallel_processes_equal_one(table, tmp_path):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     two = load_run(tmp_path / "two")
+    assert two.metrics["train_tokens"] == one.metrics["train_tokens"]
     terms = ("loss", "class_loss", "lm_loss")
     np.testing.assert_allclose(logged(one, *terms), logged(two, *terms), atol=2e-5)
     assert_same_weights(one, two, atol=2e-4)
