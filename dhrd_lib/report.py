@@ -126,15 +126,17 @@ def print_table(frame: pd.DataFrame, console: Console | None = None) -> None:
     """Print what `write_report` returned in the terminal, a table a task."""
     console = console or Console()
     for task, rows in frame.groupby("task", sort=False):
-        table = Table(title=escape(task), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("split", "setting", "seeds", "metric [95%]", "points [95%]", "p"):
+        title = f"{task}, seeds a setting: {_span(sorted(rows['n_seeds'].unique()))}"
+        table = Table(
+            title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+        )
+        for name in ("split", "setting", "metric [95%]", "points [95%]", "p"):
             table.add_column(escape(name), overflow="fold", no_wrap=name == "split")
         for row in rows.itertuples():
             compared = not pd.isna(row.difference)
             cells = (
                 row.split,
                 row.setting,
-                str(row.n_seeds),
                 _percent_interval(row.value, row.low, row.high),
                 _points_interval(row.difference, row.diff_low, row.diff_high) if compared else "",
                 _p(row.p_value) if compared else "",

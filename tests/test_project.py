@@ -1,0 +1,67 @@
+"""The project's own files: pinned versions, notebooks fit to commit, figures that come from stored runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+HEADINGS = ("## Set-up", "## Takeaways", "## What's next")
+
+
+def test_every_requirement_is_pinned_and_torch_is_the_cpu_build():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    packages = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.\[\]-]+==[0-9][0-9a-z.]*", line) for line in packages)
+    assert "torch==2.13.0" in packages
+
+
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestNotebook:
+    def test_asks_a_question_and_has_its_headings(self, path):
+        text = "\n".join("".join(c["source"]) for c in cells(path) if c["cell_type"] == "markdown")
+        title = text.splitlines()[0]
+        assert title.startswith("# ")
+        assert title.rstrip("*").endswith("?")
+        assert "GPU" in text
+        assert [heading for heading in HEADINGS if heading not in text] == []
+
+    def test_holds_no_output_and_no_machine_path(self, path):
+        code = [c for c in cells(path) if c["cell_type"] == "code"]
+        assert not any(c["outputs"] or c["execution_count"] for c in code)
+        assert not re.search(r"[\"'](/home|/root|/tmp|/Users|/work|[A-Z]:\\)", path.read_text(encoding="utf-8"))
+
+    def test_is_made_small_for_the_tests_by_mocking_its_parameters(self, path):
+        mocks = [c["metadata"]["nbmake"]["mock"] for c in cells(path) if "nbmake" in c["metadata"]]
+        (parameters,) = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
+        assert mocks
+        names = {name for mock in mocks for name in mock}
+        assert names <= set(re.findall(r"^(\w+) *=", "".join(parameters["source"]), re.MULTILINE))
+
+    def test_defines_no_function_longer_than_ten_lines(self, path):
+        for cell in cells(path):
+            source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
+            for body in re.findall(r"^def .*\n((?:(?:    .*)?\n?)*)", source, re.MULTILINE):
+                assert len(body.strip().splitlines()) <= 10
+
+
+def test_the_readmes_table_is_the_stored_comparison():
+    stored = json.loads((ROOT / "notebooks" / "results" / "quick_comparison.json").read_text())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in stored["rows"]:
+        if row["split"] == "dev":
+            continue
+        value, low, high = (f"{100 * row[name]:.1f}" for name in ("value", "low", "high"))
+        line = f"| `{row['split']}` | {row['setting']} | {value}% [{low}, {high}] |"
+        if row["difference"] is not None:
+            points, low, high = (f"{100 * row[name]:+.1f}" for name in ("difference", "diff_low", "diff_high"))
+            line += f" {points} [{low}, {high}] | {row['p_value']:.3f} |"
+        assert line in readme
