@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TeacherConfig, TrainingConfig
+from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TeacherConfig, TrainingConfig, WorkbenchError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -135,5 +136,35 @@ def rationales(
         raise typer.Exit(1)
 
 
+@app.command("sweep")
+def sweep_command(
+    grid: Annotated[Path, typer.Argument(help="A grid as JSON: name, base, grid.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    storage: Annotated[str | None, typer.Option(help="An Optuna storage URL; left out, a SQLite file.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
+    again: Annotated[bool, typer.Option("--again", help="Train cells that failed once more.")] = False,
+) -> None:
+    """Train every cell of a grid that isn't finished yet; start it again to go on, or beside another to share.
+
+    Exits with 1 where a cell isn't finished at the end.
+    """
+    from dhrd_lib.sweeps import Grid, sweep
+
+    table = sweep(Grid.load(grid), runs, storage=storage, workers=workers, again=again)
+    for run, rows in table.groupby("run", sort=False):
+        found = [f"{row['split']} {row['primary']:.3f}" for _, row in rows.iterrows() if row["state"] == "finished"]
+        print(run, rows["state"].iloc[0], ", ".join(found) or rows["reason"].iloc[0] or "", sep="\t")
+    if (table["state"] != "finished").any():
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command; what the caller can mend is said in its one sentence, without a traceback."""
+    try:
+        app()
+    except (WorkbenchError, FileNotFoundError) as error:
+        sys.exit(f"dhrd_lib: {error}")
+
+
 if __name__ == "__main__":
-    app()
+    main()

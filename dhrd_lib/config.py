@@ -29,7 +29,11 @@ PROTOCOLS = ("gold", "rejection", "human")
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 
 
-class ConfigError(ValueError):
+class WorkbenchError(ValueError):
+    """Something the caller can mend; the message is one sentence that says what was found and expected."""
+
+
+class ConfigError(WorkbenchError):
     """A configuration value is not one that this workbench can run with."""
 
 

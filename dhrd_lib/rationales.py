@@ -33,7 +33,7 @@ from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dhrd_lib.config import ConfigError, TeacherConfig
+from dhrd_lib.config import ConfigError, TeacherConfig, WorkbenchError
 from dhrd_lib.plots import TEMPLATE
 from dhrd_lib.sequences import derangement
 from dhrd_lib.tasks import Task
@@ -50,7 +50,7 @@ from dhrd_lib.teachers import (
 REVIEWS = ("accept", "reject", "edit")
 
 
-class StoreError(ValueError):
+class StoreError(WorkbenchError):
     """A rationale store that can't be read."""
 
 
@@ -335,7 +335,7 @@ class _Job:
         for attempt in range(self._tries):
             places = self.missing(attempt)
             replies = teacher.ask([self._rows[place][1] for place in places], attempt)
-            bar = tqdm(replies, total=len(places), desc="rationales", disable=None if progress else True)
+            bar = tqdm(replies, total=len(places), desc="rationales", disable=not progress)
             for which, reply in bar:
                 self._take(places[which], reply)
 

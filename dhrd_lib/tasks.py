@@ -26,6 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
+from dhrd_lib.config import WorkbenchError
+
 DATA = Path(__file__).parent / "data"
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
@@ -33,7 +35,7 @@ Row = dict[str, Any]
 Splits = dict[str, tuple[str, list[Row]]]  # split -> (where its rows come from, the rows)
 
 
-class TaskError(ValueError):
+class TaskError(WorkbenchError):
     """The data or the template isn't something that a model can be trained on or asked about."""
 
 

@@ -7,8 +7,9 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import openai
@@ -16,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from dhrd_lib.backbones import EMBEDDED, load_backbone
-from dhrd_lib.config import ConfigError, TeacherConfig
+from dhrd_lib.config import ConfigError, TeacherConfig, WorkbenchError
 from dhrd_lib.tasks import Task, render, template_fields
 
 SENTINEL = "[END OF REASONING]"
@@ -43,7 +44,7 @@ PROMPTS = {"gold": GOLD_PROMPT, "rejection": REJECTION_PROMPT}
 _LONGEST_ANSWER = 80  # characters; what writes more after the sentinel isn't answering any more
 
 
-class TeacherError(ValueError):
+class TeacherError(WorkbenchError):
     """A teacher that can't be asked."""
 
 
@@ -161,12 +162,22 @@ class OpenAITeacher:
         )
 
     def ask(self, prompts: Sequence[str], attempt: int = 0) -> Iterator[tuple[int, Reply]]:
-        """Each prompt's place and its reply, as they come; `concurrency` of them are asked at a time."""
+        """Each prompt's place and its reply, as they come; `concurrency` of them are asked at a time.
+
+        The next prompt is sent once the caller has come back for more, so that at most `concurrency` replies
+        are on their way or not dealt with yet: that many a kill can cost.
+        """
         pool = ThreadPoolExecutor(self._config.concurrency)
+        waiting = iter(range(len(prompts)))
+        running = {}
         try:
-            places = {pool.submit(self._one, prompt, attempt): i for i, prompt in enumerate(prompts)}
-            for done in as_completed(places):
-                yield places[done], done.result()
+            for place in islice(waiting, self._config.concurrency):
+                running[pool.submit(self._one, prompts[place], attempt)] = place
+            while running:
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(done), done.result()
+                    for place in islice(waiting, 1):
+                        running[pool.submit(self._one, prompts[place], attempt)] = place
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

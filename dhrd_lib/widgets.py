@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ipywidgets as widgets
+import pandas as pd
+import plotly.graph_objects as go
 from datasets import Dataset
+from IPython.display import HTML, DisplayHandle, display
+from transformers import TrainerCallback, TrainerState
 
+from dhrd_lib import plots
 from dhrd_lib.config import TeacherConfig
-from dhrd_lib.rationales import FLAGS, Filters, RationaleStore, flags, review, select
+from dhrd_lib.rationales import FLAGS, Filters, RationaleStore, Record, flags, report_on, review, select
+from dhrd_lib.runs import Run
+from dhrd_lib.sequences import IGNORE_INDEX, SequenceFormat
 from dhrd_lib.tasks import Task
 
 
@@ -112,4 +120,242 @@ def _button(label: str, action: Callable[[Any], None], **look: str) -> widgets.B
 
 
 def _part(name: str, text: str) -> str:
-    return f"<b>{name}</b><div style='white-space: pre-wrap; margin-bottom: .5em'>{html.escape(text)}</div>"
+    name, text = html.escape(name), html.escape(text)
+    return f"<b>{name}</b><div style='white-space: pre-wrap; margin-bottom: .5em'>{text}</div>"
+
+
+class LiveLossCurves(TrainerCallback):
+    """Draws `plots.loss_curves` while `train` runs: pass it as `train(config, callbacks=[LiveLossCurves()])`.
+
+    The figure is an ordinary output that is drawn anew, so it stays in a saved notebook as it was last.
+    """
+
+    def __init__(self, seconds_between: float = 2.0) -> None:
+        self.seconds_between = seconds_between
+        self.figure: go.Figure | None = None
+        self._handle: DisplayHandle | None = None
+        self._drawn_at = 0.0
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self._handle is None or time.monotonic() - self._drawn_at >= self.seconds_between:
+            self._draw(state)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._draw(state)
+
+    def _draw(self, state: TrainerState) -> None:
+        if not state.log_history or not state.is_world_process_zero:
+            return
+        history = pd.DataFrame(state.log_history)
+        setting = "DHRD" if "lm_loss" in history else "pooled baseline"
+        self.figure = plots.loss_curves(history.assign(setting=setting, name="this run"))
+        bundle = self.figure._repr_mimebundle_()
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
+        self._drawn_at = time.monotonic()
+
+
+_SPANS = {
+    "input": "rgba(0, 114, 178, .28)",
+    "rationale": "rgba(230, 159, 0, .32)",
+    "label": "rgba(0, 158, 115, .38)",
+    "pad": "rgba(125, 130, 138, .18)",
+}
+
+
+def colored_tokens(fmt: SequenceFormat, row: Mapping[str, Any], verbalizer: str | None, length: int) -> HTML:
+    """One encoded row, token by token, coloured by span, padded to `length` as in a batch.
+
+    `row` is what `encode_example` gives and `verbalizer` the label text in it (None: there is none). The input's
+    last token, which "last" pooling reads, is framed; the LM head learns to write the tokens with a line below.
+    """
+    ids, n_input = row["input_ids"], row["input_length"]
+    n_label = 0 if verbalizer is None else len(fmt.encode_label(verbalizer))
+    n_pad = max(length - len(ids), 0)
+    spans = ["input"] * n_input + ["rationale"] * (len(ids) - n_input - n_label) + ["label"] * n_label
+    tokens = [
+        _token(fmt.tokenizer.decode([token]), span, place == n_input - 1, target != IGNORE_INDEX)
+        for place, (token, span, target) in enumerate(zip(ids, spans, row["lm_labels"], strict=True))
+    ]
+    tokens += [_token("pad", "pad", False, False)] * n_pad
+    counts = {span: spans.count(span) for span in _SPANS} | {"pad": n_pad}
+    legend = " ".join(_token(f"{span}: {count}", span, False, False) for span, count in counts.items())
+    legend += " " + _token("pooled", "input", True, False) + " " + _token("taught to the LM head", "", False, True)
+    return HTML(f"<p>{legend}</p><div style='line-height: 2; font-family: monospace'>{''.join(tokens)}</div>")
+
+
+def _token(text: str, span: str, pooled: bool, taught: bool) -> str:
+    style = f"background: {_SPANS.get(span, 'none')}; padding: 2px 1px; margin: 0 1px; border-radius: 3px; "
+    style += "white-space: pre-wrap; "
+    style += "outline: 2px solid #D55E00; font-weight: bold; " if pooled else ""
+    style += "border-bottom: 2px solid rgba(125, 130, 138, .9); " if taught else ""
+    return f"<span style='{style}'>{html.escape(text.replace(chr(10), '↵'))}</span>"
+
+
+class _Browser:
+    """Filters, and below them the rows that pass them, some a page.
+
+    The rows are an ordinary output that is drawn anew, not a widget: a saved notebook shows them without a kernel.
+    """
+
+    def __init__(self, rows: pd.DataFrame, filters: Mapping[str, widgets.Widget], per_page: int) -> None:
+        self.rows, self.filters, self.per_page = rows, dict(filters), per_page
+        self._at, self._handle = 0, None
+        self.previous = _button("Previous", lambda _: self._turn(-1), icon="arrow-left")
+        self.next = _button("Next", lambda _: self._turn(+1), icon="arrow-right")
+        self.controls = widgets.HBox(
+            [*self.filters.values(), self.previous, self.next], layout={"flex_flow": "row wrap"}
+        )
+        for one in self.filters.values():
+            one.observe(lambda _: self._turn(0), names="value")
+
+    def chosen(self) -> pd.DataFrame:
+        """The rows that pass the filters."""
+        raise NotImplementedError
+
+    def _card(self, row: pd.Series) -> str:
+        raise NotImplementedError
+
+    def _turn(self, step: int) -> None:
+        last = max((len(self.chosen()) - 1) // self.per_page, 0)
+        self._at = min(max(self._at + step, 0), last) if step else 0
+        if self._handle is not None:
+            self._handle.update(self.shown())
+
+    def shown(self) -> HTML:
+        """The page of rows that the filters and buttons are at."""
+        found = self.chosen()
+        page = found.iloc[self._at * self.per_page : (self._at + 1) * self.per_page]
+        first = self._at * self.per_page + 1
+        which = f"{first} to {first + len(page) - 1} of " if len(page) else ""
+        head = f"<p>{which}{len(found)} rows ({len(self.rows)} without a filter)</p>"
+        return HTML(head + "".join(_boxed(self._card(row)) for _, row in page.iterrows()))
+
+    def _ipython_display_(self) -> None:
+        display(self.controls)
+        self._handle = display(self.shown(), display_id=True)
+
+
+class RationaleExplorer(_Browser):
+    """The rows of a split with their rationales, by label, length of the input in words, and flag.
+
+    `rows` is a `RationaleReport`'s; `of` makes them for the rationales that a split brings.
+    """
+
+    def __init__(self, rows: pd.DataFrame, per_page: int = 5) -> None:
+        rows = rows.assign(input_words=rows["input_text"].str.split().str.len())
+        low, high = int(rows["input_words"].min()), int(rows["input_words"].max())
+        flagged = sorted({flag for of in rows["flags"] for flag in of})
+        filters = {
+            "label": _choice("Label:", ["all", *sorted(rows["label"].unique())]),
+            "flag": _choice("Rationale:", ["all", "not flagged", "none", "flagged", *flagged]),
+            "words": widgets.IntRangeSlider(value=(low, high), min=low, max=high, description="Words:"),
+        }
+        super().__init__(rows, filters, per_page)
+
+    @classmethod
+    def of(cls, task: Task, dataset: Dataset, per_page: int = 5) -> RationaleExplorer:
+        """Explore a split that `load_task` gave, with the rationales that stand in it."""
+        human = {"protocol": "human"}
+        records = [
+            Record(row["idx"], "", "", human, row["rationale"]) if row["rationale"] else None for row in dataset
+        ]
+        return cls(report_on(task, dataset, records).rows, per_page)
+
+    def chosen(self) -> pd.DataFrame:
+        """The rows that pass the filters."""
+        label, flag = self.filters["label"].value, self.filters["flag"].value
+        low, high = self.filters["words"].value
+        rows = self.rows[self.rows["input_words"].between(low, high)]
+        if label != "all":
+            rows = rows[rows["label"] == label]
+        there, n_flags = rows["rationale"].notna(), rows["flags"].map(len)
+        named = rows["flags"].map(lambda of: flag in of)
+        ways = {"all": there | True, "none": ~there, "flagged": n_flags > 0, "not flagged": there & (n_flags == 0)}
+        return rows[ways.get(flag, named)]
+
+    def _card(self, row: pd.Series) -> str:
+        found = ", ".join(f"{flag.replace('_', ' ')}: {FLAGS[flag]}" for flag in row["flags"])
+        return "".join(
+            [
+                _part(f"{row['label']} · idx {row['idx']} · {row['input_words']} words", row["input_text"]),
+                _part("Rationale", row["rationale"] or "none"),
+                _part("Flags", found) if found else "",
+            ]
+        )
+
+
+class DisagreementBrowser(_Browser):
+    """The rows of a split on which two runs differ, with what each says and the data's rationale.
+
+    Raises `ValueError` where the two runs didn't predict the same rows.
+    """
+
+    def __init__(self, baseline: Run, other: Run, split: str, per_page: int = 3) -> None:
+        rows = _disagreements(baseline, other, split)
+        self.names = {side: run.config.training.setting for side, run in (("a", baseline), ("b", other))}
+        if self.names["a"] == self.names["b"]:
+            self.names = {"a": baseline.name, "b": other.name}
+        kinds = {
+            "all": "all",
+            f"only {self.names['b']} is right": "b",
+            f"only {self.names['a']} is right": "a",
+            "both are wrong": "none",
+        }
+        filters = {
+            "right": _choice("Show:", list(kinds.items())),
+            "label": _choice("Gold:", ["all", *sorted(rows["gold"].unique())]),
+        }
+        super().__init__(rows, filters, per_page)
+
+    def chosen(self) -> pd.DataFrame:
+        """The rows that pass the filters."""
+        rows = self.rows
+        for column, name in (("right", "right"), ("gold", "label")):
+            if self.filters[name].value != "all":
+                rows = rows[rows[column] == self.filters[name].value]
+        return rows
+
+    def _card(self, row: pd.Series) -> str:
+        said = [f"{name}: {row[f'said_{side}']} ({row[f'p_{side}']:.0%})" for side, name in self.names.items()]
+        return "".join(
+            [
+                _part(f"Gold: {row['gold']} · idx {row['idx']}", row["input_text"]),
+                _part("Predictions", "\n".join(said)),
+                _part("Rationale of the data, seen by neither", row["rationale"] or "none"),
+            ]
+        )
+
+
+def _disagreements(a: Run, b: Run, split: str) -> pd.DataFrame:
+    """Rows of both runs' predictions that differ: idx, input_text, gold, right, rationale, said_* and p_*."""
+    names = a.metrics["label_names"]
+    both = a.predictions(split).merge(b.predictions(split), on="idx", suffixes=("_a", "_b"))
+    same_rows = len(both) == len(a.predictions(split)) == len(b.predictions(split))
+    if not same_rows or (both["input_text_a"] != both["input_text_b"]).any():
+        raise ValueError(f"{a.name!r} and {b.name!r} differ in the rows of {split!r}; expected the same rows.")
+    both = both[both["prediction_a"] != both["prediction_b"]]
+    right = {side: both[f"prediction_{side}"] == both["label_a"] for side in "ab"}
+    given = both["rationale_b"].astype(object)
+    rows = {
+        "idx": both["idx"],
+        "input_text": both["input_text_a"],
+        "gold": [names[i] for i in both["label_a"]],
+        "right": ["a" if in_a else "b" if in_b else "none" for in_a, in_b in zip(*right.values(), strict=True)],
+        "rationale": given.where(given.notna(), None),
+    }
+    for side in "ab":
+        rows[f"said_{side}"] = [names[i] for i in both[f"prediction_{side}"]]
+        rows[f"p_{side}"] = both[f"probabilities_{side}"].map(max)
+    return pd.DataFrame(rows)
+
+
+def _choice(label: str, options: list) -> widgets.Dropdown:
+    return widgets.Dropdown(options=options, description=label)
+
+
+def _boxed(inside: str) -> str:
+    box = "border: 1px solid rgba(125, 130, 138, .4); border-radius: 4px; padding: .6em .8em; margin: .5em 0"
+    return f"<div style='{box}'>{inside}</div>"

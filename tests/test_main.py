@@ -67,6 +67,13 @@ def test_compare_names_the_profiles_that_there_are():
     assert "profile is 'slow'; expected one of quick, full." in re.sub(r"[│\s]+", " ", result.output)
 
 
+def test_what_the_caller_can_mend_is_said_in_one_sentence_without_a_traceback(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"training": {"alpha": -1}}')
+    monkeypatch.setattr("sys.argv", ["dhrd_lib", "train", str(tmp_path / "config.json")])
+    with pytest.raises(SystemExit, match=r"^dhrd_lib: alpha is -1; expected a finite number, 0 or more\.$"):
+        cli.main()
+
+
 def test_train_and_predict_from_a_config_file(tmp_path):
     tiny(cli.comparison("quick")[0]).replace(name="mine").save(tmp_path / "config.json")
     output = invoke("train", tmp_path / "config.json", "--runs", tmp_path / "runs")
