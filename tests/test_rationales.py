@@ -27,12 +27,10 @@ from dhrd_lib import teachers
 from dhrd_lib.__main__ import app
 from dhrd_lib.backbones import EMBEDDED, load_backbone
 from dhrd_lib.config import ConfigError, TeacherConfig
+from dhrd_lib.rationale_store import RationaleStore, Record, StoreError
 from dhrd_lib.rationales import (
     FLAGS,
     Filters,
-    RationaleStore,
-    Record,
-    StoreError,
     drop_share,
     export,
     flags,
