@@ -15,7 +15,14 @@ import torch
 from datasets import Dataset, DatasetDict
 from scipy.special import log_softmax, softmax
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from dhrd_lib.backbones import resolve_device
@@ -230,10 +237,11 @@ class _Prepared:
     trunk_layers: int
 
 
-def train(config: RunConfig, root: str | Path = "runs") -> Run:
+def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[TrainerCallback] = ()) -> Run:
     """Train, select on dev, evaluate on the final splits, and store it all in `root/config.name`.
 
-    A finished run is given back as it is; one that was stopped goes on from its last checkpoint. Raises
+    A finished run is given back as it is; one that was stopped goes on from its last checkpoint. `callbacks`
+    are transformers' own; they see every term of the loss in the logs. Raises
     `ConfigError` where the folder holds a run of another configuration.
     """
     folder = Path(root) / config.name
@@ -245,6 +253,8 @@ def train(config: RunConfig, root: str | Path = "runs") -> Run:
     for split, report in prepared.reports.items():
         print(f"{config.name} · {split}: {report}")
     trainer = _make_trainer(config, prepared, folder)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     # Only the first process makes the folder otherwise, and the others may look before it does.
     (folder / "checkpoints").mkdir(exist_ok=True)
     checkpoint = get_last_checkpoint(str(folder / "checkpoints"))

@@ -16,7 +16,8 @@ from transformers import TrainerCallback, TrainerState
 
 from dhrd_lib import plots
 from dhrd_lib.config import TeacherConfig
-from dhrd_lib.rationales import FLAGS, Filters, RationaleStore, Record, flags, report_on, review, select
+from dhrd_lib.rationale_store import RationaleStore, Record
+from dhrd_lib.rationales import FLAGS, Filters, flags, report_on, review, select
 from dhrd_lib.runs import Run
 from dhrd_lib.sequences import IGNORE_INDEX, SequenceFormat
 from dhrd_lib.tasks import Task
@@ -281,7 +282,7 @@ class RationaleExplorer(_Browser):
         return "".join(
             [
                 _part(f"{row['label']} · idx {row['idx']} · {row['input_words']} words", row["input_text"]),
-                _part("Rationale", row["rationale"] or "none"),
+                _part("Rationale", _or_none(row["rationale"])),
                 _part("Flags", found) if found else "",
             ]
         )
@@ -324,7 +325,7 @@ class DisagreementBrowser(_Browser):
             [
                 _part(f"Gold: {row['gold']} · idx {row['idx']}", row["input_text"]),
                 _part("Predictions", "\n".join(said)),
-                _part("Rationale of the data, seen by neither", row["rationale"] or "none"),
+                _part("Rationale of the data, seen by neither", _or_none(row["rationale"])),
             ]
         )
 
@@ -338,18 +339,22 @@ def _disagreements(a: Run, b: Run, split: str) -> pd.DataFrame:
         raise ValueError(f"{a.name!r} and {b.name!r} differ in the rows of {split!r}; expected the same rows.")
     both = both[both["prediction_a"] != both["prediction_b"]]
     right = {side: both[f"prediction_{side}"] == both["label_a"] for side in "ab"}
-    given = both["rationale_b"].astype(object)
     rows = {
         "idx": both["idx"],
         "input_text": both["input_text_a"],
         "gold": [names[i] for i in both["label_a"]],
         "right": ["a" if in_a else "b" if in_b else "none" for in_a, in_b in zip(*right.values(), strict=True)],
-        "rationale": given.where(given.notna(), None),
+        "rationale": both["rationale_b"],
     }
     for side in "ab":
         rows[f"said_{side}"] = [names[i] for i in both[f"prediction_{side}"]]
         rows[f"p_{side}"] = both[f"probabilities_{side}"].map(max)
     return pd.DataFrame(rows)
+
+
+def _or_none(text: Any) -> str:
+    """A cell's text; a missing one is NaN or None."""
+    return text if isinstance(text, str) and text.strip() else "none"
 
 
 def _choice(label: str, options: list) -> widgets.Dropdown:

@@ -1,0 +1,244 @@
+"""Grids: every cell once, however many processes work on it and whatever becomes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dhrd_lib import __main__ as cli
+from dhrd_lib import sweeps, training
+from dhrd_lib.config import ConfigError
+from dhrd_lib.runs import load_run
+from dhrd_lib.sweeps import Grid, cells, sweep
+from dhrd_lib.training import train
+
+
+@pytest.fixture(autouse=True, scope="module")
+def base(tmp_path_factory):
+    """The values that the cells share: a tiny backbone on 24 rows."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        {"text": f"case {i} is about {word}", "label": word, "rationale": f"it says {word} in case {i}"}
+        for i in range(12)
+        for word in ("money", "faults")
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    BASE["data"]["task"] = str(folder / "rows.jsonl")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DHRD_CACHE", str(folder / "cache"))
+    yield
+    patch.undo()
+
+
+BASE = {
+    "model": {"backbone": "tiny", "device": "cpu"},
+    "data": {"dev_fraction": 0.2},
+    "training": {"epochs": 1, "batch_size": 8, "logging_steps": 1},
+}
+
+
+def a_grid(**values: list) -> Grid:
+    return Grid("g", {key.replace("__", "."): of for key, of in values.items()}, BASE)
+
+
+def record_trained(monkeypatch, interrupted: str | None = None) -> list[str]:
+    """The names of the runs that are trained; a finished one that is taken as it is isn't."""
+    begun, prepare = [], training._prepare
+
+    def recording(config):
+        begun.append(config.name)
+        if config.name == interrupted:
+            raise KeyboardInterrupt
+        return prepare(config)
+
+    monkeypatch.setattr(training, "_prepare", recording)
+    return begun
+
+
+WORKER = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from dhrd_lib import training
+from dhrd_lib.sweeps import Grid, sweep
+step, prepare = training.DHRDTrainer.training_step, training._prepare
+def dies(self, *args, **kwargs):
+    if self.state.global_step == 2 and os.environ.get("DIES"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+def prepares(config):
+    print("PREPARED", config.name, flush=True)
+    return prepare(config)
+training.DHRDTrainer.training_step, training._prepare = dies, prepares
+table = sweep(Grid.load(sys.argv[1]), sys.argv[2])
+assert set(table["state"]) == {"finished"}, table
+"""
+
+
+def launch(folder: Path, grid: Grid, **environment: str) -> subprocess.Popen:
+    (folder / "worker.py").write_text(WORKER)
+    (folder / "grid.json").write_text(json.dumps({"name": grid.name, "base": grid.base, "grid": grid.values}))
+    return subprocess.Popen(
+        [sys.executable, folder / "worker.py", folder / "grid.json", folder / "runs"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == code, output + errors
+    return output
+
+
+def test_every_cell_is_trained_once_and_a_second_call_trains_nothing(tmp_path, monkeypatch):
+    called = record_trained(monkeypatch)
+    grid = a_grid(training__alpha=[0, 1], training__seed=[0, 1])
+    table = sweep(grid, tmp_path)
+    assert sorted(called) == ["g-alpha0-seed0", "g-alpha0-seed1", "g-alpha1-seed0", "g-alpha1-seed1"]
+    assert len(table) == 4 * 2  # dev and test
+    assert set(table["state"]) == {"finished"}
+    assert table["primary"].between(0, 1).all()
+    assert table.groupby("run")[["alpha", "seed"]].first().values.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    again = sweep(grid, tmp_path)
+    assert len(called) == 4
+    assert again.equals(table)
+
+
+def test_the_run_of_a_cell_has_the_bases_values_and_its_own(tmp_path):
+    grid = a_grid(training__alpha=[0.5], model__pooling=["mean"])
+    config = grid.config("g-alpha0.5-poolingmean")
+    assert (config.training.alpha, config.model.pooling) == (0.5, "mean")
+    assert (config.training.epochs, config.data.dev_fraction) == (1, 0.2)
+
+
+def test_cells_whose_values_read_the_same_as_a_file_name_keep_runs_of_their_own():
+    grid = a_grid(model__backbone=["org/model", "org_model", "x" * 200])
+    assert len(grid.cells) == 3
+    assert all("/" not in run and len(run) < 130 for run in grid.cells)
+
+
+def test_finished_runs_are_taken_as_they_are(tmp_path, monkeypatch):
+    grid = a_grid(training__alpha=[0, 1])
+    train(grid.config("g-alpha1"), tmp_path)
+    written = (tmp_path / "g-alpha1" / "metrics.json").stat().st_mtime_ns
+    sweep(grid, tmp_path)
+    assert (tmp_path / "g-alpha1" / "metrics.json").stat().st_mtime_ns == written
+
+
+def test_a_cell_that_fails_is_listed_with_its_reason_and_the_rest_go_on(tmp_path, monkeypatch):
+    called = record_trained(monkeypatch)
+    grid = a_grid(model__freeze_layers=[99, 1])
+    table = sweep(grid, tmp_path).groupby("run").first()
+    assert table["state"].to_dict() == {"g-freeze_layers1": "finished", "g-freeze_layers99": "failed"}
+    reason = table.loc["g-freeze_layers99", "reason"]
+    assert re.fullmatch(r"freeze_layers is 99; the backbone has \d layers\.", reason)
+    sweep(grid, tmp_path)
+    assert len(called) == 2  # a failure isn't tried again unasked
+    sweep(grid, tmp_path, again=True)
+    assert called.count("g-freeze_layers99") == 2
+
+
+def test_values_that_do_not_go_together_fail_their_own_cell_alone(tmp_path):
+    table = sweep(a_grid(training__alpha=[0], training__beta=[0, 1]), tmp_path).groupby("run").first()
+    assert table["state"].tolist() == ["failed", "finished"]
+    assert "both 0" in table["reason"].iloc[0]
+
+
+def test_an_interrupted_cell_is_taken_up_at_the_next_call(tmp_path, monkeypatch):
+    record_trained(monkeypatch, interrupted="g-alpha1")
+    grid = a_grid(training__alpha=[0, 1])
+    with pytest.raises(KeyboardInterrupt):
+        sweep(grid, tmp_path)
+    assert dict(cells(grid, tmp_path)[["run", "state"]].values)["g-alpha1"] == "stopped"
+    monkeypatch.undo()
+    assert set(sweep(grid, tmp_path)["state"]) == {"finished"}
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_share_a_grid_and_train_no_cell_twice(tmp_path, monkeypatch):
+    grid = a_grid(training__alpha=[0, 1], training__seed=[0, 1, 2])
+    called = record_trained(monkeypatch)
+    other = launch(tmp_path, grid)
+    first = other.stdout.readline()  # it has begun
+    assert set(sweep(grid, tmp_path / "runs")["state"]) == {"finished"}
+    theirs = re.findall("PREPARED (.*)", first + finish(other))
+    assert called
+    assert theirs
+    assert sorted(called + theirs) == sorted(grid.cells)
+
+
+@pytest.mark.timeout(120)
+def test_after_a_kill_in_the_middle_of_a_cell_the_next_call_resumes_it_and_does_the_rest(tmp_path, monkeypatch):
+    base = {**BASE, "training": {**BASE["training"], "batch_size": 4, "eval_steps": 1}}
+    grid = Grid("g", {"training.seed": [0, 1]}, base)
+    killed = launch(tmp_path, grid, DIES="1")
+    (begun,) = re.findall("PREPARED (.*)", finish(killed, -signal.SIGKILL))
+    assert set(cells(grid, tmp_path / "runs")["state"]) == {"running", "waiting"}
+    monkeypatch.setattr(sweeps, "HEARTBEAT_SECONDS", 1)
+    assert set(sweep(grid, tmp_path / "runs")["state"]) == {"finished"}
+    assert load_run(tmp_path / "runs" / begun).metrics["resumed_from_step"] == 2
+
+
+@pytest.mark.timeout(120)
+def test_the_command_works_with_several_processes_and_says_what_is_not_finished(tmp_path):
+    grid = {"name": "g", "base": BASE, "grid": {"model.freeze_layers": [0, 99]}}
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    url = f"sqlite:///{tmp_path / 'elsewhere.sqlite3'}"
+    arguments = ["sweep", str(tmp_path / "grid.json"), "--workers", "2", "--runs", str(tmp_path / "runs")]
+    result = CliRunner().invoke(cli.app, [*arguments, "--storage", url])
+    assert result.exit_code == 1, result.output
+    assert re.search(r"g-freeze_layers0\tfinished\tdev \d\.\d{3}, test \d\.\d{3}", result.output)
+    assert re.search(r"g-freeze_layers99\tfailed\tfreeze_layers is 99; the backbone has", result.output)
+    assert (tmp_path / "elsewhere.sqlite3").is_file()
+    assert not (tmp_path / "runs" / "g.sqlite3").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"training.alfa": [0]},
+            "'training.alfa' is no field of a run's configuration; did you mean 'training.alpha'?",
+        ),
+        ({"name": ["a"]}, "'name' is no field"),
+        ({}, "the grid varies no field"),
+        ({"training.alpha": []}, "expected one or more values, each once"),
+        ({"training.alpha": [1, 1]}, "expected one or more values, each once"),
+        ({"training.alpha": 1}, "expected a list of values"),
+        ({"data.text": [["a", "b"]]}, "expected texts, numbers, truth values or null"),
+    ],
+)
+def test_a_grid_that_cannot_be_run_is_refused_in_one_sentence(values, sentence):
+    with pytest.raises(ConfigError) as caught:
+        Grid("g", values, BASE)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_fields_of_the_base_or_the_file_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="training.epoch is not a field"):
+        Grid("g", {"training.alpha": [0]}, {"training": {"epoch": 1}})
+    path = tmp_path / "grid.json"
+    for text in ("{", "[]", '{"name": "g"}', '{"name": "g", "grid": {}, "seeds": 3}', '{"name": "g", "grid": 1}'):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"is not JSON|is no grid"):
+            Grid.load(path)
+
+
+def test_a_run_folder_of_another_configuration_is_a_reason_to_fail(tmp_path):
+    train(a_grid(training__alpha=[1]).config("g-alpha1"), tmp_path)
+    other = Grid("g", {"training.alpha": [1]}, {**BASE, "training": {**BASE["training"], "epochs": 2}})
+    table = sweep(other, tmp_path)
+    assert table["state"].tolist() == ["failed"]
+    assert "holds a run of another configuration" in table["reason"].iloc[0]
