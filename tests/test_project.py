@@ -65,3 +65,16 @@ def test_the_readmes_table_is_the_stored_comparison():
             points, low, high = (f"{100 * row[name]:+.1f}" for name in ("difference", "diff_low", "diff_high"))
             line += f" {points} [{low}, {high}] | {row['p_value']:.3f} |"
         assert line in readme
+
+
+def test_the_readmes_two_seeds_are_the_stored_ones():
+    stored = json.loads((ROOT / "notebooks" / "results" / "quick_two_seeds.json").read_text())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in stored["rows"]:
+        if row["split"] != "dev" and row["difference"] is not None:
+            points, low, high = (f"{100 * row[name]:+.1f}" for name in ("difference", "diff_low", "diff_high"))
+            assert f"{points} [{low}, {high}]" in readme
+    for run in stored["by_seed"]:
+        if run["run"].endswith("seed1"):
+            assert f"{100 * run['test']:.1f}%" in readme
+            assert f"{100 * run['test_new_domain']:.1f}%" in readme
