@@ -1,4 +1,4 @@
-"""Evaluation: task metrics, their intervals, and paired comparisons of two settings on the same rows.
+"""Evaluation: task metrics and their intervals, paired comparisons on the same rows, calibration.
 
 Every metric here is a function of counts summed over rows, so a resample of the rows is a weighted sum
 of the same counts: thousands of resamples are one matrix product. The unit that is resampled or
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scipy.optimize
 import scipy.stats
 from numpy.typing import ArrayLike
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from scipy.special import logsumexp, softmax
+from sklearn.metrics import brier_score_loss, confusion_matrix, precision_recall_fscore_support
 
 NO_ANSWER = -1
 _BATCH_NUMBERS = 2**22  # how many numbers a batch of resamples may hold: 32 MiB
@@ -251,6 +253,85 @@ def over_seeds(values: Sequence[float], *, confidence: float = 0.95) -> SeedSumm
     std = float(numbers.std(ddof=1))
     half = float(scipy.stats.t.ppf((1 + confidence) / 2, numbers.size - 1)) * std / math.sqrt(numbers.size)
     return SeedSummary(mean, mean - half, mean + half, numbers.size, std)
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Holm's step-down correction of the p-values of several comparisons (tasks, settings), in their order.
+
+    The adjusted values hold the chance of any false finding among all of them: compare each with the level.
+    """
+    if len(p_values) == 0:
+        return np.zeros(0)
+    from statsmodels.stats.multitest import multipletests  # a second of import, for this alone
+
+    return multipletests(p_values, method="holm")[1]
+
+
+# --- Calibration. Probabilities have shape (N, K), rows summing to 1; confidence is a row's largest one.
+
+
+def reliability(labels: ArrayLike, probabilities: ArrayLike, *, n_bins: int = 10) -> pd.DataFrame:
+    """Bins of rows by confidence, each with as many rows as the next (one more in the first ones).
+
+    Columns: confidence and accuracy (means over the bin, fractions) and rows. Fewer rows than `n_bins` make a
+    bin each.
+    """
+    gold, said = _probabilities(labels, probabilities)
+    confidence, right = said.max(axis=1), said.argmax(axis=1) == gold
+    # The sort is stable, so rows of equal confidence are dealt in their order, the same at every call.
+    bins = np.array_split(np.argsort(confidence, kind="stable"), min(n_bins, len(gold)))
+    rows = [(confidence[rows].mean(), right[rows].mean(), len(rows)) for rows in bins]
+    return pd.DataFrame(rows, columns=["confidence", "accuracy", "rows"])
+
+
+def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, *, n_bins: int = 10) -> float:
+    """ECE: the mean distance of accuracy and confidence over equal-mass bins, weighted by their rows."""
+    bins = reliability(labels, probabilities, n_bins=n_bins)
+    return float(np.average((bins["accuracy"] - bins["confidence"]).abs(), weights=bins["rows"]))
+
+
+def brier_score(labels: ArrayLike, probabilities: ArrayLike) -> float:
+    """The mean over rows of the squared error summed over all K classes: 0 to 2, also for two classes."""
+    gold, said = _probabilities(labels, probabilities)
+    return float(brier_score_loss(gold, said, labels=range(said.shape[1]), scale_by_half=False))
+
+
+def fit_temperature(labels: ArrayLike, probabilities: ArrayLike) -> float:
+    """The temperature that makes these labels likeliest; fit it on dev and apply it to test.
+
+    Searched from 0.05 to 20. Above 1 means that the probabilities were too sure.
+    """
+    gold, said = _probabilities(labels, probabilities)
+
+    def negative_log_likelihood(log_temperature: float) -> float:
+        logits = _log(said) / math.exp(log_temperature)
+        return float((logsumexp(logits, axis=1) - logits[np.arange(len(gold)), gold]).mean())
+
+    bounds = (math.log(0.05), math.log(20))
+    found = scipy.optimize.minimize_scalar(negative_log_likelihood, bounds=bounds, method="bounded")
+    return math.exp(found.x)
+
+
+def apply_temperature(probabilities: ArrayLike, temperature: float) -> np.ndarray:
+    """Probabilities of the same classifier with its logits divided by the temperature; no answer changes."""
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature!r}; expected a number above 0.")
+    return softmax(_log(np.asarray(probabilities, dtype=float)) / temperature, axis=1)
+
+
+def _log(probabilities: np.ndarray) -> np.ndarray:
+    # Stored probabilities are rounded, so that a small one may read 0.
+    return np.log(np.maximum(probabilities, 1e-7))
+
+
+def _probabilities(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    gold = _class_indices("labels", labels, minimum=0)
+    said = np.asarray(probabilities, dtype=float)
+    if said.ndim != 2 or len(said) != len(gold) or len(gold) == 0:
+        raise ValueError(f"probabilities have shape {said.shape} for {len(gold)} labels; expected (N, K), N > 0.")
+    if gold.max() >= said.shape[1] or not np.allclose(said.sum(axis=1), 1, atol=1e-3) or said.min() < 0:
+        raise ValueError("probabilities aren't such; expected rows that sum to 1, with a column for every label.")
+    return gold, said / said.sum(axis=1, keepdims=True)  # stored ones are rounded
 
 
 # --- Counts. The last axis holds 3K + 2 numbers for K classes: K of right rows by class, K of rows by

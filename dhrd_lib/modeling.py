@@ -33,6 +33,8 @@ from dhrd_lib.sequences import SPECIAL_MARKERS, TEXT_MARKERS, DHRDCollator, Sequ
 from dhrd_lib.tasks import Task, render
 
 FULL_FINETUNE_BELOW = 500_000_000
+# With more, the activations of a layer of SmolLM2's size leave the cache; 16 x 80 tokens at once were 8% slower.
+CPU_PART_TOKENS = 512
 
 
 class DHRDConfig(PreTrainedConfig):
@@ -248,7 +250,29 @@ class DHRDModel(PreTrainedModel):
         trunk_states: torch.Tensor | None = None,
         trunk_layers: int = 0,
     ) -> torch.Tensor:
-        """Class logits `(B, K)` of inputs alone; the LM head isn't computed."""
+        """Class logits `(B, K)` of inputs alone, padded on the right; the LM head isn't computed.
+
+        On a CPU the rows go through in parts of `CPU_PART_TOKENS`, each without the padding that only others
+        need: the logits are the same, and come sooner.
+        """
+        tensors = [input_ids, attention_mask] + ([] if trunk_states is None else [trunk_states])
+        if input_ids.device.type != "cpu":
+            return self._classify(trunk_layers, *tensors)
+        rows = max(CPU_PART_TOKENS // input_ids.shape[1], 1)
+        logits = []
+        for first in range(0, len(input_ids), rows):
+            longest = int(attention_mask[first : first + rows].sum(1).max())
+            part = [tensor[first : first + rows, :longest] for tensor in tensors]
+            logits.append(self._classify(trunk_layers, *part))
+        return torch.cat(logits)
+
+    def _classify(
+        self,
+        trunk_layers: int,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        trunk_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         hidden = self._hidden(input_ids, attention_mask, trunk_states, trunk_layers)
         return self.classifier(self._pool(hidden, attention_mask)).float()
 

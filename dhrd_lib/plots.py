@@ -16,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-COLORS = {"pooled baseline": "#D55E00", "DHRD": "#0072B2", "reasoning only": "#009E73"}
+COLORS = {"pooled baseline": "#D55E00", "DHRD": "#0072B2", "reasoning only": "#009E73", "pipeline": "#E69F00"}
 _OTHER_COLOR = "#CC79A7"
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -220,6 +220,146 @@ def per_class_f1(tables: Mapping[str, pd.DataFrame], split: str = "") -> go.Figu
     n_bars = sum(len(table) for table in tables.values())
     figure.update_layout(height=170 + 22 * n_bars, bargap=0.35, showlegend=True)
     figure.update_xaxes(title="F1 (%)", range=[0, 102])
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def accuracy_by_tokens(
+    rows: pd.DataFrame, reference: Mapping[str, float] | None = None, metric: str = "accuracy"
+) -> go.Figure:
+    """The metric against the tokens written for a row, a line a way to read the answer, and the pooled systems.
+
+    `rows` is of `cot.accuracy_by_budget`, with a column setting ("CoT (parsed)"); `reference` has the metric
+    (fractions) of systems that write nothing, drawn as level lines. The axis is linear up to 1 token and
+    logarithmic above, so that 0 has its place.
+    """
+    figure = _figure(f"What does a token of reasoning buy? {_plain(metric)} with 95% intervals")
+    reference = reference or {}
+    styles = _styles([*reference, *rows["setting"]])
+    for setting, part in rows.groupby("setting", sort=False):
+        style = styles[setting]
+        figure.add_scatter(
+            x=_tokens(part["tokens"]),
+            y=100 * part["value"],
+            error_y=_error_bars(part["value"], part["low"], part["high"]),
+            mode="lines+markers",
+            line={"color": style.color, "dash": style.dash, "width": 1.5},
+            marker={"color": style.color, "symbol": style.symbol, "size": 9},
+            name=_plain(setting),
+            customdata=part[["budget", "tokens", "unanswered", "rows"]].to_numpy(),
+            hovertemplate=f"{_plain(setting)}, at most %{{customdata[0]}} tokens<br>%{{y:.1f}}% with "
+            "%{customdata[1]:.1f} tokens a row<br>%{customdata[2]} of %{customdata[3]} rows without an answer"
+            "<extra></extra>",
+        )
+    ticks = [0, 1, 3, 10, 30, 100, 300, 1000]
+    ticks = [tick for tick in ticks if tick <= max(2 * rows["tokens"].max(), 1)]
+    for setting, value in reference.items():
+        figure.add_scatter(
+            x=_tokens(pd.Series([ticks[0], ticks[-1]])),
+            y=[100 * value] * 2,
+            mode="lines",
+            line={"color": styles[setting].color, "width": 2},
+            name=f"{_plain(setting)}, no token",
+            hovertemplate=f"{_plain(setting)}: %{{y:.1f}}%<extra></extra>",
+        )
+    figure.update_layout(height=430, showlegend=True)
+    figure.update_xaxes(title="tokens written for a row (mean)", tickvals=_tokens(pd.Series(ticks)), ticktext=ticks)
+    figure.update_yaxes(title=f"{_plain(metric)} (%)")
+    return figure
+
+
+def _tokens(tokens: pd.Series) -> np.ndarray:
+    return np.log10(1 + tokens.to_numpy(dtype=float))
+
+
+def cascade_curve(rows: pd.DataFrame, metric: str = "accuracy") -> go.Figure:
+    """The metric against queries a second (log axis), as more rows go on to CoT; `rows` is of `cot.cascade`."""
+    figure = _figure("What does sending unsure rows to CoT cost? DHRD alone on the right, CoT alone on the left")
+    shown = rows.assign(threshold=rows["threshold"].clip(upper=1))
+    figure.add_scatter(
+        x=shown["queries_per_second"],
+        y=100 * shown["value"],
+        mode="lines",
+        line={"color": _INK, "width": 1.5},
+        name="cascade",
+        customdata=shown[["threshold", "share_to_cot"]].to_numpy() * [1, 100],
+        hovertemplate="%{y:.1f}% at %{x:.3g} queries a second<br>rows under %{customdata[0]:.2f} go to CoT: "
+        "%{customdata[1]:.0f}%<extra></extra>",
+    )
+    for name, place in (("DHRD", 0), ("CoT", -1)):
+        end, style = shown.iloc[place], _styles([name])[name]
+        figure.add_scatter(
+            x=[end["queries_per_second"]],
+            y=[100 * end["value"]],
+            mode="markers",
+            marker={"color": style.color, "size": 12, "symbol": "circle" if place == 0 else "diamond"},
+            name=f"{name} alone",
+            hovertemplate=f"{name} alone: %{{y:.1f}}% at %{{x:.3g}} queries a second<extra></extra>",
+        )
+    figure.update_layout(height=400, showlegend=True)
+    figure.update_xaxes(title="queries a second (log axis)", type="log", dtick="D2")
+    figure.update_yaxes(title=f"{_plain(metric)} (%)")
+    return figure
+
+
+def reliability_diagram(tables: Mapping[str, pd.DataFrame], split: str = "") -> go.Figure:
+    """Accuracy against confidence in bins of equal mass; `tables` has frames of `evaluation.reliability`."""
+    figure = _figure(f"Is it as sure as it may be? On the dotted line it is.{_on(split)}")
+    low = 100 * min(table[["confidence", "accuracy"]].to_numpy().min() for table in tables.values())
+    ends = [max(low - 5, 0), 102]
+    figure.add_scatter(
+        x=ends, y=ends, mode="lines", line={"color": _ZERO, "dash": "dot"}, showlegend=False, hoverinfo="skip"
+    )
+    styles = _styles(tables)
+    for setting, table in tables.items():
+        style = styles[setting]
+        figure.add_scatter(
+            x=100 * table["confidence"],
+            y=100 * table["accuracy"],
+            mode="lines+markers",
+            line={"color": style.color, "dash": style.dash, "width": 1.5},
+            marker={"color": style.color, "symbol": style.symbol, "size": 9},
+            name=_plain(setting),
+            customdata=table["rows"],
+            hovertemplate=f"{_plain(setting)}<br>confidence %{{x:.1f}}%, accuracy %{{y:.1f}}%, "
+            "%{customdata} rows<extra></extra>",
+        )
+    figure.update_layout(height=440, showlegend=True)
+    figure.update_xaxes(title="confidence (%)", range=ends)
+    figure.update_yaxes(title="accuracy (%)", range=ends)
+    return figure
+
+
+def throughput_bars(rows: pd.DataFrame) -> go.Figure:
+    """Queries a second on a log axis, a bar a system; `rows` has what `throughput.Measured.row` gives."""
+    figure = _figure("How many queries a second does each system answer? Log axis, best batch size")
+    told = (
+        "latency_p50_ms",
+        "latency_p95_ms",
+        "written_tokens_per_query",
+        "queries",
+        "best_batch",
+        "best_batch_unit",
+    )
+    styles = _styles(rows["system"])
+    figure.add_bar(
+        x=rows["queries_per_second"],
+        y=rows["system"].map(_plain),
+        orientation="h",
+        marker={"color": [styles[system].color for system in rows["system"]]},
+        text=[f"{value:.3g}" for value in rows["queries_per_second"]],
+        textposition="outside",
+        cliponaxis=False,
+        customdata=rows[list(told)].to_numpy(),
+        hovertemplate="%{y}: %{x:.3g} queries a second<br>%{customdata[3]} queries, %{customdata[4]} "
+        "%{customdata[5]} a batch<br>alone: p50 %{customdata[0]:.0f} ms, p95 %{customdata[1]:.0f} ms<br>"
+        "%{customdata[2]:.0f} tokens written a query<extra></extra>",
+    )
+    # A log axis has no zero, so the bars' left end is a choice: a decade under the slowest.
+    low, high = np.log10([rows["queries_per_second"].min(), rows["queries_per_second"].max()])
+    shown = [np.floor(low), high + 0.25]
+    figure.update_layout(height=170 + 30 * len(rows), bargap=0.3, margin={"t": 50, "r": 50})
+    figure.update_xaxes(title="queries a second (log axis)", type="log", dtick=1, range=shown)
     figure.update_yaxes(autorange="reversed")
     return figure
 

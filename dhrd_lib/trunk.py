@@ -39,7 +39,7 @@ class TrunkStates:
 
 
 def cached_trunk_states(
-    model: DHRDModel, rows: Sequence[Mapping[str, Any]], trunk_layers: int, max_batch_tokens: int = 4096
+    model: DHRDModel, rows: Sequence[Mapping[str, Any]], trunk_layers: int, max_batch_tokens: int = 512
 ) -> TrunkStates:
     """The states that enter layer `trunk_layers` for each row's `input_ids`, computed once and kept.
 

@@ -4,18 +4,25 @@ import time
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 from sklearn.metrics import accuracy_score, f1_score
 
 from dhrd_lib.evaluation import (
     NO_ANSWER,
+    apply_temperature,
     bootstrap_interval,
     bootstrap_interval_over_seeds,
+    brier_score,
     confusion,
+    expected_calibration_error,
+    fit_temperature,
+    holm,
     over_seeds,
     paired_comparison,
     paired_comparison_over_seeds,
     per_class,
+    reliability,
     task_metrics,
 )
 
@@ -292,3 +299,95 @@ class TestSeveralSeeds:
     def test_one_seed_has_a_mean_and_no_spread(self):
         summary = over_seeds([0.7])
         assert (summary.mean, summary.low, summary.high, summary.std) == (0.7, None, None, None)
+
+
+class TestHolm:
+    def test_it_equals_a_hand_worked_example(self):
+        # Sorted 0.01, 0.02, 0.04 times 3, 2, 1; never less than the one before.
+        assert holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+
+    def test_an_adjusted_value_is_at_most_one_and_one_comparison_stays(self):
+        assert holm([0.7, 0.6]) == pytest.approx([1, 1])
+        assert holm([0.03]) == pytest.approx([0.03])
+        assert holm([]).tolist() == []
+
+
+def calibrated(rng, n_rows, temperature=1.0):
+    """Labels drawn from the probabilities, which are then made `1 / temperature` times as sure."""
+    logits = rng.normal(size=(n_rows, 3)) * 2
+    truth = scipy.special.softmax(logits, axis=1)
+    labels = (truth.cumsum(axis=1) < rng.random((n_rows, 1))).sum(axis=1)
+    return labels, scipy.special.softmax(logits * temperature, axis=1)
+
+
+class TestCalibration:
+    LABELS = (0, 0, 1, 1)
+    PROBABILITIES = ((0.9, 0.1), (0.4, 0.6), (0.3, 0.7), (0.2, 0.8))
+
+    def test_bins_of_equal_mass_equal_a_hand_worked_example(self):
+        # Confidence 0.9 right, 0.6 wrong, 0.7 right, 0.8 right; sorted 0.6, 0.7 | 0.8, 0.9.
+        table = reliability(self.LABELS, self.PROBABILITIES, n_bins=2)
+        assert table["confidence"].tolist() == pytest.approx([0.65, 0.85])
+        assert table["accuracy"].tolist() == [0.5, 1.0]
+        assert table["rows"].tolist() == [2, 2]
+        ece = expected_calibration_error(self.LABELS, self.PROBABILITIES, n_bins=2)
+        assert ece == pytest.approx((0.15 + 0.15) / 2)
+
+    def test_bins_differ_by_one_row_at_most_and_hold_every_row(self, rng):
+        labels, probabilities = calibrated(rng, 103)
+        rows = reliability(labels, probabilities)["rows"]
+        assert rows.sum() == 103
+        assert set(rows) == {10, 11}
+        assert len(reliability(labels[:4], probabilities[:4])) == 4
+
+    def test_ece_weighs_bins_by_their_rows(self):
+        # Confidence 0.6 (two rows, both right) and 1.0 (one row, wrong).
+        ece = expected_calibration_error([0, 0, 1], [[0.6, 0.4], [0.6, 0.4], [1.0, 0.0]], n_bins=2)
+        assert ece == pytest.approx((2 * 0.4 + 1 * 1.0) / 3)
+
+    def test_the_brier_score_sums_over_classes(self):
+        expected = np.mean([2 * 0.1**2, 2 * 0.6**2, 2 * 0.3**2, 2 * 0.2**2])
+        assert brier_score(self.LABELS, self.PROBABILITIES) == pytest.approx(expected)
+        # A class that no label has still has a column.
+        assert brier_score([0, 1], [[0.5, 0.3, 0.2], [0, 1, 0]]) == pytest.approx((0.25 + 0.09 + 0.04) / 2)
+
+    @pytest.mark.parametrize("sure", [0.5, 1.0, 3.0])
+    def test_the_fitted_temperature_undoes_a_known_one_and_lowers_ece(self, rng, sure):
+        dev, test = calibrated(rng, 4000, sure), calibrated(rng, 4000, sure)
+        temperature = fit_temperature(*dev)
+        assert temperature == pytest.approx(sure, rel=0.1)
+        before = expected_calibration_error(*test)
+        after = expected_calibration_error(test[0], apply_temperature(test[1], temperature))
+        assert after < 0.04
+        assert after < before or sure == 1.0
+
+    def test_a_temperature_changes_no_answer_and_one_changes_nothing(self, rng):
+        _, probabilities = calibrated(rng, 50)
+        scaled = apply_temperature(probabilities, 4.0)
+        assert (scaled.argmax(axis=1) == probabilities.argmax(axis=1)).all()
+        assert (scaled.max(axis=1) < probabilities.max(axis=1)).all()
+        assert apply_temperature(probabilities, 1.0) == pytest.approx(probabilities)
+
+    def test_probabilities_that_were_rounded_to_zero_are_borne(self):
+        labels, probabilities = [0, 1, 0], [[1.0, 0.0], [1.0, 0.0], [0.9998, 0.0]]
+        assert brier_score(labels, probabilities) == pytest.approx(2 / 3)
+        assert fit_temperature(labels, probabilities) > 5
+        assert np.isfinite(apply_temperature(probabilities, 2.0)).all()
+
+    @pytest.mark.parametrize(
+        ("labels", "probabilities", "message"),
+        [
+            ([0, 1], [[0.5, 0.5]], r"shape \(1, 2\) for 2 labels"),
+            ([0], [0.5], r"expected \(N, K\)"),
+            ([], np.zeros((0, 2)), "N > 0"),
+            ([2], [[0.5, 0.5]], "a column for every label"),
+            ([0], [[0.5, 0.9]], "rows that sum to 1"),
+        ],
+    )
+    def test_what_is_no_probability_is_refused(self, labels, probabilities, message):
+        with pytest.raises(ValueError, match=message):
+            expected_calibration_error(labels, probabilities)
+
+    def test_a_temperature_of_zero_is_refused(self):
+        with pytest.raises(ValueError, match="temperature is 0"):
+            apply_temperature([[0.5, 0.5]], 0)
