@@ -128,7 +128,7 @@ def systems(dhrd: DHRDModel, baseline: DHRDModel, cot: CoT, options: argparse.Na
     longest = options.max_new_tokens
     once = {"rounds": 1, "queries_per_round": 1}
     twice = {"rounds": 2, "queries_per_round": 1}
-    many = {"rounds": 1, "queries_per_round": max(COT_BATCHES)}
+    many = {"rounds": 1, "queries_per_round": max(COT_BATCHES), "latency_queries": 1}
     budgets = [budget for budget in BUDGETS if 0 < budget <= longest]
     exactly = [Decoding(max_new_tokens=budget, early_stop=False) for budget in budgets]
     return [

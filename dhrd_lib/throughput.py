@@ -50,7 +50,8 @@ class System:
     `count(texts, setting, answers)` says how many tokens that were, and isn't timed. `settings` are the batch
     sizes to choose the fastest from, in `unit` ("rows" or "tokens" a batch), the smallest first. `probe` is a
     shorter `answer` for warm-up and choice, where a whole one takes minutes. A slow system may take part in the
-    first `rounds` rounds only, with `queries_per_round` of their texts.
+    first `rounds` rounds only, with `queries_per_round` of their texts, and in the latencies with the first
+    `latency_queries` of theirs.
     """
 
     name: str
@@ -64,6 +65,7 @@ class System:
     probe: Callable[[Sequence[str], int], Any] | None = None
     rounds: int | None = None
     queries_per_round: int | None = None
+    latency_queries: int | None = None
 
 
 @dataclass
@@ -177,7 +179,8 @@ def _latencies(found: list[Measured], texts: Sequence[str]) -> None:
             one.latency_seconds = list(one.seconds)
     timed = [one for one in found if not one.latency_seconds]
     for number, text in enumerate(texts):
-        for one in _rotated(timed, number) if timed else ():
+        asked = [one for one in timed if number < (one.system.latency_queries or len(texts))]
+        for one in _rotated(asked, number) if asked else ():
             seconds, _ = _timed(one.system, one.system.answer, [text], one.system.settings[0])
             one.latency_seconds.append(seconds)
 

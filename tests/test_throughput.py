@@ -105,6 +105,11 @@ class TestMeasure:
         assert found[1].latency_seconds == [10.0, 10.0]  # From the rounds: it isn't asked again.
         assert [name for name, *_ in log].count("slow") == 1 + 2
 
+    def test_a_slow_system_is_asked_for_as_many_latencies_as_it_says(self, clock):
+        slow = fake("slow", clock, [], latency_queries=1)
+        found = measure([fake("a", clock, []), slow], TEXTS, rounds=1, latency_queries=3)
+        assert [len(one.latency_seconds) for one in found] == [3, 1]
+
     def test_a_probe_stands_in_for_a_long_answer_until_the_rounds(self, clock):
         log = []
         probe = fake("probe", clock, log, {1: 1.0, 2: 0.5}).answer
