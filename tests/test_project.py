@@ -74,6 +74,10 @@ def test_the_readmes_two_seeds_are_the_stored_ones():
         if row["split"] != "dev" and row["difference"] is not None:
             points, low, high = (f"{100 * row[name]:+.1f}" for name in ("difference", "diff_low", "diff_high"))
             assert f"{points} [{low}, {high}]" in readme
+    seconds = {run["run"]: run["train_seconds"] for run in stored["by_seed"]}
+    for seed in (0, 1):
+        dhrd, baseline = (seconds[f"quick-support_triage-{setting}-seed{seed}"] for setting in ("dhrd", "baseline"))
+        assert f"{dhrd / baseline:.1f}" in readme
     for run in stored["by_seed"]:
         if run["run"].endswith("seed1"):
             assert f"{100 * run['test']:.1f}%" in readme
