@@ -18,7 +18,7 @@ lab: $(VENV)/.installed
 	$(BIN)/jupyter lab notebooks
 
 app: $(VENV)/.installed
-	@if [ -f app/app.py ]; then $(BIN)/python -m app.app; else echo "The app isn't built yet."; fi
+	$(BIN)/python -m app.app
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

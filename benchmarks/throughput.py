@@ -44,7 +44,7 @@ from dhrd_lib.throughput import (
 
 # The pipeline's default of 1 answers every text, batches (whose padding takes minutes) some of them.
 PIPELINES = {1: {}, 8: {"rounds": 1, "queries_per_round": 48}}
-COT_BATCHES = (4, 8, 16)
+COT_BATCHES = (8, 16)
 # Of all tasks that the texts are from; each text asks its own question.
 LABELS = tuple(dict.fromkeys(w for name in MIXED_TASKS for w in TASKS[name].verbalizers))
 PAPER_RATIOS = "96 to 142"

@@ -158,6 +158,29 @@ def sweep_command(
         raise typer.Exit(1)
 
 
+@app.command()
+def ablate(
+    ablation: Annotated[str, typer.Argument(help="loss_weights, pooling, alignment or rationale_length.")],
+    task: Annotated[str, typer.Option(help="A task's name, or a data file.")] = "support_triage",
+    base: Annotated[Path | None, typer.Option(help="What the cells share, as JSON; left out, a small run.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="So many seeds, from 0.")] = 3,
+    workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
+    out: Annotated[Path | None, typer.Option(help="Where the results go; left out, the folder of runs.")] = None,
+) -> None:
+    """Train an ablation's cells that aren't trained yet, and store their results for the notebooks."""
+    from dhrd_lib import ablations
+
+    if ablation not in ablations.ABLATIONS:
+        raise typer.BadParameter(f"ablation is {ablation!r}; expected one of {', '.join(ablations.ABLATIONS)}.")
+    shared = json.loads(base.read_text(encoding="utf-8")) if base else ablations.base(task)
+    table = ablations.run_ablation(ablation, shared, range(seeds), runs, workers)
+    out = out or runs / f"ablation_{ablation}_{table['task'].iloc[0]}.json"
+    ablations.store_results(table, out)
+    print(ablations.summarise(table, ["setting", *ablations.factors(table)]).to_string(index=False))
+    print(f"Results: {out}")
+
+
 def main() -> None:
     """Run the command; what the caller can mend is said in its one sentence, without a traceback."""
     try:

@@ -49,13 +49,21 @@ def _whole(owner: object, name: str, minimum: int) -> None:
         raise ConfigError(f"{name} is {value!r}; expected a whole number, {minimum} or more.")
 
 
-def _number(owner: object, name: str, minimum: float = 0.0, below: float = math.inf, above: bool = False) -> None:
+def _number(
+    owner: object,
+    name: str,
+    minimum: float = 0.0,
+    below: float = math.inf,
+    above: bool = False,
+    highest: float = math.inf,
+) -> None:
     value = getattr(owner, name)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    in_range = is_number and math.isfinite(value) and minimum <= value < below
+    in_range = is_number and math.isfinite(value) and minimum <= value < below and value <= highest
     if not in_range or (above and value == minimum):
         low = f"above {minimum:g}" if above else f"{minimum:g} or more"
         high = "" if below == math.inf else f" and below {below:g}"
+        high += "" if highest == math.inf else f" and at most {highest:g}"
         raise ConfigError(f"{name} is {value!r}; expected a finite number, {low}{high}.")
 
 
@@ -110,7 +118,8 @@ class DataConfig:
 
     `task` is a task's name or the path of a CSV, JSONL or Parquet file; the column fields (`text`,
     `label`, `rationale`, `group`, `template`) belong to a file. `max_train_rows` and `max_eval_rows`
-    of 0 mean all rows. Lengths are in tokens. `dev_fraction` is the share of train that is cut off for
+    of 0 mean all rows. `shuffled_share` is the share of the rows that a shuffled `alignment` gives another
+    row's rationale. Lengths are in tokens. `dev_fraction` is the share of train that is cut off for
     model selection where the data brings no dev split of its own.
     """
 
@@ -122,6 +131,7 @@ class DataConfig:
     group: str | None = None
     template: str | None = None
     alignment: str = "consistent"
+    shuffled_share: float = 1.0
     max_input_tokens: int = 512
     max_rationale_tokens: int = 256
     dev_fraction: float = 0.1
@@ -135,6 +145,7 @@ class DataConfig:
         if not isinstance(self.task, str) or not self.task:
             raise ConfigError(f"task is {self.task!r}; expected a task's name or a data file's path.")
         _one_of(self, "alignment", ALIGNMENTS)
+        _number(self, "shuffled_share", highest=1.0)
         _whole(self, "max_input_tokens", 8)
         _whole(self, "max_rationale_tokens", 1)
         _number(self, "dev_fraction", above=True, below=1.0)
@@ -153,7 +164,8 @@ class TrainingConfig:
     `max_steps` of 0 means that `epochs` decides. Dev is evaluated and a checkpoint kept every
     `eval_steps` steps (0: once an epoch); `early_stopping_patience` counts evaluations without a gain
     (0: never stops early). `cache_trunk` keeps the states that leave frozen layers, and `lm_chunk_tokens`
-    bounds the memory of the LM loss; neither changes a result.
+    bounds the memory of the LM loss; neither changes a result. `keep_model` of False leaves the weights out of
+    the run's folder, which has the predictions all the same: a grid of many runs fits on a disk.
     """
 
     alpha: float = 1.0
@@ -174,6 +186,7 @@ class TrainingConfig:
     eval_steps: int = 0
     early_stopping_patience: int = 0
     cache_trunk: bool = True
+    keep_model: bool = True
     lm_chunk_tokens: int = 512
     logging_steps: int = 5
     report_to: tuple[str, ...] = ()
@@ -198,8 +211,9 @@ class TrainingConfig:
         for name in ("learning_rate", "classifier_learning_rate", "max_grad_norm"):
             _number(self, name, above=True)
         _number(self, "weight_decay")
-        if not isinstance(self.cache_trunk, bool):
-            raise ConfigError(f"cache_trunk is {self.cache_trunk!r}; expected true or false.")
+        for name in ("cache_trunk", "keep_model"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected true or false.")
 
     @property
     def setting(self) -> str:

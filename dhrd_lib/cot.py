@@ -10,7 +10,8 @@ import math
 import re
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,12 @@ from datasets import Dataset
 from numpy.typing import ArrayLike
 from scipy.special import softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from dhrd_lib.backbones import Backbone, decoder_of, lm_logits
 from dhrd_lib.config import ConfigError
 from dhrd_lib.evaluation import NO_ANSWER, bootstrap_interval, task_metrics
-from dhrd_lib.modeling import DHRDModel, length_sorted_batches
+from dhrd_lib.modeling import DHRDModel, length_sorted_batches, stream_tokens
 from dhrd_lib.tasks import Task, render
 from dhrd_lib.teachers import SENTINEL
 
@@ -212,6 +214,30 @@ class CoT:
         samples = [written[i * n : (i + 1) * n] for i in range(len(inputs))]
         return Written(inputs, samples, decoding.max_new_tokens, seconds)
 
+    def stream(self, text: str | Mapping[str, Any], decoding: Decoding | None = None) -> Iterator[Written]:
+        """Decode one input, and give after each token what has been written so far; closing it stops the decoding.
+
+        The last one is what `write([text], decoding)` gives. Raises `ConfigError` as `write` does, and where
+        `n_samples` is above 1.
+        """
+        decoding = decoding or Decoding()
+        if decoding.n_samples > 1:
+            raise ConfigError(f"n_samples is {decoding.n_samples}; expected 1, a stream being one sample.")
+        inputs = [render(self.template, text)]
+        prompts = [self.encode_prompt(inputs[0])]
+        self._check_context(prompts, decoding.max_new_tokens)
+
+        def generate(streamer: BaseStreamer) -> None:
+            with self._seeded():
+                torch.manual_seed(decoding.seed * 1_000_003)
+                self._generate(prompts, decoding, streamer=streamer)
+
+        ids: list[int] = []
+        with closing(stream_tokens(generate)) as tokens:
+            for token, seconds in tokens:
+                ids.append(token)
+                yield Written(inputs, [[list(ids)]], decoding.max_new_tokens, seconds)
+
     def parse(self, written: Written) -> Answers:
         """Answers as they stand in the text after the marker; several samples vote (see `vote`)."""
         read = [[self.reader.read(self._text(self._without_end(ids))) for ids in row] for row in written.samples]
@@ -247,7 +273,7 @@ class CoT:
         inputs = [render(self.template, text) for text in texts]
         return self.score(Written(inputs, [[[]] for _ in inputs], 0, 0.0), **options)
 
-    def _generate(self, prompts: list[list[int]], decoding: Decoding) -> list[list[int]]:
+    def _generate(self, prompts: list[list[int]], decoding: Decoding, **more: Any) -> list[list[int]]:
         ids, mask = _left_padded(prompts, self.tokenizer.pad_token_id, self.lm.device)
         stop = _Stop(self, ids.shape[1], len(prompts), enabled=decoding.early_stop)
         rows = self.lm.generate(
@@ -256,6 +282,7 @@ class CoT:
             pad_token_id=self.tokenizer.pad_token_id,
             stopping_criteria=[stop],
             **decoding.arguments(),
+            **more,
         )[:, ids.shape[1] :].tolist()
         return [row[: end or len(row)] for row, end in zip(rows, stop.ends.tolist(), strict=True)]
 

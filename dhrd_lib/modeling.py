@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +23,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TextIteratorStreamer,
 )
 from transformers.configuration_utils import SubConfigSpec
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from dhrd_lib.backbones import Backbone, decoder_of, layers_of, load_backbone, logit_softcap
@@ -385,20 +387,17 @@ class DHRDModel(PreTrainedModel):
         return self._rationale_text(self.tokenizer.decode(written, skip_special_tokens=True))
 
     def _streamed(self, arguments: dict[str, Any]) -> Iterator[str]:
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        thread = Thread(target=self.backbone.generate, kwargs={**arguments, "streamer": streamer}, daemon=True)
-        thread.start()
-        told, given = "", 0
-        for piece in streamer:
-            told += piece
-            # Hold back what may be the start of the marker, so that it never shows.
-            ready = self._rationale_text(told)
-            ready = ready[: max(len(ready) - len(self.config.answer_marker), given)]
-            if len(ready) > given:
-                yield ready[given:]
-                given = len(ready)
-        thread.join()
-        yield self._rationale_text(told)[given:]
+        ids, told, given = [], "", 0
+        with closing(stream_tokens(self.backbone.generate, **arguments)) as tokens:
+            for token, _ in tokens:
+                ids.append(token)
+                told = self._rationale_text(self.tokenizer.decode(ids, skip_special_tokens=True))
+                # Hold back what may be the start of the marker, or a part of a character, so that it never shows.
+                ready = told[: max(len(told) - len(self.config.answer_marker), given)]
+                if len(ready) > given:
+                    yield ready[given:]
+                    given = len(ready)
+        yield told[given:]
 
     def _rationale_text(self, written: str) -> str:
         return written.split(self.config.answer_marker)[0].strip()
@@ -413,10 +412,63 @@ class DHRDModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> DHRDModel:
-        """Load a folder that `save_pretrained` wrote: model in evaluation mode, with its tokenizer."""
+        """Load a folder that `save_pretrained` wrote: model in evaluation mode, with its tokenizer.
+
+        Raises `FileNotFoundError` where the folder holds no model, as of a run that kept none.
+        """
+        if not (Path(folder) / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no model; expected a folder of save_pretrained.")
         model = super().from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **kwargs)
         model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return model
+
+
+class _Streamer(BaseStreamer):
+    """Hands on each new token of a generation with its time; ends the generation once it is closed."""
+
+    def __init__(self) -> None:
+        self.tokens: SimpleQueue[tuple[int, float] | BaseException | None] = SimpleQueue()
+        self.closed = Event()
+        self._started = time.perf_counter()
+        self._read_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.closed.is_set():
+            raise InterruptedError("nobody reads the tokens any more")
+        if self._read_prompt:  # `generate` hands over the prompt first.
+            self.tokens.put((int(value.flatten()[-1]), time.perf_counter() - self._started))
+        self._read_prompt = True
+
+    def end(self) -> None:
+        """The end is told when `generate` is left, and not before."""
+
+
+def stream_tokens(generate: Callable[..., Any], **arguments: Any) -> Iterator[tuple[int, float]]:
+    """The ids that `generate(**arguments, streamer=…)` draws for one row, each with the seconds since the start.
+
+    `generate` runs in a thread of its own. Closing the iterator ends it at its next token and waits until it has
+    ended; what it raises is raised here.
+    """
+    streamer = _Streamer()
+
+    def run() -> None:
+        ended: BaseException | None = None
+        try:
+            generate(**arguments, streamer=streamer)
+        except BaseException as error:
+            ended = error
+        streamer.tokens.put(ended)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while isinstance(found := streamer.tokens.get(), tuple):
+            yield found
+        if found is not None:
+            raise found
+    finally:
+        streamer.closed.set()
+        thread.join()
 
 
 def _rename_tied_weights(backbone: PreTrainedModel) -> None:

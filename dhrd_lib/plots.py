@@ -17,7 +17,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 COLORS = {"pooled baseline": "#D55E00", "DHRD": "#0072B2", "reasoning only": "#009E73", "pipeline": "#E69F00"}
-_OTHER_COLOR = "#CC79A7"
+# What isn't a setting (a head, a value of alpha) has a figure to itself, so these may repeat.
+_OTHER_COLORS = ("#CC79A7", "#56B4E9", "#E69F00", "#009E73", "#0072B2", "#D55E00")
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _HATCHES = ("", "/", ".", "x", "-")
@@ -73,13 +74,13 @@ def metric_with_interval(rows: pd.DataFrame, metric: str = "primary metric") -> 
     return figure
 
 
-def paired_difference(rows: pd.DataFrame) -> go.Figure:
-    """The difference of each setting from the pooled baseline, with its interval and the zero line.
+def paired_difference(rows: pd.DataFrame, reference: str = "the pooled baseline") -> go.Figure:
+    """The difference of each setting from a reference, with its interval and the zero line.
 
     `rows` has the columns task, split, setting, name (of the runs), difference, low, high (fractions)
     and p_value. A filled mark is a difference whose interval leaves zero out.
     """
-    figure = _figure("Does it beat the pooled baseline? Filled where the 95% interval leaves zero out")
+    figure = _figure(f"Does it beat {_plain(reference)}? Filled where the 95% interval leaves zero out")
     styles = _styles(rows["setting"])
     for setting, part in rows.groupby("setting", sort=False):
         symbol = styles[setting].symbol
@@ -302,6 +303,98 @@ def cascade_curve(rows: pd.DataFrame, metric: str = "accuracy") -> go.Figure:
     return figure
 
 
+def factor_effect(
+    summary: pd.DataFrame, seeds: pd.DataFrame, factor: str, metric: str = "accuracy", question: str = ""
+) -> go.Figure:
+    """The metric over the values of one factor: means with 95% intervals, and a small mark for every run.
+
+    `summary` is of `ablations.summarise` and `seeds` of `ablations.by_seed`, both with the column `factor` and one
+    more, series, which names the line. A factor of numbers has a line with a band, another has a dot a value.
+    """
+    figure = _figure(question or f"What does {_words(factor)} change? Means with 95% intervals, a mark a run")
+    styles, numeric = _styles(summary["series"]), pd.api.types.is_numeric_dtype(summary[factor])
+    for series, part in summary.groupby("series", sort=False):
+        part = part.sort_values(factor) if numeric else part
+        style, name = styles[series], _plain(series)
+        if numeric and len(part) > 1:
+            figure.add_scatter(**_band(part, factor, style.color), legendgroup=name)
+        figure.add_scatter(
+            x=part[factor] if numeric else part[factor].map(_plain),
+            y=100 * part["value"],
+            error_y=_error_bars(part["value"], part["low"], part["high"]),
+            mode="lines+markers" if numeric and len(part) > 1 else "markers",
+            line={"color": style.color, "dash": style.dash, "width": 1.5},
+            marker={"color": style.color, "symbol": style.symbol, "size": 10},
+            name=name,
+            legendgroup=name,
+            offsetgroup=name,
+            customdata=np.column_stack([100 * part["low"], 100 * part["high"], part["n_seeds"]]),
+            hovertemplate=f"{name}, {_words(factor)} %{{x}}<br>%{{y:.1f}}%, 95% interval %{{customdata[0]:.1f}} to "
+            "%{customdata[1]:.1f}%<br>seeds: %{customdata[2]}<extra></extra>",
+        )
+        own = seeds[seeds["series"] == series]
+        figure.add_scatter(
+            x=own[factor] if numeric else own[factor].map(_plain),
+            y=100 * own["value"],
+            mode="markers",
+            marker={"color": style.color, "symbol": f"{style.symbol}-open", "size": 6},
+            name=name,
+            legendgroup=name,
+            offsetgroup=name,
+            showlegend=False,
+            customdata=own[["run", "seed"]].to_numpy(),
+            hovertemplate="%{customdata[0]}<br>seed %{customdata[1]}: %{y:.1f}%<extra></extra>",
+        )
+    figure.update_layout(height=430, showlegend=True)
+    low, high = (100 * pd.concat([summary[end], seeds["value"]]) for end in ("low", "high"))
+    figure.update_yaxes(title=f"{_words(metric)} (%)", range=[max(low.min() - 2, 0), min(high.max() + 2, 102)])
+    figure.update_xaxes(title=_words(factor))
+    if not numeric:
+        order = [_plain(value) for value in dict.fromkeys(summary[factor])]
+        figure.update_layout(scattermode="group", scattergap=0.5)
+        figure.update_xaxes(type="category", categoryorder="array", categoryarray=order)
+    return figure
+
+
+def _band(part: pd.DataFrame, factor: str, color: str) -> dict:
+    """The interval as an area, up one bound and back along the other."""
+    there = [*part[factor], *part[factor][::-1]]
+    bounds = 100 * np.array([*part["high"], *part["low"][::-1]])
+    look = {"mode": "lines", "line": {"width": 0}, "fill": "toself", "fillcolor": color, "opacity": 0.15}
+    return {"x": there, "y": bounds, **look, "showlegend": False, "hoverinfo": "skip"}
+
+
+def weight_heat_map(summary: pd.DataFrame, metric: str = "accuracy", split: str = "") -> go.Figure:
+    """The mean metric at each pair of loss weights; `summary` is of `ablations.summarise` by alpha and beta."""
+    figure = _figure(f"Which loss weights do best? Means over seeds, in brackets 95% intervals.{_on(split)}")
+    cells = summary.pivot(index="beta", columns="alpha", values="value")
+    told = summary.assign(
+        text=[
+            f"{100 * row.value:.1f}%<br>[{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in summary.itertuples()
+        ]
+    ).pivot(index="beta", columns="alpha", values="text")
+    figure.add_heatmap(
+        x=[f"{value:g}" for value in cells.columns],
+        y=[f"{value:g}" for value in cells.index],
+        z=100 * cells.to_numpy(),
+        text=told.fillna("").to_numpy(),
+        texttemplate="%{text}",
+        colorscale="Blues",
+        colorbar={"title": {"text": f"{_words(metric)} (%)"}},
+        xgap=2,
+        ygap=2,
+        hovertemplate="alpha %{x}, beta %{y}: %{z:.1f}%<extra></extra>",
+    )
+    figure.update_layout(height=170 + 70 * len(cells))
+    figure.update_xaxes(title="alpha, the weight of the LM loss", type="category", showgrid=False)
+    figure.update_yaxes(title="beta, the weight of the class loss", type="category", showgrid=False)
+    return figure
+
+
+def _words(name: str) -> str:
+    return _plain(name.replace("_", " "))
+
+
 def reliability_diagram(tables: Mapping[str, pd.DataFrame], split: str = "") -> go.Figure:
     """Accuracy against confidence in bins of equal mass; `tables` has frames of `evaluation.reliability`."""
     figure = _figure(f"Is it as sure as it may be? On the dotted line it is.{_on(split)}")
@@ -376,11 +469,14 @@ def _styles(settings: Iterable[str]) -> dict[str, _Style]:
     """Colour by setting, symbol, dash and hatching by variant within it, in order of appearance."""
     styles: dict[str, _Style] = {}
     variants: dict[str, int] = {}
+    others: dict[str, str] = {}
     for setting in dict.fromkeys(settings):
         base = setting.split(" (")[0]
+        if base not in COLORS:
+            others.setdefault(base, _OTHER_COLORS[len(others) % len(_OTHER_COLORS)])
         i = variants[base] = variants.get(base, -1) + 1
         marks = (series[i % len(series)] for series in (_SYMBOLS, _DASHES, _HATCHES))
-        styles[setting] = _Style(COLORS.get(base, _OTHER_COLOR), *marks)
+        styles[setting] = _Style((COLORS | others)[base], *marks)
     return styles
 
 

@@ -113,17 +113,23 @@ def derangement(n: int, seed: int) -> list[int]:
 
 
 def align(
-    rationales: Sequence[str | None], labels: Sequence[int], alignment: str, seed: int
+    rationales: Sequence[str | None],
+    labels: Sequence[int],
+    alignment: str,
+    seed: int,
+    shuffled_share: float = 1.0,
 ) -> tuple[list[str | None], list[int | None]]:
     """What the LM head is taught after x, row by row (paper, alignment ablation).
 
     Returns a rationale and a label for each row. A row that has no rationale gets no label text either, so
-    that it adds nothing to the LM loss; it takes no part in the shuffles.
+    that it adds nothing to the LM loss; it takes no part in the shuffles. They take a share of the rows, which
+    the seed draws, and which a larger share has too.
     """
     rows = [i for i, rationale in enumerate(rationales) if rationale]
     source = {i: i for i in rows}
-    if alignment.startswith("shuffle"):
-        source = {rows[place]: rows[other] for place, other in enumerate(derangement(len(rows), seed))}
+    if alignment.startswith("shuffle") and shuffled_share > 0:
+        drawn = np.random.default_rng(seed).permutation(rows)[: round(shuffled_share * len(rows))].tolist()
+        source |= {drawn[place]: drawn[other] for place, other in enumerate(derangement(len(drawn), seed))}
     shown: list[str | None] = [None] * len(rationales)
     taught: list[int | None] = [None] * len(rationales)
     for row in rows:
@@ -158,6 +164,7 @@ def encode_split(
     *,
     with_rationale: bool,
     alignment: str = "consistent",
+    shuffled_share: float = 1.0,
     seed: int = 0,
 ) -> tuple[Dataset, SequenceReport]:
     """Encode a split that `load_task` gave.
@@ -169,7 +176,7 @@ def encode_split(
     labels = list(dataset["label"])
     rationales, taught = [None] * len(labels), [None] * len(labels)
     if with_rationale:
-        rationales, taught = align(dataset["rationale"], labels, alignment, seed)
+        rationales, taught = align(dataset["rationale"], labels, alignment, seed, shuffled_share)
     rows = []
     for text, label, rationale, shown in zip(dataset["input_text"], labels, rationales, taught, strict=True):
         row = encode_example(fmt, text, rationale, None if shown is None else verbalizers[shown])

@@ -51,7 +51,8 @@ class Grid:
     """A name, the values that all cells share, and for each varied field the values that it takes.
 
     `base` has `RunConfig`'s sections; `values` has fields as "training.alpha". A cell's run is named after
-    the grid and the cell's values, so that the same grid meets the same run folders again.
+    the grid and those of the cell's values that aren't the base's, so that the same grid meets the same run
+    folders again, and grids of one name and base share the cells that they have in common.
     """
 
     name: str
@@ -86,10 +87,11 @@ class Grid:
     @property
     def cells(self) -> dict[str, dict[str, Value]]:
         """Each cell's values by the name of its run."""
-        cells = {}
+        cells, shared = {}, self._config("base", {})
         for chosen in itertools.product(*self.values.values()):
             cell = dict(zip(self.values, chosen, strict=True))
-            name = "-".join([self.name, *(f"{_short(key)}{_slug(value)}" for key, value in cell.items())])
+            told = {key: value for key, value in cell.items() if _is_told(key, value, shared)}
+            name = "-".join([self.name, *(f"{_short(key)}{_slug(value)}" for key, value in told.items())])
             # Two values that read the same as a part of a file's name, or one that is too long for it.
             if name in cells or len(name) > 120:
                 name = f"{name[:100]}-{_digest(cell)}"
@@ -126,6 +128,12 @@ def _check_values(name: str, values: tuple[Value, ...]) -> None:
     for value in values:
         if not isinstance(value, str | int | float | None):
             raise ConfigError(f"grid field {name} has {value!r}; expected texts, numbers, truth values or null.")
+
+
+def _is_told(key: str, value: Value, shared: RunConfig) -> bool:
+    """Whether a cell's name tells a value: a seed always, others where they aren't the base's."""
+    section, name = key.split(".")
+    return name == "seed" or value != getattr(getattr(shared, section), name)
 
 
 def _short(key: str) -> str:

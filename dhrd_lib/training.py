@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from dhrd_lib.backbones import resolve_device
-from dhrd_lib.config import ConfigError, RunConfig, TrainingConfig
+from dhrd_lib.config import ConfigError, DataConfig, RunConfig, TrainingConfig
 from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import Run, environment, is_finished, load_run, write_json
@@ -282,8 +282,8 @@ def _claim(folder: Path, config: RunConfig) -> None:
         )
 
 
-def _prepare(config: RunConfig) -> _Prepared:
-    data, training = config.data, config.training
+def load_rows(data: DataConfig) -> tuple[Task, DatasetDict]:
+    """The task and the rows of each split that a configuration names."""
     task, splits = load_task(
         data.task,
         data.data_dir,
@@ -295,7 +295,12 @@ def _prepare(config: RunConfig) -> _Prepared:
         dev_fraction=data.dev_fraction,
         split_seed=data.split_seed,
     )
-    splits = _limited(splits, data.max_train_rows, data.max_eval_rows, data.split_seed)
+    return task, _limited(splits, data.max_train_rows, data.max_eval_rows, data.split_seed)
+
+
+def _prepare(config: RunConfig) -> _Prepared:
+    data, training = config.data, config.training
+    task, splits = load_rows(data)
     model = build_model(
         config.model,
         task,
@@ -317,6 +322,7 @@ def _prepare(config: RunConfig) -> _Prepared:
             # With alpha = 0 nothing reads the rationale, so it needn't stand in the sequence.
             with_rationale=taught and training.alpha > 0,
             alignment=data.alignment,
+            shuffled_share=data.shuffled_share,
             seed=training.seed,
         )
         if split == "train" and training.alpha > 0 and reports[split].lm_tokens == 0:
@@ -447,7 +453,8 @@ def _store(
         splits[split] = task_metrics(
             prepared.task.metrics, frame["label"], frame["prediction"], _groups(prepared.data[split])
         )
-    model.save_pretrained(folder / "model")
+    if config.training.keep_model:
+        model.save_pretrained(folder / "model")
     write_json(folder / "environment.json", environment(model.device))
     best = state.best_model_checkpoint
     write_json(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -14,7 +14,7 @@ from datasets import Dataset
 from IPython.display import HTML, DisplayHandle, display
 from transformers import TrainerCallback, TrainerState
 
-from dhrd_lib import plots
+from dhrd_lib import ablations, plots
 from dhrd_lib.config import TeacherConfig
 from dhrd_lib.rationale_store import RationaleStore, Record
 from dhrd_lib.rationales import FLAGS, Filters, flags, report_on, review, select
@@ -328,6 +328,57 @@ class DisagreementBrowser(_Browser):
                 _part("Rationale of the data, seen by neither", _or_none(row["rationale"])),
             ]
         )
+
+
+class AblationDashboard:
+    """The runs of an ablation by metric, task, split, factor and line; hover shows the run.
+
+    `table` is of `ablations.collect` or `load_results`. A field that is neither factor nor line is held at the
+    value that most runs have. The figure is an ordinary output that is drawn anew, so a saved notebook shows it
+    as it was last, without a kernel.
+    """
+
+    METRICS = ("accuracy", "macro_f1")
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self.table, factors = table, ablations.factors(table)
+        splits = sorted(dict.fromkeys(table["split"]), key=lambda split: split == "dev")
+        self.choices = {
+            "metric": _choice("Metric:", _spoken(self.METRICS)),
+            "task": _choice("Task:", list(dict.fromkeys(table["task"]))),
+            "split": _choice("Split:", splits),
+            "factor": _choice("Factor:", _spoken(factors)),
+            "line": _choice("Lines:", [("none", None), *_spoken(factors)]),
+        }
+        self.choices["line"].value = factors[1] if len(factors) > 1 else None
+        self.controls = widgets.HBox(list(self.choices.values()), layout={"flex_flow": "row wrap"})
+        self._handle: DisplayHandle | None = None
+        for one in self.choices.values():
+            one.observe(lambda _: self._draw(), names="value")
+
+    def chosen(self) -> pd.DataFrame:
+        """The runs that the figure shows, with their line as `series`."""
+        rows = self.table[self.table["split"] == self.choices["split"].value]
+        rows = rows[rows["task"] == self.choices["task"].value]
+        return ablations.one_factor(rows, self.choices["factor"].value, self.choices["line"].value)
+
+    def figure(self) -> go.Figure:
+        """Means with their intervals, and every run, of what is chosen."""
+        rows, factor, metric = self.chosen(), self.choices["factor"].value, self.choices["metric"].value
+        summary = ablations.summarise(rows, [factor, "series"], [metric])
+        return plots.factor_effect(summary, ablations.by_seed(rows, [metric]), factor, metric)
+
+    def _draw(self) -> None:
+        if self._handle is not None:
+            self._handle.update(self.figure()._repr_mimebundle_(), raw=True)
+
+    def _ipython_display_(self) -> None:
+        display(self.controls)
+        self._handle = display(self.figure()._repr_mimebundle_(), raw=True, display_id=True)
+
+
+def _spoken(names: Sequence[str]) -> list[tuple[str, str]]:
+    return [(name.replace("_", " "), name) for name in names]
 
 
 def _disagreements(a: Run, b: Run, split: str) -> pd.DataFrame:

@@ -64,6 +64,12 @@ def test_replace_reaches_into_sections_and_checks():
         (TrainingConfig, {"epochs": 0}, "epochs is 0; expected a whole number, 1 or more."),
         (TrainingConfig, {"epochs": True}, "epochs is True; expected a whole number, 1 or more."),
         (TrainingConfig, {"learning_rate": 0}, "learning_rate is 0; expected a finite number, above 0."),
+        (
+            DataConfig,
+            {"shuffled_share": 1.5},
+            "shuffled_share is 1.5; expected a finite number, 0 or more and at most 1.",
+        ),
+        (TrainingConfig, {"keep_model": 1}, "keep_model is 1; expected true or false."),
         (TrainingConfig, {"cache_trunk": "no"}, "cache_trunk is 'no'; expected true or false."),
         (RunConfig, {"name": "../up"}, "name is '../up'; expected a plain folder name."),
         (RunConfig, {"name": ".."}, "name is '..'; expected a plain folder name."),

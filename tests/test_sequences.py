@@ -158,6 +158,18 @@ def test_shuffle_rationale_label_rows_show_another_rows_rationale_and_its_label(
     assert rows_of("shuffle_rationale_label", fmt, split) == expected
 
 
+def test_a_share_of_the_rows_is_shuffled_and_a_larger_share_has_them_too():
+    rationales, labels = [f"r{i}" for i in range(20)], [i % 2 for i in range(20)]
+    moved = {}
+    for share in (0.0, 0.25, 0.5, 1.0):
+        shown, taught = align(rationales, labels, "shuffle_rationale", 3, share)
+        assert sorted(shown) == sorted(rationales)
+        assert taught == labels
+        moved[share] = {i for i in range(20) if shown[i] != rationales[i]}
+        assert len(moved[share]) == share * 20
+    assert moved[0.25] < moved[0.5] < moved[1.0]
+
+
 def test_every_alignment_keeps_the_class_labels(fmt, split):
     for alignment in ALIGNMENTS:
         encoded, _ = encode_split(split, fmt, VERBALIZERS, with_rationale=True, alignment=alignment)

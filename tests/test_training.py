@@ -328,6 +328,7 @@ CHANGES = {
     "model__freeze_layers": 1,
     "model__dtype": "bfloat16",
     "data__alignment": "shuffle_rationale",
+    "data__shuffled_share": 0.5,
     "data__max_input_tokens": 8,
     "data__max_rationale_tokens": 4,
     "data__dev_fraction": 0.3,
@@ -379,7 +380,10 @@ def test_every_field_changes_what_a_run_computes(table, tmp_path, finished, fiel
         with pytest.raises(ValueError, match="nowhere"):
             train(config(table, "changed", data__rationale="nowhere"), tmp_path)
         return
-    changed = train(config(table, "changed", **{field: value}), tmp_path)
+    if field == "data__shuffled_share":
+        finished = train(config(table, "all", data__alignment="shuffle_rationale"), tmp_path)
+        value = {field: value, "data__alignment": "shuffle_rationale"}
+    changed = train(config(table, "changed", **(value if isinstance(value, dict) else {field: value})), tmp_path)
     assert trace(changed) != trace(finished)
 
 
@@ -422,6 +426,15 @@ def test_fields_that_change_no_result_change_what_they_say(table, tmp_path, fini
         train(config(table, "elsewhere", model__device="nowhere"), tmp_path)
 
 
+def test_a_run_that_keeps_no_model_has_its_predictions_all_the_same(table, tmp_path, finished):
+    run = train(config(table, "light", training__keep_model=False), tmp_path)
+    assert run.predictions("test").equals(finished.predictions("test"))
+    with pytest.raises(
+        FileNotFoundError, match=r"light.model holds no model; expected a folder of save_pretrained"
+    ):
+        DHRDModel.from_pretrained(run.folder / "model")
+
+
 def test_every_field_is_covered_by_the_two_tests_above():
     named = {
         f"{part}__{f.name}"
@@ -437,6 +450,7 @@ def test_every_field_is_covered_by_the_two_tests_above():
         *("training__lm_chunk_tokens", "training__eval_batch_size", "training__early_stopping_patience"),
         "training__report_to",
         "training__cache_trunk",  # test_the_trunk_cache_changes_no_loss_and_no_weight
+        "training__keep_model",  # test_a_run_that_keeps_no_model_has_its_predictions_all_the_same
         *("data__task", "data__data_dir", "data__text", "data__label"),  # tests/test_tasks.py
     }
     assert named == set(CHANGES) | steered

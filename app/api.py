@@ -1,0 +1,101 @@
+"""The named endpoints: what the page does, for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import gradio as gr
+
+from app import batch, stored
+from app.backend import ZERO_SHOT, Backend
+from app.batch import Inputs
+from app.events import COMPUTE
+from app.settings import MAX_NEW_TOKENS
+from app.views import shown_error
+from dhrd_lib.config import WorkbenchError
+
+
+class Api:
+    """Functions whose results are plain JSON. Times are in ms, inside the call."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.root = backend, backend.settings.runs
+
+    def register(self) -> None:
+        """Make them endpoints of the `gr.Blocks` that is being built."""
+        gr.api(self.runs, api_name="runs", queue=False)
+        for function in (self.classify, self.classify_rows, self.cot, self.rationale):
+            gr.api(function, api_name=function.__name__, **COMPUTE)
+
+    def runs(self) -> list[dict]:
+        """The stored runs: name, setting, task, labels, and the metrics of each split (fractions)."""
+        return [
+            {
+                "run": run.name,
+                "setting": run.config.training.setting,
+                "task": run.config.data.task,
+                "labels": run.metrics["label_names"],
+                "splits": run.metrics["splits"],
+            }
+            for run in stored.usable_runs(self.root)
+        ]
+
+    def classify(self, run: str, texts: dict) -> dict:
+        """One input, as texts by the task's field, by a run's pooled classifier.
+
+        Returns label, probabilities by label, latency_ms and the tokens read, written and cut.
+        """
+        try:
+            self.backend.load(run, "")
+            return asdict(self.backend.classify(run, texts))
+        except WorkbenchError as error:
+            raise shown_error(error) from error
+
+    def classify_rows(self, run: str, rows: list[dict]) -> Iterator[dict]:
+        """Many inputs by a run's pooled classifier, in their order.
+
+        Streams rows_done; the last one has labels, probabilities (in the order of the run's labels) and
+        seconds, the time inside the calls.
+        """
+        try:
+            batch.check_rows(rows, "The list")
+            task = stored.find_task(self.root, stored.find_run(self.root, run).config.data.task)
+            runs = {"run": run}
+            steps = batch.classify(self.backend, task, Inputs(rows, None), runs, lambda: False)
+            for _, done, result in steps:  # noqa: B007 (the last one has the result)
+                yield {"rows_done": done}
+            labels = [task.label_names[place] for place in result.predictions("run")]
+            yield {
+                "labels": labels,
+                "probabilities": result.probabilities["run"].round(6).tolist(),
+                "seconds": result.seconds["run"],
+            }
+        except WorkbenchError as error:
+            raise shown_error(error) from error
+
+    def cot(
+        self, task: str, texts: dict, run: str = ZERO_SHOT, max_new_tokens: int = MAX_NEW_TOKENS
+    ) -> Iterator[dict]:
+        """One input by CoT decoding: of a run that was taught to reason, or zero-shot on the task's backbone.
+
+        Streams text, tokens and latency_ms; the last one has the answer. Cancelling the job stops the decoding.
+        """
+        try:
+            self.backend.load(run, task)
+            for step in self.backend.cot(task, run, texts, max_new_tokens, lambda: False):
+                yield asdict(step)
+        except WorkbenchError as error:
+            raise shown_error(error) from error
+
+    def rationale(self, run: str, texts: dict) -> Iterator[dict]:
+        """What a run's reasoning head writes about an input; its prediction doesn't depend on it.
+
+        Streams text, tokens and latency_ms.
+        """
+        try:
+            self.backend.load(run, "")
+            for step in self.backend.rationale(run, texts, lambda: False):
+                yield asdict(step)
+        except WorkbenchError as error:
+            raise shown_error(error) from error

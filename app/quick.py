@@ -1,0 +1,146 @@
+"""The quick profile, trained in a process of its own, which the page starts, watches and stops.
+
+A process, because training draws from torch's one random generator: answers given meanwhile must not change a run.
+It goes on when the browser is closed, and ends with the app. `python -m app.quick RUNS` is that process: it reads
+configurations as a JSON list and writes a line a logged step.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+from dhrd_lib.config import RunConfig, WorkbenchError
+
+_STOP_SECONDS = 10
+_MARK = "progress: "  # tells the lines for the page from all else that training prints
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the training is: run `number` of `of`, at `step` of `steps` since `started` (seconds of the clock).
+
+    `state` is "idle", "running", "done", "stopped" or "failed"; `message` says why it failed.
+    """
+
+    state: str = "idle"
+    run: str = ""
+    number: int = 0
+    of: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    started: float = 0.0
+    message: str = ""
+
+    @property
+    def share(self) -> float:
+        """The share of all steps that is done, 0 to 1; the runs count alike."""
+        within = self.step / self.steps if self.steps else 0.0
+        return (self.number - 1 + within) / self.of if self.number else 0.0
+
+
+class Training:
+    """One training process at most, and what it last said."""
+
+    def __init__(self, root: Path) -> None:
+        self.progress = Progress()
+        self._root = root
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = Lock()
+
+    @property
+    def running(self) -> bool:
+        """Whether a training is under way."""
+        return self.progress.state == "running"
+
+    def start(self, configs: Sequence[RunConfig]) -> None:
+        """Start to train the runs that aren't finished; nothing where a training is under way already."""
+        with self._lock:
+            if self.running:
+                return
+            self.progress = Progress("running", of=len(configs), started=time.time())
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "app.quick", str(self._root)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self._process.stdin.write(json.dumps([config.to_dict() for config in configs]))
+            self._process.stdin.close()
+        Thread(target=self._watch, args=[self._process], daemon=True).start()
+
+    def stop(self) -> None:
+        """End the training; a later start goes on from its last checkpoint."""
+        with self._lock:
+            if self._process is None or not self.running:
+                return
+            self.progress = replace(self.progress, state="stopped")
+            self._process.terminate()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _watch(self, process: subprocess.Popen[str]) -> None:
+        # Read apart, or a full pipe would hold the process up; the last line is the error's.
+        errors: deque[str] = deque(maxlen=1)
+        reader = Thread(target=lambda: errors.extend(filter(str.strip, process.stderr)), daemon=True)
+        reader.start()
+        for line in process.stdout:
+            if line.startswith(_MARK):
+                self._told(**json.loads(line.removeprefix(_MARK)))
+        code = process.wait()
+        reader.join()
+        if code == 0:
+            self._told(state="done")
+        elif self.running:
+            self._told(state="failed", message=errors[0].strip() if errors else f"The process ended with {code}.")
+
+    def _told(self, **changes: Any) -> None:
+        with self._lock:
+            if self.running:
+                self.progress = replace(self.progress, **changes)
+
+
+def train_all(configs: Sequence[RunConfig], root: Path) -> None:
+    """Train and compare as `python -m dhrd_lib compare` does, with a line of JSON for each logged step."""
+    from dhrd_lib.report import write_report
+    from dhrd_lib.training import train
+
+    done = [train(config, root, [_told_by_lines(config, number)]) for number, config in enumerate(configs, start=1)]
+    write_report(done, root / "report.html")
+
+
+def _told_by_lines(config: RunConfig, number: int) -> Any:
+    from transformers import TrainerCallback
+
+    class Lines(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            told = {"run": config.name, "number": number, "step": state.global_step, "steps": state.max_steps}
+            if "loss" in logs:
+                told["loss"] = logs["loss"]
+            print(f"\n{_MARK}{json.dumps(told)}", flush=True)
+
+    return Lines()
+
+
+def main() -> None:
+    """Train what stdin names in the folder that the first argument names."""
+    try:
+        train_all([RunConfig.from_dict(values) for values in json.load(sys.stdin)], Path(sys.argv[1]))
+    except WorkbenchError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

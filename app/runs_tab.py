@@ -1,0 +1,91 @@
+"""The Runs tab: stored runs as a table, their loss curves, a picked run's model card, and stored ablations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+import plotly.graph_objects as go
+
+from app import stored, views
+from app.card import model_card
+from app.events import QUIET
+from app.settings import Settings
+from dhrd_lib.config import WorkbenchError
+from dhrd_lib.runs import find_runs
+
+_EMPTY = "No finished run is stored here yet."
+
+
+class RunsTab:
+    """The tab's components and what they do; read anew each time that the tab is opened."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.refresh = gr.Button("Read the folder again", size="sm")
+        self.status = gr.HTML(elem_id="runs-status")
+        self.table = gr.Dataframe(interactive=False, label="Runs by split", max_height=360, elem_id="runs-table")
+        self.run = gr.Dropdown([], label="Run", filterable=False)
+        with gr.Row(equal_height=False):
+            with gr.Column(min_width=320):
+                self.card = gr.HTML(elem_id="model-card")
+            with gr.Column(min_width=320):
+                self.curves = gr.Plot(label="Loss curves of the run and of the others of its task", visible=False)
+        self.ablation = gr.Dropdown([], label="Stored ablation", filterable=False)
+        self.ablation_status = gr.HTML(elem_id="ablation-status")
+        self.ablation_table = gr.Dataframe(interactive=False, visible=False, label="Settings", max_height=420)
+        self._connect()
+
+    def connect_to(self, tab: gr.Tab) -> None:
+        """Read the folder when the tab is opened."""
+        tab.select(self._read, self.run, self._read_into, **QUIET)
+
+    def _connect(self) -> None:
+        self._read_into = [self.status, self.table, self.run, self.ablation, self.ablation_status]
+        shown = [self.card, self.curves]
+        self.refresh.click(self._read, self.run, self._read_into, **QUIET)
+        self.run.change(self._on_run, self.run, shown, **QUIET)
+        self.ablation.change(self._on_ablation, self.ablation, [self.ablation_status, self.ablation_table], **QUIET)
+
+    def _read(self, picked: str | None) -> list[Any]:
+        names = [run.name for run in find_runs(self.settings.runs)]
+        status = views.notice(f"{_EMPTY} Train one with `make run`, or with the button above.", "empty")
+        picked = picked if picked in names else next(iter(names), None)
+        ablations = stored.ablation_files(self.settings.results)
+        missing = "" if ablations else views.notice("No ablation's results are stored here yet.", "empty")
+        return [
+            "" if names else status,
+            gr.Dataframe(stored.runs_table(self.settings.runs), visible=bool(names)),
+            gr.Dropdown(choices=names, value=picked, visible=bool(names)),
+            gr.Dropdown(choices=ablations, value=next(iter(ablations), None), visible=bool(ablations)),
+            missing,
+        ]
+
+    def _on_run(self, name: str | None) -> tuple[str, gr.Plot]:
+        runs = {run.name: run for run in find_runs(self.settings.runs)}
+        if name not in runs:
+            return "", gr.Plot(visible=False)
+        return model_card(runs[name]), gr.Plot(self._curves(list(runs.values()), name), visible=True)
+
+    def _curves(self, runs: list[Any], name: str) -> go.Figure:
+        """The run's curves beside those of its task that share its seed, one a setting."""
+        own = next(run for run in runs if run.name == name)
+        settings = {own.config.training.setting: own}
+        for run in runs:
+            same = run.config.data.task == own.config.data.task and _seed(run) == _seed(own)
+            if same:
+                settings.setdefault(run.config.training.setting, run)
+        return stored.loss_figure(list(settings.values()))
+
+    def _on_ablation(self, name: str | None) -> tuple[Any, gr.Dataframe]:
+        if not name:
+            return gr.skip(), gr.Dataframe(visible=False)
+        try:
+            table = stored.ablation_table(self.settings.results, name)
+        except (WorkbenchError, OSError) as error:
+            return views.notice(str(error), "error"), gr.Dataframe(visible=False)
+        return "", gr.Dataframe(table, visible=True)
+
+
+def _seed(run: Any) -> int:
+    return run.config.training.seed

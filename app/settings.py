@@ -1,0 +1,52 @@
+"""Settings: where the app finds what it shows, who may see it, and how much it takes at once."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dhrd_lib.config import ConfigError
+
+MAX_CHARACTERS = 8_000  # of one text
+MAX_ROWS = 5_000  # of one file
+MAX_FILE_MIB = 20
+MAX_WAITING = 32  # calls in line; the next is told that the app is busy
+MAX_FIELDS = 6  # texts that a template may read
+MAX_NEW_TOKENS = 500  # the paper's budget of CoT
+KEPT_MODELS = 3  # in memory at once: one a system on the page
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment or the command line decides.
+
+    `runs` is the folder of runs, `results` that of the stored figures' numbers, and `backbone` what CoT is asked of
+    where there is no run. Raises `ConfigError` for a user without a password or the reverse, and for a host that
+    others reach while there is neither.
+    """
+
+    runs: Path = Path("runs")
+    results: Path = Path("notebooks/results")
+    backbone: str = "smollm2-135m"
+    host: str = "127.0.0.1"
+    port: int | None = None
+    user: str | None = None
+    password: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.user) != bool(self.password):
+            there, lacking = ("user", "password") if self.user else ("password", "user")
+            raise ConfigError(f"There is a {there} and no {lacking}; expected both, or neither.")
+        if not self.user and not _is_loopback(self.host):
+            raise ConfigError(
+                f"host is {self.host!r}, which other machines reach; expected DHRD_APP_USER and "
+                "DHRD_APP_PASSWORD with it, or 127.0.0.1."
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

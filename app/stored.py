@@ -1,0 +1,148 @@
+"""What is stored: the runs that the page may load, the tasks that they were trained on, and their tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from dhrd_lib import plots
+from dhrd_lib.ablations import factors, load_results, summarise
+from dhrd_lib.backbones import EMBEDDED
+from dhrd_lib.config import ConfigError, WorkbenchError
+from dhrd_lib.runs import Run, find_runs, load_runs
+from dhrd_lib.tasks import TASKS, Task, load_task
+
+EMBEDDED_TASKS = ("support_triage", "everyday_nli")
+EXAMPLES = 30
+COLUMNS = {
+    "run": "run",
+    "setting": "setting",
+    "task": "task",
+    "alpha": "alpha",
+    "beta": "beta",
+    "seed": "seed",
+    "split": "split",
+    "primary": "metric (%)",
+    "train_seconds": "training (s)",
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row of a final split: its fields' texts, and the gold label's name."""
+
+    texts: dict[str, str]
+    gold: str
+
+    @property
+    def title(self) -> str:
+        """One line that tells the row from the others."""
+        line = " · ".join(" ".join(text.split()) for text in self.texts.values())
+        return f"{self.gold}: {line[:90]}{'…' if len(line) > 90 else ''}"
+
+
+def usable_runs(root: Path) -> list[Run]:
+    """The finished runs that kept their model; a grid's may have left it out."""
+    return [run for run in find_runs(root) if (run.folder / "model" / "config.json").is_file()]
+
+
+def tasks_of(runs: list[Run]) -> list[str]:
+    """The tasks that can be picked: those with a run first, then the embedded ones."""
+    return list(dict.fromkeys([run.config.data.task for run in runs] + list(EMBEDDED_TASKS)))
+
+
+def runs_of(runs: list[Run], task: str, setting: str) -> list[str]:
+    """The names of a task's runs of one setting ("pooled baseline", "DHRD", "reasoning only")."""
+    return [r.name for r in runs if r.config.data.task == task and r.config.training.setting == setting]
+
+
+def find_run(root: Path, name: str) -> Run:
+    """The run of a name, with its model; the name is looked up, never joined to a path."""
+    runs = {run.name: run for run in usable_runs(root)}
+    if name not in runs:
+        there = ", ".join(map(repr, runs)) or "none"
+        raise ConfigError(f"There is no finished run {name!r} with a model; expected one of those stored: {there}.")
+    return runs[name]
+
+
+def backbone_of(runs: list[Run], task: str, otherwise: str = EMBEDDED) -> str:
+    """The backbone that a task's runs were trained from, for zero-shot CoT beside them."""
+    return next((run.config.model.backbone for run in runs if run.config.data.task == task), otherwise)
+
+
+def find_task(root: Path, name: str) -> Task:
+    """A task by name, or as a run's saved model knows it (a user's own file, which may be gone by now)."""
+    if name in TASKS:
+        return TASKS[name]
+    run = next((run for run in usable_runs(root) if run.config.data.task == name), None)
+    if run is None:
+        raise ConfigError(f"There is no task {name!r}; expected {', '.join(EMBEDDED_TASKS)}, or one with a run.")
+    config = json.loads((run.folder / "model" / "config.json").read_text(encoding="utf-8"))
+    labels = tuple(run.metrics["label_names"])
+    metrics, splits = tuple(run.metrics["task_metrics"]), tuple(run.test_splits)
+    return Task(name, config["template"], labels, tuple(config["verbalizers"]), metrics, splits)
+
+
+@lru_cache(maxsize=8)
+def examples(root: Path, name: str) -> tuple[Example, ...]:
+    """Rows of the task's first final split, the labels in turn; none where its data can't be had any more."""
+    run = next((run for run in usable_runs(root) if run.config.data.task == name), None)
+    columns: dict[str, Any] = {}
+    if run is not None and name not in TASKS:
+        data = run.config.data
+        columns = {key: getattr(data, key) for key in ("text", "label", "rationale", "group", "template")}
+    try:
+        task, splits = load_task(name, run.config.data.data_dir if run else None, **columns)
+    except (WorkbenchError, OSError):
+        return ()
+    rows = splits[task.test_splits[0]].to_pandas()
+    turns = rows.groupby("label").cumcount()
+    rows = rows.assign(turn=turns).sort_values(["turn", "label"], kind="stable").head(EXAMPLES)
+    return tuple(
+        Example({field: row[field] or "" for field in task.fields}, task.label_names[row["label"]])
+        for row in rows.to_dict("records")
+    )
+
+
+def runs_table(root: Path) -> pd.DataFrame:
+    """One row a stored run and split; metrics in percent, times in seconds."""
+    table = load_runs(root)
+    if table.empty:
+        return pd.DataFrame(columns=list(COLUMNS.values()))
+    table["primary"] = (100 * table["primary"]).round(1)
+    table["train_seconds"] = table["train_seconds"].round(0)
+    return table[list(COLUMNS)].rename(columns=COLUMNS)
+
+
+def loss_figure(runs: list[Run]) -> go.Figure:
+    """The loss curves of runs, each with its setting."""
+    history = pd.concat(run.history.assign(setting=run.config.training.setting, name=run.name) for run in runs)
+    return plots.loss_curves(history)
+
+
+def ablation_files(results: Path) -> list[str]:
+    """The names of the stored ablations."""
+    return [path.stem.removeprefix("ablation_") for path in sorted(results.glob("ablation_*.json"))]
+
+
+@lru_cache(maxsize=16)
+def ablation_table(results: Path, name: str) -> pd.DataFrame:
+    """One row a setting and split of a stored ablation: the fields that tell the settings apart, and the metric.
+
+    The metric is the mean over seeds with its 95% interval, in percent.
+    """
+    if name not in ablation_files(results):
+        raise ConfigError(f"There is no stored ablation {name!r}; expected one of {ablation_files(results)}.")
+    table = load_results(results / f"ablation_{name}.json")
+    found = summarise(table, factors(table))
+    for column in ("value", "low", "high", "std"):
+        found[column] = (100 * found[column]).round(1)
+    return found.rename(
+        columns={"value": "metric (%)", "low": "low (%)", "high": "high (%)", "std": "std (points)"}
+    )

@@ -1,0 +1,62 @@
+"""Tiny finished runs for the app's tests: stored as `train` stores them, without the time that training takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from conftest import tiny_backbone
+
+from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from dhrd_lib.modeling import build_model
+from dhrd_lib.runs import environment, write_json
+from dhrd_lib.tasks import TASKS
+
+TASK = TASKS["support_triage"]
+BASELINE, DHRD, REASONING = "tiny-baseline", "tiny-dhrd", "tiny-reasoning"
+_WEIGHTS = {BASELINE: (0.0, 1.0), DHRD: (1.0, 1.0), REASONING: (1.0, 0.0)}
+_HISTORY = [{"step": 1, "loss": 2.0, "class_loss": 1.6, "lm_loss": 4.0}, {"step": 2, "eval_class_loss": 1.5}]
+
+
+def store_runs(root: Path, *names: str) -> Path:
+    """Store the named runs (all three by default) in a folder, and return it."""
+    for seed, name in enumerate(names or _WEIGHTS):
+        _store(root / name, name, seed)
+    return root
+
+
+def _store(folder: Path, name: str, seed: int) -> None:
+    alpha, beta = _WEIGHTS[name]
+    config = RunConfig(
+        name=name,
+        model=ModelConfig(backbone="tiny", device="cpu"),
+        data=DataConfig(max_input_tokens=64, max_rationale_tokens=24),
+        training=TrainingConfig(alpha=alpha, beta=beta),
+    )
+    limits = {"max_input_tokens": 64, "max_rationale_tokens": 24}
+    model = build_model(config.model, TASK, backbone=tiny_backbone("llama"), seed=seed, **limits)
+    # An untrained head says one label for all; with its mean taken off, its labels differ by the text.
+    texts = [f"My {word} broke{' again' * n}." for n, word in enumerate(("lamp", "kettle", "train", "bill") * 5)]
+    mean = model.classify_rows(model.encode_texts(texts)).mean(0)
+    model.classifier[-1].bias.data -= torch.tensor(mean)
+    model.save_pretrained(folder / "model")
+    config.save(folder / "config.json")
+    write_json(folder / "environment.json", environment(torch.device("cpu")))
+    pd.DataFrame(_HISTORY).to_json(folder / "history.jsonl", orient="records", lines=True)
+    for split in ("dev", "test"):
+        _predictions(seed).to_json(folder / f"predictions_{split}.jsonl", orient="records", lines=True)
+    splits = {split: {"accuracy": 0.5, "primary": 0.5} for split in ("dev", "test")}
+    totals = {"steps": 2, "best_step": 2, "train_seconds": 1.0, "train_tokens": 10, "tokens_per_second": 10.0}
+    sequences = {"train": {"rows": 8}}
+    told = {"task_metrics": ["accuracy"], "label_names": list(TASK.label_names), "splits": splits}
+    (folder / "metrics.json").write_text(json.dumps({**told, **totals, "sequences": sequences}))
+
+
+def _predictions(seed: int) -> pd.DataFrame:
+    labels = np.arange(20) % 5
+    said = np.where(np.arange(20) < 10 + seed, labels, 0)
+    columns = {"idx": map(str, range(20)), "input_text": "x", "label": labels, "prediction": said}
+    return pd.DataFrame({**columns, "probabilities": [[0.2] * 5] * 20, "group": None, "rationale": None})

@@ -1,0 +1,164 @@
+"""Ablations: settings share cells, results survive their file, and comparisons are seed by seed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from dhrd_lib import ablations, evaluation
+from dhrd_lib.__main__ import app
+from dhrd_lib.ablations import ABLATIONS, ResultsError, collect, compare, load_results, store_results, summarise
+from dhrd_lib.config import RunConfig
+from dhrd_lib.runs import find_runs, write_json
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DHRD_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+def tiny_base(**changes: object) -> dict:
+    sizes = {"backbone": "tiny", "freeze_layers": 2, "max_train_rows": 16, "max_eval_rows": 8, "epochs": 1}
+    return ablations.base("support_triage", **(sizes | changes))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def table(root):
+    return ablations.run_ablation("loss_weights", tiny_base(), [0, 1], root)
+
+
+def made(predictions: dict[tuple, list[int]], labels: list[int]) -> pd.DataFrame:
+    """A table by hand: predictions by (alpha, seed)."""
+    rows = [
+        {
+            "run": f"a{alpha}-s{seed}",
+            "setting": "DHRD" if alpha else "pooled baseline",
+            "alpha": alpha,
+            "seed": seed,
+            "task": "t",
+            "split": "test",
+            "task_metrics": ("accuracy",),
+            "groups": None,
+            "labels": tuple(labels),
+            "predictions": tuple(said),
+            "train_seconds": 1.0,
+            "train_tokens": 10,
+            "tokens_per_second": 10.0,
+            "environment": {},
+        }
+        for (alpha, seed), said in predictions.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_grid_of_an_ablation_is_one_and_has_the_cell_of_a_plain_setting(ablation):
+    grids = ablations.grids(ablation, tiny_base(), [0])
+    cells = {name: grid.config(name) for grid in grids for name in grid.cells}
+    assert all(isinstance(config, RunConfig) for config in cells.values())
+    plain = {"ablation-support_triage-seed0", "ablation-support_triage-alpha0.0-seed0"}
+    assert plain <= set(cells)
+
+
+def test_ablations_share_the_cells_that_they_have_in_common(root, table, monkeypatch):
+    before = {run.name for run in find_runs(root)}
+    begun, prepare = [], ablations.sweep.__globals__["train"].__globals__["_prepare"]
+    monkeypatch.setitem(
+        ablations.sweep.__globals__["train"].__globals__,
+        "_prepare",
+        lambda config: begun.append(config.name) or prepare(config),
+    )
+    ablations.run_ablation("rationale_length", tiny_base(), [0], root)
+    assert begun
+    assert not before & set(begun)
+    assert all("only_label" in name or "max_rationale_tokens" in name for name in begun)
+
+
+def test_a_run_without_a_class_loss_answers_by_cot_and_only_where_it_was_asked(root, table):
+    told = table[table["beta"] == 0]
+    assert set(told["split"]) == {"test"}
+    stored = json.loads(next(root.glob("*beta0.0*seed0/cot_test.json")).read_text())
+    assert list(told[told["seed"] == 0]["predictions"].iloc[0]) == stored["predictions"]
+    assert len(stored["predictions"]) == 8
+    assert set(table[table["beta"] > 0]["split"]) == {"dev", "test", "test_new_domain"}
+
+
+def test_a_stored_table_is_the_one_that_was_collected(table, tmp_path):
+    store_results(table, tmp_path / "results.json")
+    again = load_results(tmp_path / "results.json")
+    assert set(again) == set(table)
+    pd.testing.assert_frame_equal(again[list(table)].map(repr), table.reset_index(drop=True).map(repr))
+    assert "\n0" not in (tmp_path / "results.json").read_text()  # not a line a prediction
+
+
+def test_a_file_without_results_is_named(tmp_path):
+    write_json(tmp_path / "other.json", {"rows": []})
+    with pytest.raises(
+        ResultsError, match=r"other\.json holds no results of an ablation \(KeyError\('gold'\)\); expected"
+    ):
+        load_results(tmp_path / "other.json")
+
+
+def test_a_summary_is_the_mean_over_seeds_with_the_bootstrap_over_seeds_and_rows():
+    labels = [0, 1] * 20
+    wrong = [1 - labels[0], *labels[1:]]
+    found = summarise(made({(1.0, 0): labels, (1.0, 1): wrong}, labels), ["alpha"]).iloc[0]
+    expected = evaluation.bootstrap_interval_over_seeds(["accuracy"], labels, [labels, wrong])
+    assert (found["value"], found["low"], found["high"]) == (expected.value, expected.low, expected.high)
+    assert found["value"] == pytest.approx(1 - 0.5 / 40)
+    assert found["n_seeds"] == 2
+    assert found["std"] == pytest.approx(np.std([1, 39 / 40], ddof=1))
+
+
+def test_a_comparison_is_paired_by_seed_and_corrected_for_the_settings_compared():
+    labels = [0, 1] * 20
+    flipped = [1 - label for label in labels]
+    runs = {(0.0, 0): labels, (0.0, 1): flipped, (1.0, 1): flipped, (1.0, 0): labels, (2.0, 0): flipped}
+    found = compare(made(runs, labels), ["alpha"], {"alpha": 0.0}).set_index("alpha")
+    assert found.loc[1.0, ["n_seeds", "difference", "low", "high"]].tolist() == [2, 0, 0, 0]
+    assert found.loc[2.0, "n_seeds"] == 1
+    assert found.loc[2.0, "difference"] == -1
+    assert found.loc[2.0, "p_holm"] == pytest.approx(2 * found.loc[2.0, "p_value"])
+
+
+def test_a_reference_that_no_run_has_two_runs_of_one_seed_and_other_rows_are_refused():
+    runs = made({(0.0, 0): [0, 1], (1.0, 0): [0, 1]}, [0, 1])
+    with pytest.raises(ResultsError, match=r"no run is of the reference \{'alpha': 3.0\}"):
+        compare(runs, ["alpha"], {"alpha": 3.0})
+    with pytest.raises(ResultsError, match="runs 'a0.0-s0' and 'a1.0-s0' have the same head and seed"):
+        summarise(runs.assign(head="mlp"), ["head"])
+    other = runs.assign(labels=[(0, 1), (1, 1)])
+    with pytest.raises(ResultsError, match="runs 'a0.0-s0' and 'a1.0-s0' have different rows of t test"):
+        compare(other, ["alpha"], {"alpha": 0.0})
+
+
+def test_a_failed_cell_is_named_with_its_reason_and_the_rest_are_trained(tmp_path):
+    base = tiny_base(freeze_layers=0)
+    base["model"]["finetune"] = "lora"
+    base["data"]["max_train_rows"] = 1  # a shuffle needs two rows
+    with pytest.raises(ResultsError, match=r"cells aren't trained; ablation-support_triage-.*Shuffling rationales"):
+        ablations.run_ablation("alignment", base, [0], tmp_path)
+    assert len(find_runs(tmp_path)) == 3
+
+
+def test_the_command_trains_and_stores_an_ablation(root, table, tmp_path):
+    write_json(tmp_path / "base.json", tiny_base())
+    out = tmp_path / "stored.json"
+    options = ["--base", str(tmp_path / "base.json"), "--seeds", "2", "--runs", str(root), "--out", str(out)]
+    result = CliRunner().invoke(app, ["ablate", "loss_weights", *options], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert len(load_results(out)) == len(table)
+    assert collect(find_runs(root))["run"].nunique() >= table["run"].nunique()
+    assert "pooled baseline" in result.output
