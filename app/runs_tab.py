@@ -33,6 +33,7 @@ class RunsTab:
                 self.curves = gr.Plot(label="Loss curves of the run and of the others of its task", visible=False)
         self.ablation = gr.Dropdown([], label="Stored ablation", filterable=False)
         self.ablation_status = gr.HTML(elem_id="ablation-status")
+        self.ablation_figure = gr.Plot(label="The ablation's first factor", visible=False)
         self.ablation_table = gr.Dataframe(interactive=False, visible=False, label="Settings", max_height=420)
         self._connect()
 
@@ -45,7 +46,8 @@ class RunsTab:
         shown = [self.card, self.curves]
         self.refresh.click(self._read, self.run, self._read_into, **QUIET)
         self.run.change(self._on_run, self.run, shown, **QUIET)
-        self.ablation.change(self._on_ablation, self.ablation, [self.ablation_status, self.ablation_table], **QUIET)
+        told = [self.ablation_status, self.ablation_figure, self.ablation_table]
+        self.ablation.change(self._on_ablation, self.ablation, told, **QUIET)
 
     def _read(self, picked: str | None) -> list[Any]:
         names = [run.name for run in find_runs(self.settings.runs)]
@@ -77,14 +79,16 @@ class RunsTab:
                 settings.setdefault(run.config.training.setting, run)
         return stored.loss_figure(list(settings.values()))
 
-    def _on_ablation(self, name: str | None) -> tuple[Any, gr.Dataframe]:
+    def _on_ablation(self, name: str | None) -> tuple[Any, gr.Plot, gr.Dataframe]:
+        hidden = gr.Plot(visible=False), gr.Dataframe(visible=False)
         if not name:
-            return gr.skip(), gr.Dataframe(visible=False)
+            return gr.skip(), *hidden
         try:
             table = stored.ablation_table(self.settings.results, name)
+            figure = stored.ablation_figure(self.settings.results, name)
         except (WorkbenchError, OSError) as error:
-            return views.notice(str(error), "error"), gr.Dataframe(visible=False)
-        return "", gr.Dataframe(table, visible=True)
+            return views.notice(str(error), "error"), *hidden
+        return "", gr.Plot(figure, visible=True), gr.Dataframe(table, visible=True)
 
 
 def _seed(run: Any) -> int:

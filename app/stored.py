@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from dhrd_lib import plots
-from dhrd_lib.ablations import factors, load_results, summarise
+from dhrd_lib.ablations import by_seed, factors, load_results, one_factor, summarise
 from dhrd_lib.backbones import EMBEDDED
 from dhrd_lib.config import ConfigError, WorkbenchError
 from dhrd_lib.runs import Run, find_runs, load_runs
@@ -132,14 +132,27 @@ def ablation_files(results: Path) -> list[str]:
 
 
 @lru_cache(maxsize=16)
+def _ablation(results: Path, name: str) -> pd.DataFrame:
+    if name not in ablation_files(results):
+        raise ConfigError(f"There is no stored ablation {name!r}; expected one of {ablation_files(results)}.")
+    return load_results(results / f"ablation_{name}.json")
+
+
+def ablation_figure(results: Path, name: str) -> go.Figure:
+    """The metric over the first factor of a stored ablation, a line a value of the second, on the final split."""
+    table = _ablation(results, name)
+    final = table[table["split"] == next(split for split in table["split"] if split != "dev")]
+    factor, line = [*factors(table), None][:2]
+    rows = one_factor(final, factor, line)
+    return plots.factor_effect(summarise(rows, [factor, "series"]), by_seed(rows), factor)
+
+
 def ablation_table(results: Path, name: str) -> pd.DataFrame:
     """One row a setting and split of a stored ablation: the fields that tell the settings apart, and the metric.
 
     The metric is the mean over seeds with its 95% interval, in percent.
     """
-    if name not in ablation_files(results):
-        raise ConfigError(f"There is no stored ablation {name!r}; expected one of {ablation_files(results)}.")
-    table = load_results(results / f"ablation_{name}.json")
+    table = _ablation(results, name)
     found = summarise(table, factors(table))
     for column in ("value", "low", "high", "std"):
         found[column] = (100 * found[column]).round(1)

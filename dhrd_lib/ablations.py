@@ -75,7 +75,7 @@ def base(
             "max_train_rows": max_train_rows,
             "max_eval_rows": max_eval_rows,
         },
-        "training": {"epochs": epochs, "batch_size": 8, "learning_rate": 3e-4, "keep_model": False},
+        "training": {"epochs": epochs, "batch_size": 8, "learning_rate": 1e-3, "keep_model": False},
     }
 
 

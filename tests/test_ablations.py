@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from dhrd_lib import ablations, evaluation
+from dhrd_lib import ablations, evaluation, plots
 from dhrd_lib.__main__ import app
 from dhrd_lib.ablations import ABLATIONS, ResultsError, collect, compare, load_results, store_results, summarise
 from dhrd_lib.config import RunConfig
 from dhrd_lib.runs import find_runs, write_json
+from dhrd_lib.widgets import AblationDashboard
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -162,3 +163,72 @@ def test_the_command_trains_and_stores_an_ablation(root, table, tmp_path):
     assert len(load_results(out)) == len(table)
     assert collect(find_runs(root))["run"].nunique() >= table["run"].nunique()
     assert "pooled baseline" in result.output
+
+
+# --------------------------------------------------------------------- what figures show of a table
+
+
+def two_factors() -> pd.DataFrame:
+    """Two seeds of alpha 0 and 1 with `last` pooling, and of alpha 1 with `mean`."""
+    labels = [0, 1] * 10
+    runs = made({(alpha, seed): labels for alpha in (0.0, 1.0) for seed in (0, 1)}, labels).assign(pooling="last")
+    mean = runs[runs["alpha"] == 1].assign(pooling="mean", predictions=[tuple([0] * 20)] * 2)
+    return pd.concat([runs, mean.assign(run=mean["run"] + "-mean")], ignore_index=True)
+
+
+def test_factors_are_the_fields_that_differ_and_neither_seed_nor_what_was_measured():
+    assert ablations.factors(two_factors()) == ["alpha", "pooling"]
+
+
+def test_one_factor_holds_the_others_at_the_value_of_most_runs():
+    table = two_factors()
+    assert set(ablations.one_factor(table, "alpha")["pooling"]) == {"last"}
+    assert set(ablations.one_factor(table, "pooling")["alpha"]) == {1.0}
+    both = ablations.one_factor(table, "alpha", "pooling")
+    assert len(both) == len(table)
+    assert set(both["series"]) == {"pooling last", "pooling mean"}
+
+
+def test_the_dashboards_choices_choose_what_the_figure_shows_and_hover_names_the_run():
+    dashboard = AblationDashboard(two_factors())
+    dashboard.choices["factor"].value, dashboard.choices["line"].value = "pooling", None
+    means, runs = dashboard.figure().data
+    assert list(means.x) == ["last", "mean"]
+    assert list(means.y) == [100, 50]
+    assert set(runs.customdata[:, 0]) == {"a1.0-s0", "a1.0-s1", "a1.0-s0-mean", "a1.0-s1-mean"}
+    dashboard.choices["metric"].value = "macro_f1"
+    assert list(dashboard.figure().data[0].y) == [100, pytest.approx(100 / 3)]
+
+
+def test_a_factor_of_numbers_has_a_line_with_a_band_that_ends_at_the_interval():
+    table = two_factors().assign(series="all")
+    last = table[table["pooling"] == "last"]
+    summary = summarise(last, ["alpha", "series"]).assign(low=0.8, high=0.9)
+    band, means, _ = plots.factor_effect(summary, ablations.by_seed(last), "alpha").data
+    assert list(band.y) == [90, 90, 80, 80]
+    assert means.mode == "lines+markers"
+    assert list(means.x) == [0, 1]
+
+
+def test_the_heat_map_has_the_mean_of_each_pair_of_weights():
+    rows = [(0.0, 0.5, 0.4), (1.0, 0.5, 0.5), (0.0, 1.0, 0.6), (1.0, 1.0, 0.7)]
+    summary = pd.DataFrame(rows, columns=["alpha", "beta", "value"]).assign(low=0.1, high=0.9)
+    (cells,) = plots.weight_heat_map(summary).data
+    assert cells.z.tolist() == [[40, 50], [60, 70]]
+    assert cells.text[1][1] == "70.0%<br>[10.0, 90.0]"
+    assert (list(cells.x), list(cells.y)) == (["0", "1"], ["0.5", "1"])
+
+
+@pytest.mark.parametrize("draw", ["factor_effect", "weight_heat_map"])
+def test_both_axes_have_titles_and_the_metric_its_unit(draw):
+    table = two_factors().assign(series="all", beta=1.0)
+    summary = summarise(table[table["pooling"] == "last"], ["alpha", "beta", "series"])
+    figure = (
+        plots.weight_heat_map(summary)
+        if draw == "weight_heat_map"
+        else plots.factor_effect(summary, ablations.by_seed(table), "alpha")
+    )
+    assert figure.layout.title.text.split("?")[1]
+    assert figure.layout.xaxis.title.text
+    assert figure.layout.yaxis.title.text
+    assert "%" in figure.to_json()

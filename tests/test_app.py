@@ -22,8 +22,10 @@ from app.compare_tab import CompareTab
 from app.events import Session
 from app.settings import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_ROWS, MAX_WAITING, Settings
 from app.views import Asked, Comparison, Shown
+from dhrd_lib import ablations
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import DHRDModel
+from dhrd_lib.runs import find_runs
 from dhrd_lib.tasks import TaskError
 
 TEXTS = {"text": "My lamp broke on the second day."}
@@ -425,6 +427,15 @@ class TestStored:
     def test_loss_curves_are_the_runs_own(self, root):
         figure = stored.loss_figure(stored.usable_runs(root))
         assert {trace.name for trace in figure.data} == {"pooled baseline", "DHRD", "reasoning only"}
+
+    def test_a_stored_ablation_is_a_figure_over_its_first_factor_and_a_table_of_its_settings(self, root, tmp_path):
+        table = ablations.collect(find_runs(root)[:2])
+        ablations.store_results(table, tmp_path / "ablation_mine.json")
+        shown = stored.ablation_table(tmp_path, "mine")
+        assert len(shown) == table["run"].nunique() * table["split"].nunique()
+        assert shown["metric (%)"].between(0, 100).all()
+        figure = stored.ablation_figure(tmp_path, "mine")
+        assert figure.layout.xaxis.title.text == ablations.factors(table)[0].replace("_", " ")
 
     def test_an_ablation_that_is_not_stored_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="There is no stored ablation"):
