@@ -16,7 +16,7 @@ from app.backend import Backend
 from app.settings import MAX_FILE_MIB, MAX_ROWS
 from dhrd_lib import evaluation, plots
 from dhrd_lib.config import ConfigError
-from dhrd_lib.tasks import SUFFIXES, Task, TaskError, _read_rows
+from dhrd_lib.tasks import SUFFIXES, Task, TaskError, read_rows
 
 AGREE, DISAGREE = "yes", "no"
 
@@ -60,7 +60,7 @@ def read_table(path: str | Path) -> Table:
     if path.stat().st_size > MAX_FILE_MIB * 2**20:
         raise TaskError(f"{path.name} has {path.stat().st_size / 2**20:.1f} MiB; expected at most {MAX_FILE_MIB}.")
     try:
-        rows = _read_rows(path)
+        rows = read_rows(path)
     except TaskError as error:
         # The folder is the server's; it is no business of the visitor's.
         raise TaskError(str(error).replace(str(path), path.name)) from error

@@ -218,7 +218,7 @@ def load_task(
 def _read_path(path: Path) -> Splits:
     """The rows of one file, as train, or of each split's file in a folder."""
     if path.is_file():
-        return {"train": (str(path), _read_rows(path))}
+        return {"train": (str(path), read_rows(path))}
     if not path.is_dir():
         known = ", ".join(TASKS)
         raise TaskError(f"{str(path)!r} is neither a task nor a file or folder; expected {known}, or a path.")
@@ -231,10 +231,11 @@ def _read_path(path: Path) -> Splits:
         files[file.stem] = file
     if "train" not in files:
         raise TaskError(f"{path} has no train file; expected train with one of {', '.join(SUFFIXES)}.")
-    return {split: (str(file), _read_rows(file)) for split, file in files.items()}
+    return {split: (str(file), read_rows(file)) for split, file in files.items()}
 
 
-def _read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a data file as they stand in it; raises `TaskError`, which names the file."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _read_parquet(path)

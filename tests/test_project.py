@@ -67,6 +67,17 @@ def test_the_readmes_table_is_the_stored_comparison():
         assert line in readme
 
 
+def test_the_readmes_throughput_is_the_stored_benchmarks():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "throughput.json").read_text())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in stored["systems"]:
+        ratio = stored["ratios"].get(f"DHRD / {row['system']}")
+        line = f"| {row['system']} | {row['queries_per_second']:.3g} | {row['written_tokens_per_query']:.0f} |"
+        assert line + (f" {ratio['value']:.3g} |" if ratio else " |") in readme
+    assert f"{stored['classify']['share']:.0%} of the matmul peak" in readme
+    assert f"{stored['largest_logit_difference']:.0e}" in readme
+
+
 def test_the_readmes_two_seeds_are_the_stored_ones():
     stored = json.loads((ROOT / "notebooks" / "results" / "quick_two_seeds.json").read_text())
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
