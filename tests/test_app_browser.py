@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from app_runs import TASK, store_runs
 
 from app.app import build, launch
 from app.settings import Settings
+from dhrd_lib.cot import CoT
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -101,7 +104,21 @@ def test_the_rationale_streams_under_dhrd_and_says_what_it_is(page):
     assert "does not depend on it" in card.inner_text()
 
 
-def test_stop_ends_cot_and_gives_the_button_back(page):
+@pytest.fixture
+def unhurried_cot(monkeypatch) -> None:
+    """The tiny backbone may have written its 500 tokens before a busy browser shows the first."""
+    whole = CoT.stream
+
+    def unhurried(self, *arguments) -> Iterator:
+        with closing(whole(self, *arguments)) as steps:
+            for step in steps:
+                time.sleep(0.05)
+                yield step
+
+    monkeypatch.setattr(CoT, "stream", unhurried)
+
+
+def test_stop_ends_cot_and_gives_the_button_back(page, unhurried_cot):
     page.get_by_label("number input for CoT's token budget").fill("500")
     page.keyboard.press("Tab")
     compare(page, "My lamp broke.")
