@@ -47,7 +47,6 @@ class Api:
         Returns label, probabilities by label, latency_ms and the tokens read, written and cut.
         """
         try:
-            self.backend.load(run, "")
             return asdict(self.backend.classify(run, texts))
         except WorkbenchError as error:
             raise shown_error(error) from error
@@ -82,7 +81,6 @@ class Api:
         Streams text, tokens and latency_ms; the last one has the answer. Cancelling the job stops the decoding.
         """
         try:
-            self.backend.load(run, task)
             for step in self.backend.cot(task, run, texts, max_new_tokens, lambda: False):
                 yield asdict(step)
         except WorkbenchError as error:
@@ -94,7 +92,6 @@ class Api:
         Streams text, tokens and latency_ms.
         """
         try:
-            self.backend.load(run, "")
             for step in self.backend.rationale(run, texts, lambda: False):
                 yield asdict(step)
         except WorkbenchError as error:

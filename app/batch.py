@@ -16,6 +16,7 @@ from app.backend import Backend
 from app.settings import MAX_FILE_MIB, MAX_ROWS
 from dhrd_lib import evaluation, plots
 from dhrd_lib.config import ConfigError
+from dhrd_lib.report import percent_interval
 from dhrd_lib.tasks import SUFFIXES, Task, TaskError, read_rows
 
 AGREE, DISAGREE = "yes", "no"
@@ -119,7 +120,6 @@ def classify(
     result = Result(task, inputs)
     for setting, run in chosen.items():
         yield f"{setting}: loading", 0, None
-        backend.load(run, task.name)
         parts, seconds, done = [], 0.0, 0
         with closing(backend.classify_rows(run, inputs.texts)) as steps:
             for found, spent in steps:
@@ -173,8 +173,7 @@ def figures_of(result: Result) -> list[dict[str, str]]:
         row = {"system": setting}
         if result.inputs.gold is not None:
             found = evaluation.bootstrap_interval(metrics, result.inputs.gold, result.predictions(setting))
-            told = f"{100 * found.value:.1f}% [{100 * found.low:.1f}, {100 * found.high:.1f}]"
-            row[f"{_named(metrics)} [95% interval]"] = told
+            row[f"{_named(metrics)} [95% interval]"] = percent_interval(found.value, found.low, found.high)
         row["rows a second"] = f"{len(result.inputs.texts) / seconds:,.1f}"
         rows.append(row)
     return rows

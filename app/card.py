@@ -7,6 +7,7 @@ from typing import Any
 
 from app import views
 from dhrd_lib import evaluation
+from dhrd_lib.report import percent_interval
 from dhrd_lib.runs import Run, load_run
 
 _PURPOSE = {
@@ -85,5 +86,5 @@ def _figure(run: Run, split: str) -> dict[str, str]:
     groups = predictions["group"] if predictions["group"].notna().all() else None
     found = evaluation.bootstrap_interval(metrics, predictions["label"], predictions["prediction"], groups)
     name = " and ".join(metrics)
-    interval = f"{100 * found.value:.1f}% [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    interval = percent_interval(found.value, found.low, found.high)
     return {"split": split, "rows": f"{len(predictions):,}", f"{name} [95% interval]": interval}

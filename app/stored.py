@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -14,9 +13,10 @@ import plotly.graph_objects as go
 from dhrd_lib import plots
 from dhrd_lib.ablations import by_seed, factors, load_results, one_factor, summarise
 from dhrd_lib.backbones import EMBEDDED
-from dhrd_lib.config import ConfigError, WorkbenchError
+from dhrd_lib.config import ConfigError, DataConfig, WorkbenchError
 from dhrd_lib.runs import Run, find_runs, load_runs
-from dhrd_lib.tasks import TASKS, Task, load_task
+from dhrd_lib.tasks import TASKS, Task
+from dhrd_lib.training import load_rows
 
 EMBEDDED_TASKS = ("support_triage", "everyday_nli")
 EXAMPLES = 30
@@ -93,12 +93,8 @@ def find_task(root: Path, name: str) -> Task:
 def examples(root: Path, name: str) -> tuple[Example, ...]:
     """Rows of the task's first final split, the labels in turn; none where its data can't be had any more."""
     run = next((run for run in usable_runs(root) if run.config.data.task == name), None)
-    columns: dict[str, Any] = {}
-    if run is not None and name not in TASKS:
-        data = run.config.data
-        columns = {key: getattr(data, key) for key in ("text", "label", "rationale", "group", "template")}
     try:
-        task, splits = load_task(name, run.config.data.data_dir if run else None, **columns)
+        task, splits = load_rows(run.config.data if run else DataConfig(task=name))
     except (WorkbenchError, OSError):
         return ()
     rows = splits[task.test_splits[0]].to_pandas()

@@ -244,14 +244,11 @@ def _agreement(a: str, b: str, asked: Sequence[Asked]) -> str | None:
 def progress(found: Progress) -> str:
     """The training's progress bar, or how it ended; nothing before the first."""
     if found.state == "running":
-        percent = f"{100 * found.share:.0f}%"
         told = f"Training run {found.number} of {found.of}: {found.run}, step {found.step} of {found.steps}"
         told = told if found.run else "Training starts: reading the data, loading the backbone"
         told += f", loss {found.loss:.3f}" if found.loss is not None else ""
-        return (
-            f'<div class="progress" role="progressbar" aria-valuenow="{100 * found.share:.0f}" aria-valuemin="0" '
-            f'aria-valuemax="100" aria-label="Training"><i style="width:{percent}"></i></div>'
-            f'<p class="muted">{text(told)}. {percent} of all steps{_left(found)}. Latencies measured '
+        return _progress_bar(found.share, "Training") + (
+            f'<p class="muted">{text(told)}. {found.share:.0%} of all steps{_left(found)}. Latencies measured '
             "meanwhile are longer than they would be.</p>"
         )
     if found.state == "failed":
@@ -269,11 +266,13 @@ def _left(found: Progress) -> str:
 
 def share_of_work(done: int, of: int, what: str) -> str:
     """A progress bar of rows."""
-    percent = f"{100 * done / max(of, 1):.0f}%"
+    return _progress_bar(done / max(of, 1), what) + f'<p class="muted">{text(what)}: {done:,} of {of:,} rows</p>'
+
+
+def _progress_bar(share: float, what: str) -> str:
     return (
-        f'<div class="progress" role="progressbar" aria-valuenow="{100 * done // max(of, 1)}" aria-valuemin="0" '
-        f'aria-valuemax="100" aria-label="{text(what)}"><i style="width:{percent}"></i></div>'
-        f'<p class="muted">{text(what)}: {done:,} of {of:,} rows</p>'
+        f'<div class="progress" role="progressbar" aria-valuenow="{100 * share:.0f}" aria-valuemin="0" '
+        f'aria-valuemax="100" aria-label="{text(what)}"><i style="width:{share:.0%}"></i></div>'
     )
 
 

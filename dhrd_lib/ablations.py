@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from dhrd_lib import cot, evaluation
-from dhrd_lib.config import HEADS, POOLING_MODES, WorkbenchError
+from dhrd_lib.config import CHANGES_NO_RESULT, HEADS, POOLING_MODES, WorkbenchError
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import Run, load_run, write_json
 from dhrd_lib.sweeps import Grid, sweep
@@ -110,6 +110,13 @@ def run_ablation(
     return collect(runs)
 
 
+def stored_or_trained(
+    stored: str | Path, ablation: str, base: Mapping[str, Any], seeds: Sequence[int], root: str | Path
+) -> pd.DataFrame:
+    """The table of a stored file where there is one, and of `run_ablation` otherwise; "" names no file."""
+    return load_results(stored) if Path(stored).is_file() else run_ablation(ablation, base, seeds, root)
+
+
 def answer_by_cot(run: Run, decoding: cot.Decoding | None = None) -> None:
     """Let a run with `beta = 0` answer its first test split by CoT, and keep the answers in its folder.
 
@@ -160,8 +167,8 @@ def _of_split(run: Run, split: str) -> dict[str, Any]:
 
 
 def factors(table: pd.DataFrame) -> list[str]:
-    """The configuration fields that tell the table's settings apart: neither seed nor task, nor what is kept."""
-    kept = {"run", "setting", "seed", "task", "keep_model", "environment", *_TOTALS, *_OF_SPLIT}
+    """The fields that tell the table's settings apart: neither seed nor task, nor what changes no result."""
+    kept = {"run", "setting", "seed", "task", "environment", *CHANGES_NO_RESULT, *_TOTALS, *_OF_SPLIT}
     return [name for name in table if name not in kept and table[name].map(repr).nunique() > 1]
 
 
@@ -213,8 +220,8 @@ def load_results(path: str | Path) -> pd.DataFrame:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
         gold = {(one["task"], one["split"]): one for one in stored["gold"]}
         rows = [
-            {**_fields(stored, run), **_split_row(gold[_fields(stored, run)["task"], split], said)}
-            for run in stored["runs"]
+            {**fields, **_split_row(gold[fields["task"], split], said)}
+            for run, fields in ((run, _fields(stored, run)) for run in stored["runs"])
             for split, said in run["predictions"].items()
         ]
     except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -24,6 +24,8 @@ LM_SPANS = ("all", "rationale_label")
 ALPHA_SCHEDULES = ("constant", "linear", "cosine")
 LR_SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Fields of `TrainingConfig`: runs that differ in these alone are the same setting.
+CHANGES_NO_RESULT = ("report_to", "logging_steps", "cache_trunk", "lm_chunk_tokens", "keep_model")
 TEACHER_KINDS = ("local", "openai")
 PROTOCOLS = ("gold", "rejection", "human")
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")

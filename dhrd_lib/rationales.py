@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import snowballstemmer
@@ -28,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from dhrd_lib.config import ConfigError, TeacherConfig
 from dhrd_lib.plots import TEMPLATE
 from dhrd_lib.rationale_store import REVIEWS, Key, RationaleStore, Record
-from dhrd_lib.sequences import derangement
+from dhrd_lib.sequences import draw_share, exchange
 from dhrd_lib.tasks import Task
 from dhrd_lib.teachers import (
     Reply,
@@ -485,8 +484,7 @@ def replace_share(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, d
     chosen = _chosen(dataset, share, seed)
     said = list(dataset["rationale"])
     if chosen:
-        givers = [chosen[place] for place in derangement(len(chosen), seed)]
-        for row, other in zip(chosen, givers, strict=True):
+        for row, other in exchange(chosen, seed).items():
             said[row] = dataset[other]["rationale"]
     return _with_rationales(dataset, said, "replaced", len(chosen))
 
@@ -518,8 +516,7 @@ def _chosen(dataset: Dataset, share: float, seed: int) -> list[int]:
     if not 0 <= share <= 1:
         raise ConfigError(f"share is {share!r}; expected a number from 0 to 1.")
     there = [place for place, words in enumerate(dataset["rationale"]) if words]
-    order = np.random.default_rng(seed).permutation(there)
-    return sorted(order[: round(share * len(there))].tolist())
+    return draw_share(there, share, seed)
 
 
 def _with_rationales(

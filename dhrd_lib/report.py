@@ -25,6 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dhrd_lib import evaluation, plots
+from dhrd_lib.config import CHANGES_NO_RESULT
 
 if TYPE_CHECKING:
     from dhrd_lib.runs import Run
@@ -36,8 +37,7 @@ _ORDER = ("pooled baseline", "DHRD", "reasoning only")
 _NBSP = "\N{NO-BREAK SPACE}"
 _METRIC_NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "f1a": "F1a", "em": "EM"}
 # Runs that differ in these alone are the same setting: the seed, and what changes no result.
-_NOT_OF_THE_SETTING = ("training.seed", "training.report_to", "training.logging_steps")
-_NOT_OF_THE_SETTING += ("training.cache_trunk", "training.lm_chunk_tokens")
+_NOT_OF_THE_SETTING = {f"training.{name}" for name in ("seed", *CHANGES_NO_RESULT)}
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def print_table(frame: pd.DataFrame, console: Console | None = None) -> None:
             cells = (
                 row.split,
                 row.setting,
-                _percent_interval(row.value, row.low, row.high),
-                _points_interval(row.difference, row.diff_low, row.diff_high) if compared else "",
+                percent_interval(row.value, row.low, row.high),
+                points_interval(row.difference, row.diff_low, row.diff_high) if compared else "",
                 _p(row.p_value) if compared else "",
             )
             table.add_row(*map(escape, cells))
@@ -295,7 +295,7 @@ def _score_table(results: Sequence[_Result], metrics: Sequence[str], metric: str
             {
                 "split": result.split,
                 "setting": result.setting.label,
-                f"{metric} [95% interval]": _percent_interval(interval.value, interval.low, interval.high),
+                f"{metric} [95% interval]": percent_interval(interval.value, interval.low, interval.high),
                 **(scores if several else {}),
                 "seeds": spread.n_seeds,
                 "std over seeds": "—" if spread.std is None else f"{100 * spread.std:.1f} points",
@@ -313,7 +313,7 @@ def _comparison_table(compared: Sequence[_Result]) -> pd.DataFrame:
             {
                 "split": result.split,
                 "setting": result.setting.label,
-                "points [95% interval]": _points_interval(pair.difference, pair.low, pair.high),
+                "points [95% interval]": points_interval(pair.difference, pair.low, pair.high),
                 "p": _p(pair.p_value),
                 "test": pair.test,
                 "right alone: setting / baseline": f"{pair.b_only_right} / {pair.a_only_right}",
@@ -552,11 +552,13 @@ def _span(numbers: Sequence[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
-def _percent_interval(value: float, low: float, high: float) -> str:
+def percent_interval(value: float, low: float, high: float) -> str:
+    """A fraction and its interval, in percent: "74.6% [70.0, 79.1]"."""
     return f"{100 * value:.1f}% [{100 * low:.1f},{_NBSP}{100 * high:.1f}]"
 
 
-def _points_interval(value: float, low: float, high: float) -> str:
+def points_interval(value: float, low: float, high: float) -> str:
+    """A difference of fractions and its interval, in points: "+0.6 [-2.9, +4.6]"."""
     return f"{100 * value:+.1f} [{100 * low:+.1f},{_NBSP}{100 * high:+.1f}]"
 
 

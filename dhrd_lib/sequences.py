@@ -112,6 +112,16 @@ def derangement(n: int, seed: int) -> list[int]:
     return order
 
 
+def draw_share(rows: Sequence[int], share: float, seed: int) -> list[int]:
+    """The share of the rows that the seed draws, in order; a larger share has the rows of a smaller one too."""
+    return sorted(np.random.default_rng(seed).permutation(rows)[: round(share * len(rows))].tolist())
+
+
+def exchange(rows: Sequence[int], seed: int) -> dict[int, int]:
+    """For each row the row whose rationale it gets, which is never its own."""
+    return {rows[place]: rows[other] for place, other in enumerate(derangement(len(rows), seed))}
+
+
 def align(
     rationales: Sequence[str | None],
     labels: Sequence[int],
@@ -122,14 +132,13 @@ def align(
     """What the LM head is taught after x, row by row (paper, alignment ablation).
 
     Returns a rationale and a label for each row. A row that has no rationale gets no label text either, so
-    that it adds nothing to the LM loss; it takes no part in the shuffles. They take a share of the rows, which
-    the seed draws, and which a larger share has too.
+    that it adds nothing to the LM loss; it takes no part in the shuffles. They take the share of the rows that
+    `draw_share` draws.
     """
     rows = [i for i, rationale in enumerate(rationales) if rationale]
     source = {i: i for i in rows}
     if alignment.startswith("shuffle") and shuffled_share > 0:
-        drawn = np.random.default_rng(seed).permutation(rows)[: round(shuffled_share * len(rows))].tolist()
-        source |= {drawn[place]: drawn[other] for place, other in enumerate(derangement(len(drawn), seed))}
+        source |= exchange(draw_share(rows, shuffled_share, seed), seed)
     shown: list[str | None] = [None] * len(rationales)
     taught: list[int | None] = [None] * len(rationales)
     for row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -195,7 +196,7 @@ def _token(text: str, span: str, pooled: bool, taught: bool) -> str:
     return f"<span style='{style}'>{html.escape(text.replace(chr(10), '↵'))}</span>"
 
 
-class _Browser:
+class _Browser(ABC):
     """Filters, and below them the rows that pass them, some a page.
 
     The rows are an ordinary output that is drawn anew, not a widget: a saved notebook shows them without a kernel.
@@ -212,12 +213,13 @@ class _Browser:
         for one in self.filters.values():
             one.observe(lambda _: self._turn(0), names="value")
 
+    @abstractmethod
     def chosen(self) -> pd.DataFrame:
         """The rows that pass the filters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _card(self, row: pd.Series) -> str:
-        raise NotImplementedError
+        """One row as HTML."""
 
     def _turn(self, step: int) -> None:
         last = max((len(self.chosen()) - 1) // self.per_page, 0)

@@ -79,6 +79,15 @@ def tiny_backbone(architecture: str) -> Backbone:
     return Backbone(model=model, tokenizer=tiny.tokenizer, name=architecture, source="random weights")
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """A cache of the module's own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DHRD_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def task() -> Task:
     return Task(

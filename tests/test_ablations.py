@@ -16,13 +16,7 @@ from dhrd_lib.config import RunConfig
 from dhrd_lib.runs import find_runs, write_json
 from dhrd_lib.widgets import AblationDashboard
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("DHRD_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def tiny_base(**changes: object) -> dict:

@@ -20,13 +20,7 @@ from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import Run, load_run, load_runs
 from dhrd_lib.training import LengthGroupedSampler, scheduled_alpha, train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("DHRD_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
