@@ -17,14 +17,15 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from transformers import TrainerCallback
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dhrd_lib.backbones import layers_of, load_backbone
+from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import RunConfig
-from dhrd_lib.runs import Run, environment, write_json
-from dhrd_lib.sweeps import Grid
+from dhrd_lib.runs import environment, write_json
+from dhrd_lib.sweeps import Grid, sweep
+from dhrd_lib.throughput import StepTimer, train_flops
 from dhrd_lib.training import train
 
 GRID = {"training.alpha": (0.0, 0.5, 1.0, 2.0), "model.pooling": ("last", "mean")}
@@ -32,44 +33,30 @@ FULL = {"freeze_layers": 0, "cache_trunk": False}
 ENDS = ((", no cache", False), (", cache", True))
 
 
-class StepTimer(TrainerCallback):
-    """The seconds of each optimiser step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *_, **__) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
-
-    def on_step_end(self, *_, **__) -> None:
-        """Stop it, after the optimiser."""
-        self.seconds.append(time.perf_counter() - self._started)
-
-
 def main(arguments: list[str] | None = None) -> dict:
     """Measure, print, and write the JSON file; returns what stands in it."""
     options = parse(arguments)
-    backbone = load_backbone(options.backbone)
-    shapes = shapes_of(backbone.model)
+    lm = load_backbone(options.backbone).model
     ways = {"full fine-tuning": FULL}
     for layers in options.freeze:
         ways |= {f"{layers} frozen{end}": {"freeze_layers": layers, "cache_trunk": cached} for end, cached in ENDS}
     with tempfile.TemporaryDirectory() as root:
         first = [
-            {**measure(grid.config(run), root, shapes), "way": way, "cell": run.removeprefix(f"{grid.name}-")}
+            {**measure(grid.config(run), root, lm), "way": way, "cell": run.removeprefix(f"{grid.name}-")}
             for cells in zip(*(named(grid) for grid in grids(ways, options, (0,))), strict=True)
             for way, (grid, run) in zip(ways, cells, strict=True)
         ]
         last = list(ways)[-1]
         (grid,) = grids({last: ways[last]}, options, (0, 1, 2))
-        whole = [measure(grid.config(run), root, shapes) for run in grid.cells]
+        started = time.perf_counter()
+        whole = {"way": last, "cells": sweep(grid, root)["run"].nunique()}
+        whole["wall_seconds"] = time.perf_counter() - started
     result = {
         "cells": first,
         "ways": compare(pd.DataFrame(first)),
-        "whole_grid": {"way": last, "cells": len(whole), "wall_seconds": sum(one["wall_seconds"] for one in whole)},
+        "whole_grid": whole,
         "settings": vars(options),
-        "environment": environment(backbone.model.device),
+        "environment": environment(lm.device),
     }
     write(result, Path(options.out))
     return result
@@ -107,43 +94,29 @@ def named(grid: Grid) -> list[tuple[Grid, str]]:
     return [(grid, run) for run in grid.cells]
 
 
-def shapes_of(lm) -> dict[str, int]:
-    """Layers, weights of one layer, and weights of the LM head."""
-    layers = layers_of(lm)
-    weights = sum(parameter.numel() for parameter in layers[0].parameters())
-    return {"layers": len(layers), "layer": weights, "head": lm.get_output_embeddings().weight.numel()}
-
-
-def measure(config: RunConfig, root: str, shapes: dict[str, int]) -> dict:
+def measure(config: RunConfig, root: str, lm: PreTrainedModel) -> dict:
     """Train one cell: seconds of its steps and in all, counted operations, losses, and what it answered."""
     timer = StepTimer()
     started = time.perf_counter()
     run = train(config, root, callbacks=[timer])
     wall = time.perf_counter() - started
-    losses = run.history[["class_loss"]].dropna()["class_loss"].tolist()
+    flops = train_flops(
+        lm,
+        run.metrics["train_tokens"],
+        run.metrics["sequences"]["train"]["lm_tokens"] * config.training.epochs,
+        frozen_layers=config.model.freeze_layers,
+        cached=config.training.cache_trunk,
+    )
+    losses = run.history["class_loss"].dropna().tolist()
     answers = [run.predictions(split)["prediction"].tolist() for split in run.metrics["splits"]]
     return {
         "step_seconds": sum(timer.seconds),
         "wall_seconds": wall,
-        "gflop": train_flops(run, shapes) / 1e9,
+        "gflop": flops / 1e9,
         "tokens": run.metrics["train_tokens"],
         "class_losses": losses,
         "answers": answers,
     }
-
-
-def train_flops(run: Run, shapes: dict[str, int]) -> float:
-    """Operations of a run's training: two a weight and token forward, four backward; attention isn't counted.
-
-    A frozen layer has no backward pass, and none at all from the cache; the LM head reads the supervised
-    positions alone, and has no gradient of its own where the embeddings, which it shares, are frozen.
-    """
-    frozen = run.config.model.freeze_layers
-    trained = shapes["layers"] - frozen
-    run_forward = trained if run.config.training.cache_trunk else shapes["layers"]
-    in_layers = shapes["layer"] * run.metrics["train_tokens"] * (2 * run_forward + 4 * trained)
-    supervised = run.metrics["sequences"]["train"]["lm_tokens"] * run.config.training.epochs
-    return in_layers + shapes["head"] * supervised * (4 if frozen else 6)
 
 
 def compare(cells: pd.DataFrame) -> list[dict]:

@@ -78,15 +78,28 @@ def train_command(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    run: Annotated[Path, typer.Argument(help="A finished run's folder, or an export's.")],
     texts: Annotated[list[str], typer.Argument(help="Texts, for tasks whose template has one field.")],
 ) -> None:
-    """Classify texts with a trained run."""
-    from dhrd_lib.modeling import DHRDModel
+    """Classify texts with a trained run, or with an export of one."""
+    from dhrd_lib.inference import load_classifier
 
-    found = DHRDModel.from_pretrained(run / "model").predict(texts)
+    found = load_classifier(run).predict(texts)
     for text, label, probabilities in zip(texts, *found, strict=True):
         print(f"{label}\t{probabilities.max():.3f}\t{text}")
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    format: Annotated[str, typer.Option(help="onnx, openvino, or hf (transformers' own classifier).")],
+    int8: Annotated[bool, typer.Option("--int8", help="8-bit weights, for onnx and openvino.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A new folder; left out, one in the run's.")] = None,
+) -> None:
+    """Write a trained classifier as a folder that runs without torch, or with transformers alone."""
+    from dhrd_lib.export import export
+
+    print(f"Export: {export(run, format, int8=int8, out=out)}")
 
 
 @app.command()

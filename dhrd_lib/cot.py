@@ -27,7 +27,8 @@ from transformers.generation.streamers import BaseStreamer
 from dhrd_lib.backbones import Backbone, decoder_of, lm_logits
 from dhrd_lib.config import ConfigError
 from dhrd_lib.evaluation import NO_ANSWER, bootstrap_interval, task_metrics
-from dhrd_lib.modeling import DHRDModel, length_sorted_batches, stream_tokens
+from dhrd_lib.inference import length_sorted_batches
+from dhrd_lib.modeling import DHRDModel, stream_tokens
 from dhrd_lib.tasks import Task, render
 from dhrd_lib.teachers import SENTINEL
 

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_lib.config import ConfigError
+from dhrd_lib.inputs import cut_to_fit
 
 IGNORE_INDEX = -100
 TEXT_MARKERS = ("\nReasoning:", "\nAnswer:")
@@ -44,14 +45,7 @@ class SequenceFormat:
         The cut is at the front: the classifier reads the state of the last input token, and a template
         ends with the question. It doesn't depend on what follows, so that the class logits don't either.
         """
-        ids = self.encode(text)
-        start = self._start_ids()
-        room = self.max_input_tokens - len(start)
-        cut = max(len(ids) - room, 0)
-        ids = start + ids[cut:]
-        if not ids:
-            raise ValueError("An input is empty: it has no token; expected at least one.")
-        return ids, cut
+        return cut_to_fit(self.encode(text), self._start_ids(), self.max_input_tokens)
 
     def encode_label(self, verbalizer: str) -> list[int]:
         """The ids of `<ANS> y`."""

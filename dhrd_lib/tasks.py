@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 import re
 import warnings
@@ -18,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 import datasets
@@ -26,56 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
-from dhrd_lib.config import WorkbenchError
+from dhrd_lib.inputs import TaskError, as_text, render, template_fields
 
 DATA = Path(__file__).parent / "data"
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 Row = dict[str, Any]
 Splits = dict[str, tuple[str, list[Row]]]  # split -> (where its rows come from, the rows)
-
-
-class TaskError(WorkbenchError):
-    """The data or the template isn't something that a model can be trained on or asked about."""
-
-
-def template_fields(template: str) -> tuple[str, ...]:
-    """The names of the row fields that a template reads, in order of first use.
-
-    A template is written as for `str.format`, with plain names only. Attribute and index access,
-    conversions and format specs raise `TaskError`: templates come from users and saved models, and
-    must reach nothing but a row's own fields.
-    """
-    try:
-        replaced = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
-    except (ValueError, TypeError) as error:
-        raise TaskError(f"template {template!r} can't be read ({error}); expected {{field}}s.") from error
-    if not replaced:
-        raise TaskError(f"template {template!r} reads no field; expected a field's name in braces.")
-    for name, spec, conversion in replaced:
-        if not name or spec or conversion or any(sign in name for sign in ".[]"):
-            found = f"{name}{'!' if conversion else ''}{conversion or ''}{':' if spec else ''}{spec}"
-            raise TaskError(f"template {template!r} has {{{found}}}; expected a name without . [ ] ! or :.")
-    return tuple(dict.fromkeys(name for name, _, _ in replaced))
-
-
-def render(template: str, row: Mapping[str, Any] | str) -> str:
-    """The text that the model reads for a row; a str stands for the field of a one-field template.
-
-    A missing value (None or NaN) renders as nothing. Space at the end is cut off, because pooling
-    takes the last input token. Raises `TaskError` where the row lacks a field that the template reads.
-    """
-    fields = template_fields(template)
-    expected = f"expected a dict with {', '.join(map(repr, fields))}"
-    if isinstance(row, str) and len(fields) == 1:
-        row = {fields[0]: row}
-    if not isinstance(row, Mapping):
-        raise TaskError(f"the input is a {type(row).__name__}; {expected}.")
-    missing = [name for name in fields if name not in row]
-    if missing:
-        raise TaskError(f"the input lacks {', '.join(map(repr, missing))}; {expected}.")
-    parts = Formatter().parse(template)
-    return "".join(literal + ((_text(row[name]) or "") if name else "") for literal, name, *_ in parts).rstrip()
 
 
 @dataclass(frozen=True)
@@ -410,7 +365,7 @@ def _normalise(where: str, rows: list[Row], task: Task, columns: dict[str, str])
             raise TaskError(f"the input reads {field!r}, which gives away the answer; expected text columns.")
     found = []
     for number, row in enumerate(rows):
-        own = {key: _text(row.get(key)) for key in present}
+        own = {key: as_text(row.get(key)) for key in present}
         ours = {"label": _cell(row, columns["label"]), "input_text": render(task.template, own)}
         ours["idx"] = _cell(row, "idx") if "idx" in present else str(number)
         for key in ("rationale", "group"):
@@ -518,20 +473,9 @@ def _dataset(rows: list[Row], task: Task) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=features)
 
 
-def _text(value: Any) -> str | None:
-    """A cell as text: None and NaN are missing, truth values as in JSON, whole floats without .0."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, float):
-        return None if math.isnan(value) else str(int(value) if value.is_integer() else value)
-    if isinstance(value, bool | dict | list):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
-
-
 def _cell(row: Row, column: str | None) -> str:
     """A cell as text without space around it; empty where it is missing."""
-    return (_text(row.get(column)) or "").strip()
+    return (as_text(row.get(column)) or "").strip()
 
 
 def _columns(rows: list[Row]) -> list[str]:

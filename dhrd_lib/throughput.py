@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +23,19 @@ import pandas as pd
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+    pipeline,
+)
 
 from dhrd_lib.backbones import layers_of
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import Answers, CoT, Decoding, Written
-from dhrd_lib.modeling import CPU_PART_TOKENS, DHRDModel, length_sorted_batches
+from dhrd_lib.inference import CPU_PART_TOKENS, length_sorted_batches
+from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.tasks import load_task
 
 MIB = 2**20
@@ -436,6 +445,57 @@ def classify_flops(model: DHRDModel, rows: int, tokens: int) -> float:
     width = config.num_attention_heads * head_dim
     attention = 2 * config.num_hidden_layers * rows * tokens * (tokens + 1) * width
     return 2.0 * weights * rows * tokens + attention
+
+
+def train_flops(
+    lm: PreTrainedModel,
+    tokens: int,
+    supervised: int,
+    *,
+    frozen_layers: int = 0,
+    cached: bool = False,
+    lora: bool = False,
+) -> float:
+    """Floating-point operations of training on so many tokens: two a weight forward, four backward.
+
+    A frozen layer has no backward pass, and none at all where its states are cached; LoRA has no gradient of the
+    weights it stands beside, which halves the backward pass. The LM head reads `supervised` positions alone, and
+    has no gradient of its own where the embeddings are frozen, as they are with frozen layers and with LoRA.
+    Attention, norms and the adapters themselves aren't counted.
+    """
+    layers = layers_of(lm)
+    trained = len(layers) - frozen_layers
+    a_layer = sum(parameter.numel() for parameter in layers[0].parameters())
+    in_layers = a_layer * tokens * (2 * (trained if cached else len(layers)) + (2 if lora else 4) * trained)
+    head = lm.get_output_embeddings().weight.numel()
+    return float(in_layers + head * supervised * (4 if lora or frozen_layers else 6))
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimiser step, without loading, evaluation and saving, and the peak memory so far in MiB."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.peak_memory_mib: list[float] = []
+
+    def on_step_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        synchronise(args.device)
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        """Stop it, after the optimiser."""
+        synchronise(args.device)
+        self.seconds.append(time.perf_counter() - self._started)
+        self.peak_memory_mib.append(peak_memory_mib(args.device))
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory that this process has held: on the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / MIB if sys.platform == "darwin" else most / 1024
 
 
 def peak_share(

@@ -17,7 +17,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dhrd_lib.backbones import cache_dir, decoder_of, layers_of
-from dhrd_lib.modeling import DHRDModel, length_sorted_batches
+from dhrd_lib.inference import length_sorted_batches
+from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import write_json
 from dhrd_lib.sequences import DHRDCollator
 

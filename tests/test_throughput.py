@@ -17,7 +17,8 @@ from dhrd_lib import modeling, throughput
 from dhrd_lib.backbones import layers_of
 from dhrd_lib.config import ConfigError, ModelConfig
 from dhrd_lib.cot import Decoding, fine_tuned
-from dhrd_lib.modeling import CPU_PART_TOKENS, build_model
+from dhrd_lib.inference import CPU_PART_TOKENS
+from dhrd_lib.modeling import build_model
 from dhrd_lib.sequences import DHRDCollator
 from dhrd_lib.tasks import Task
 from dhrd_lib.throughput import Measured, System, Tokens, measure, ratio

@@ -1,0 +1,167 @@
+"""Export: a trained classifier as a folder for ONNX Runtime, OpenVINO, or transformers' own classes.
+
+Backbone and classifier only, without the LM head; adapters are merged, batch and length stay free. The folder holds
+all that `load_classifier` needs: the graph or the weights, the tokenizer, and a config.json with template, labels,
+limits, format and precision. Tracing, the repair of what tracing breaks, and quantisation are
+`transformers.exporters`'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.export import Dim
+from transformers import AutoTokenizer
+from transformers.exporters import (
+    HfExporter,
+    OnnxConfig,
+    OnnxExporter,
+    OnnxRuntimeDynamicConfig,
+    OnnxRuntimeQuantizer,
+    OpenVINOConfig,
+    OpenVINOExporter,
+)
+
+from dhrd_lib.config import ConfigError
+from dhrd_lib.inference import EXPORT_KEY, RUNNERS, ExportConfig, model_folder, read_config
+from dhrd_lib.modeling import DHRDModel
+from dhrd_lib.throughput import sequence_classifier
+
+
+def export(source: str | Path, format: str, *, int8: bool = False, out: str | Path | None = None) -> Path:
+    """Write a classifier to a folder that is enough by itself, and give that folder.
+
+    Args:
+        source: a finished run's folder, or one that `DHRDModel.save_pretrained` wrote.
+        format: "onnx" or "openvino" (graphs for these engines), or "hf" (a plain folder of transformers'
+            `AutoModelForSequenceClassification`, for `linear` heads on `last` pooling).
+        int8: 8-bit weights; ONNX Runtime also quantises the activations, as they come.
+        out: a folder that doesn't exist yet; left out, one in `source` named after format and precision.
+
+    Raises:
+        ConfigError: an unknown format, a folder that exists, a classifier that the format can't hold, or a source
+            that holds none.
+    """
+    if format not in RUNNERS:
+        raise ConfigError(f"format is {format!r}; expected one of {', '.join(map(repr, RUNNERS))}.")
+    if int8 and format == "hf":
+        raise ConfigError("int8 is set with format 'hf', which has float32 weights; expected 'onnx' or 'openvino'.")
+    out = Path(out or Path(source) / f"export-{format}{'-int8' if int8 else ''}")
+    if out.exists():
+        raise ConfigError(f"{out} exists already; expected a folder that doesn't.")
+    model = _load(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{out.name}.part-", dir=out.parent))
+    try:
+        _WRITERS[format](model, scratch, int8)
+        model.tokenizer.save_pretrained(scratch)
+        _write_config(model, scratch, format, "int8" if int8 else "float32")
+        scratch.chmod(0o755)  # mkdtemp's is the owner's alone
+        scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return out
+
+
+def _load(source: str | Path) -> DHRDModel:
+    """The trained model on the CPU, in float32, its adapters merged."""
+    folder = model_folder(source)
+    if EXPORT_KEY in read_config(folder):
+        raise ConfigError(f"{source} is an export already; expected a finished run or a saved DHRDModel.")
+    model = DHRDModel.from_pretrained(folder).float()
+    if not model.tokenizer.is_fast:
+        raise ConfigError(f"{source} has a tokenizer without a tokenizer.json; expected a fast one.")
+    _merge_adapters(model.backbone)
+    # What is set here is saved with it, an attribute set later isn't: inputs are cut as they were in training.
+    cut = {"truncation_side": "left", "model_max_length": model.config.max_input_tokens}
+    model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **cut)
+    return model
+
+
+def _merge_adapters(backbone: nn.Module) -> None:
+    """Put what LoRA and trained token rows have learned into the weights that they stand beside."""
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module.token_adapter.merge()
+            backbone.set_submodule(name, module.token_adapter.get_base_layer())
+        elif isinstance(module, BaseTunerLayer) and not name.endswith("token_adapter"):
+            module.merge()
+            backbone.set_submodule(name, module.get_base_layer())
+
+
+def _write_config(model: DHRDModel, folder: Path, format: str, precision: str) -> None:
+    fmt = model.sequence_format
+    config = ExportConfig(
+        format=format,
+        precision=precision,
+        backbone=model.config.backbone_name,
+        pooling=model.config.pooling,
+        head=model.config.head,
+        template=model.config.template,
+        label_names=model.label_names,
+        max_input_tokens=model.config.max_input_tokens,
+        start_ids=fmt.encode_input("a")[0][: -len(fmt.encode("a"))],
+        pad_token_id=model.tokenizer.pad_token_id,
+    )
+    path = folder / "config.json"
+    own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    own[EXPORT_KEY] = dataclasses.asdict(config)
+    path.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+
+
+class _Classify(nn.Module):
+    """The model under the two inputs of an exported graph."""
+
+    def __init__(self, model: DHRDModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.model(input_ids, attention_mask, input_mask=attention_mask).logits}
+
+
+def _trace(model: DHRDModel, exporter: HfExporter, config: OnnxConfig | OpenVINOConfig, path: Path) -> None:
+    """Trace, convert and save the graph, with batch and length free."""
+    free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    config.dynamic_shapes = {"input_ids": free, "attention_mask": free}
+    # Two rows of unlike length: a trace of a batch of one, or without padding, may take them for constants. Ids and
+    # mask are two tensors: one alone would be traced as one input.
+    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    inputs = {"input_ids": torch.full_like(mask, 3), "attention_mask": mask}
+    program, _ = exporter.export_program(_Classify(model), inputs, config)
+    exporter.save_program(program, path)
+
+
+def _write_onnx(model: DHRDModel, folder: Path, int8: bool) -> None:
+    quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig()) if int8 else None
+    config = OnnxConfig(ort_fusions="cpu", quantizer=quantizer)
+    _trace(model, OnnxExporter(), config, folder / "model.onnx")
+
+
+def _write_openvino(model: DHRDModel, folder: Path, int8: bool) -> None:
+    quantizer = None
+    if int8:
+        from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig
+
+        quantizer = NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig())
+    _trace(model, OpenVINOExporter(), OpenVINOConfig(quantizer=quantizer), folder / "openvino_model.xml")
+
+
+def _write_hf(model: DHRDModel, folder: Path, int8: bool) -> None:
+    classifier = sequence_classifier(model)
+    if classifier.score.bias is not None:
+        if classifier.score.bias.any():
+            raise ConfigError("the linear head has a bias, which transformers' classifier lacks; train it anew.")
+        classifier.score.bias = None
+    classifier.save_pretrained(folder)
+
+
+_WRITERS = {"onnx": _write_onnx, "openvino": _write_openvino, "hf": _write_hf}

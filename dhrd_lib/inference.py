@@ -1,0 +1,217 @@
+"""Inference: length-sorted batches, which every classifier shares, and `load_classifier`, which runs any of them.
+
+An export for ONNX Runtime or OpenVINO starts without torch, transformers and datasets: nothing of them is imported
+here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from scipy.special import softmax
+from tokenizers import Tokenizer
+
+from dhrd_lib.config import ConfigError
+from dhrd_lib.inputs import cut_to_fit, render
+
+if TYPE_CHECKING:
+    from dhrd_lib.modeling import DHRDModel
+
+# With more, the activations of a layer of SmolLM2's size leave the cache; 16 x 80 tokens at once were 8% slower.
+CPU_PART_TOKENS = 512
+# In a config.json, which for an hf export is transformers' own.
+EXPORT_KEY = "dhrd_export"
+
+Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class Predictions(NamedTuple):
+    """`labels`: N label names; `probabilities (N, K)`: float32, in the order of the model's labels."""
+
+    labels: list[str]
+    probabilities: np.ndarray
+
+
+def predictions(logits: np.ndarray, label_names: Sequence[str]) -> Predictions:
+    """What logits `(N, K)` say."""
+    return Predictions([label_names[i] for i in logits.argmax(1)], softmax(logits, axis=1))
+
+
+def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
+    """Places of rows, longest first, in batches of at most `max_batch_tokens` tokens, padding counted."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    while order:
+        rows = max(max_batch_tokens // lengths[order[0]], 1)
+        yield order[:rows]
+        order = order[rows:]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What an exported folder says about itself, in its config.json under `dhrd_export`.
+
+    `format` is one of `RUNNERS`, `precision` "float32" or "int8"; `label_names` stand in the order of the logits.
+    """
+
+    format: str
+    precision: str
+    backbone: str
+    pooling: str
+    head: str
+    template: str
+    label_names: list[str]
+    max_input_tokens: int
+    start_ids: list[int]
+    pad_token_id: int
+
+    @classmethod
+    def load(cls, folder: Path) -> ExportConfig:
+        """Read a folder's; raises `ConfigError` where it isn't one that this version knows."""
+        values = read_config(folder).get(EXPORT_KEY, {})
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != known:
+            odd = ", ".join(sorted(set(values) ^ known))
+            raise ConfigError(f"{folder}/config.json, {EXPORT_KEY}: {odd} is missing or unknown; export it anew.")
+        if values["format"] not in RUNNERS:
+            found = f"{folder}/config.json has the format {values['format']!r}"
+            raise ConfigError(f"{found}; expected one of {', '.join(map(repr, RUNNERS))}.")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class ExportedClassifier:
+    """An exported classifier: what `DHRDModel.predict` does, on another engine.
+
+    `run` takes `input_ids` and `attention_mask`, both `(B, S)` int64 and padded on the right, and gives logits
+    `(B, K)` float32.
+    """
+
+    config: ExportConfig
+    tokenizer: Tokenizer
+    run: Run
+
+    @property
+    def label_names(self) -> list[str]:
+        """The labels' names, in the order of the logits."""
+        return self.config.label_names
+
+    def encode_texts(self, texts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Token rows of inputs: each a dict of the template's fields, or a str where it has one field."""
+        rendered = [render(self.config.template, text) for text in texts]
+        rows = []
+        for encoding in self.tokenizer.encode_batch(rendered, add_special_tokens=False):
+            ids, cut = cut_to_fit(encoding.ids, self.config.start_ids, self.config.max_input_tokens)
+            rows.append({"input_ids": ids, "input_tokens_cut": cut})
+        return rows
+
+    def predict(self, texts: Sequence[str | Mapping[str, Any]], max_batch_tokens: int = 4096) -> Predictions:
+        """Label names and probabilities for a list of inputs, in the order given.
+
+        Inputs of like length share a batch of at most `max_batch_tokens` tokens, padding counted.
+        """
+        return predictions(self.classify_rows(self.encode_texts(texts), max_batch_tokens), self.label_names)
+
+    def classify_rows(self, rows: Sequence[Mapping[str, Any]], max_batch_tokens: int = 4096) -> np.ndarray:
+        """Class logits `(N, K)`, float32, of encoded inputs, in their order."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        logits = np.zeros((len(rows), len(self.label_names)), dtype=np.float32)
+        for places in length_sorted_batches(lengths, min(max_batch_tokens, CPU_PART_TOKENS)):
+            ids = np.full((len(places), lengths[places[0]]), self.config.pad_token_id, dtype=np.int64)
+            mask = np.zeros_like(ids)
+            for row, place in enumerate(places):
+                ids[row, : lengths[place]] = rows[place]["input_ids"]
+                mask[row, : lengths[place]] = 1
+            logits[places] = self.run(ids, mask)
+        return logits
+
+
+def load_classifier(path: str | Path) -> DHRDModel | ExportedClassifier:
+    """A classifier with `predict`, from a run's folder, one that `DHRDModel.save_pretrained` wrote, or an export.
+
+    Exports run on the CPU, on as many threads as OMP_NUM_THREADS says or the process has cores; a DHRDModel is in
+    evaluation mode. Raises `ConfigError` where the folder holds none of them.
+    """
+    folder = model_folder(path)
+    if EXPORT_KEY not in read_config(folder):
+        from dhrd_lib.modeling import DHRDModel  # torch, transformers and peft: seconds that an export needn't wait
+
+        return DHRDModel.from_pretrained(folder)
+    config = ExportConfig.load(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return ExportedClassifier(config, tokenizer, RUNNERS[config.format](folder))
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder with a classifier's config.json: the one given, or `model` in a run's."""
+    folder = Path(path)
+    folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    found = read_config(folder) if (folder / "config.json").is_file() else {}
+    if EXPORT_KEY not in found and found.get("model_type") != "dhrd":
+        raise ConfigError(f"{path} holds no classifier; expected a finished run, a saved DHRDModel or an export.")
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _threads() -> int:
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    if named.isdigit():
+        return int(named)
+    # What the process may use, where the system says so: the engines themselves count all cores of the machine.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _onnx_runner(folder: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = _threads()
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return lambda ids, mask: session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]
+
+
+def _openvino_runner(folder: Path) -> Run:
+    import openvino
+
+    # float32 everywhere: on some processors the engine would choose bfloat16.
+    settings = {
+        "INFERENCE_NUM_THREADS": _threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    model = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", settings)
+    return lambda ids, mask: model({"input_ids": ids, "attention_mask": mask})["logits"]
+
+
+def _hf_runner(folder: Path) -> Run:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=False
+    ).eval()
+
+    @torch.inference_mode()
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits.numpy()
+
+    return run
+
+
+RUNNERS: dict[str, Callable[[Path], Run]] = {
+    "onnx": _onnx_runner,
+    "openvino": _openvino_runner,
+    "hf": _hf_runner,
+}

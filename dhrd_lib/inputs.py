@@ -1,0 +1,81 @@
+"""From a row to the text that a model reads, and to the ids of it that fit: the same in training and in an export.
+
+Nothing heavy is imported here, so that an exported classifier starts without torch and datasets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from string import Formatter
+from typing import Any
+
+from dhrd_lib.config import WorkbenchError
+
+
+class TaskError(WorkbenchError):
+    """The data or the template isn't something that a model can be trained on or asked about."""
+
+
+def template_fields(template: str) -> tuple[str, ...]:
+    """The names of the row fields that a template reads, in order of first use.
+
+    A template is written as for `str.format`, with plain names only. Attribute and index access,
+    conversions and format specs raise `TaskError`: templates come from users and saved models, and
+    must reach nothing but a row's own fields.
+    """
+    try:
+        replaced = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+    except (ValueError, TypeError) as error:
+        raise TaskError(f"template {template!r} can't be read ({error}); expected {{field}}s.") from error
+    if not replaced:
+        raise TaskError(f"template {template!r} reads no field; expected a field's name in braces.")
+    for name, spec, conversion in replaced:
+        if not name or spec or conversion or any(sign in name for sign in ".[]"):
+            found = f"{name}{'!' if conversion else ''}{conversion or ''}{':' if spec else ''}{spec}"
+            raise TaskError(f"template {template!r} has {{{found}}}; expected a name without . [ ] ! or :.")
+    return tuple(dict.fromkeys(name for name, _, _ in replaced))
+
+
+def render(template: str, row: Mapping[str, Any] | str) -> str:
+    """The text that the model reads for a row; a str stands for the field of a one-field template.
+
+    A missing value (None or NaN) renders as nothing. Space at the end is cut off, because pooling
+    takes the last input token. Raises `TaskError` where the row lacks a field that the template reads.
+    """
+    fields = template_fields(template)
+    expected = f"expected a dict with {', '.join(map(repr, fields))}"
+    if isinstance(row, str) and len(fields) == 1:
+        row = {fields[0]: row}
+    if not isinstance(row, Mapping):
+        raise TaskError(f"the input is a {type(row).__name__}; {expected}.")
+    missing = [name for name in fields if name not in row]
+    if missing:
+        raise TaskError(f"the input lacks {', '.join(map(repr, missing))}; {expected}.")
+    parts = Formatter().parse(template)
+    return "".join(literal + ((as_text(row[name]) or "") if name else "") for literal, name, *_ in parts).rstrip()
+
+
+def as_text(value: Any) -> str | None:
+    """A cell as text: None and NaN are missing, truth values as in JSON, whole floats without .0."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return None if math.isnan(value) else str(int(value) if value.is_integer() else value)
+    if isinstance(value, bool | dict | list):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
+
+
+def cut_to_fit(ids: list[int], start_ids: Sequence[int], max_input_tokens: int) -> tuple[list[int], int]:
+    """The ids of an input after the start token's, at most `max_input_tokens` in all, and how many were cut off.
+
+    The cut is at the front: the classifier reads the state of the last input token, and a template ends with the
+    question. Raises `ValueError` where nothing is left.
+    """
+    cut = max(len(ids) - (max_input_tokens - len(start_ids)), 0)
+    kept = [*start_ids, *ids[cut:]]
+    if not kept:
+        raise ValueError("An input is empty: it has no token; expected at least one.")
+    return kept, cut

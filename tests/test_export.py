@@ -1,0 +1,176 @@
+"""Exports say what the model says, start without torch, and are written whole or not at all."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import pipeline
+from typer.testing import CliRunner
+
+from dhrd_lib import __main__ as cli
+from dhrd_lib.config import HEADS, POOLING_MODES, ConfigError
+from dhrd_lib.export import export
+from dhrd_lib.inference import ExportedClassifier, load_classifier
+from dhrd_lib.modeling import DHRDModel
+from dhrd_lib.tasks import Task
+
+# One token, a few, and more than `max_input_tokens`: rows of a batch are padded, and the last is cut.
+TEXTS = [
+    "a",
+    "My lamp broke.",
+    "I was charged twice for one night, and want the money back.",
+    " ".join(["Why?"] * 300),
+]
+ENGINES = ("onnx", "openvino")
+
+
+@pytest.fixture(scope="module")
+def plain(task) -> Task:
+    """The same labels, and a text as it is: only so can an input have one token."""
+    return Task("plain", "{text}", task.label_names, task.verbalizers)
+
+
+def saved(task: Task, folder: Path, architecture: str = "llama", **config: object) -> DHRDModel:
+    """A saved model whose every weight has moved, so that losing an adapter or a query shows."""
+    model = tiny_model(task, architecture, **config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "classifier.bias":
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return DHRDModel.from_pretrained(folder)
+
+
+def logits(model: DHRDModel | ExportedClassifier) -> np.ndarray:
+    return model.classify_rows(model.encode_texts(TEXTS))
+
+
+# Tracing takes many seconds a model; these three meet each engine, and what the poolings do to a trace.
+QUICK = {("onnx", "last", "mlp"), ("openvino", "attention", "mlp"), ("openvino", "last", "linear")}
+EVERY = [
+    pytest.param(*of, marks=[] if of in QUICK else [pytest.mark.slow])
+    for of in itertools.product(ENGINES, POOLING_MODES, HEADS)
+]
+
+
+@pytest.mark.parametrize(("format", "pooling", "head"), EVERY)
+def test_an_export_has_the_models_logits_for_every_pooling_and_head(plain, tmp_path, format, pooling, head):
+    model = saved(plain, tmp_path / "model", pooling=pooling, head=head)
+    exported = load_classifier(export(tmp_path / "model", format))
+    expected = logits(model)
+    np.testing.assert_allclose(logits(exported), expected, rtol=0, atol=1e-4)
+    assert expected.std(0).max() > 1e-2  # The texts do give different logits.
+    alone = [exported.classify_rows([row])[0] for row in exported.encode_texts(TEXTS)]
+    np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("format", ENGINES)
+def test_other_decoders_export_too(plain, tmp_path, format, architecture):
+    model = saved(plain, tmp_path / "model", architecture)
+    exported = load_classifier(export(tmp_path / "model", format))
+    np.testing.assert_allclose(logits(exported), logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", ["onnx", pytest.param("openvino", marks=[pytest.mark.slow])])
+def test_an_int8_export_is_smaller_and_says_so(plain, tmp_path, format):
+    model = saved(plain, tmp_path / "model")
+    folders = [export(tmp_path / "model", format, int8=int8) for int8 in (False, True)]
+    weights = {"onnx": "model.onnx*", "openvino": "*.bin"}[format]
+    sizes = [sum(file.stat().st_size for file in folder.glob(weights)) for folder in folders]
+    assert sizes[1] < sizes[0]
+    exported = load_classifier(folders[1])
+    assert (exported.config.format, exported.config.precision) == (format, "int8")
+    np.testing.assert_allclose(logits(exported), logits(model), rtol=0, atol=0.5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"finetune": "lora"}, {"finetune": "lora", "markers": "special"}])
+def test_transformers_own_pipeline_loads_an_hf_export_with_equal_logits(plain, tmp_path, changes):
+    model = saved(plain, tmp_path / "model", head="linear", **changes)
+    folder = export(tmp_path / "model", "hf")
+    found = pipeline("text-classification", model=str(folder), function_to_apply="none", top_k=None)(
+        TEXTS, truncation=True
+    )
+    rows = [{entry["label"]: entry["score"] for entry in row} for row in found]
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    np.testing.assert_allclose(
+        [[row[name] for name in model.label_names] for row in rows], logits(model), atol=1e-4
+    )
+    np.testing.assert_allclose(logits(load_classifier(folder)), logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [{"head": "mlp"}, {"head": "linear", "pooling": "mean"}])
+def test_hf_refuses_what_transformers_classifier_cannot_hold_and_leaves_nothing(plain, tmp_path, config):
+    saved(plain, tmp_path / "model", **config)
+    with pytest.raises(ConfigError, match="expected 'last' and 'linear'"):
+        export(tmp_path / "model", "hf", out=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_cannot_be_exported_is_said_in_one_sentence(plain, tmp_path):
+    saved(plain, tmp_path / "model", head="linear")
+    for arguments, expected in (
+        ({"format": "gguf"}, "format is 'gguf'; expected one of 'onnx', 'openvino', 'hf'"),
+        ({"format": "hf", "int8": True}, "expected 'onnx' or 'openvino'"),
+        ({"format": "hf", "out": tmp_path / "model"}, "exists already"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            export(tmp_path / "model", **arguments)
+    with pytest.raises(ConfigError, match="holds no classifier; expected a finished run"):
+        export(tmp_path / "nothing", "hf", out=tmp_path / "out")
+    folder = export(tmp_path / "model", "hf")
+    with pytest.raises(ConfigError, match="is an export already"):
+        export(folder, "hf", out=tmp_path / "out")
+
+
+def test_load_classifier_takes_a_runs_folder_and_a_saved_model(plain, tmp_path):
+    model = saved(plain, tmp_path / "run" / "model")
+    for path in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert load_classifier(path).predict(TEXTS).labels == model.predict(TEXTS).labels
+
+
+def test_an_exports_config_of_another_kind_is_refused(plain, tmp_path):
+    saved(plain, tmp_path / "model", head="linear")
+    folder = export(tmp_path / "model", "hf")
+    config = json.loads((folder / "config.json").read_text())
+    for field, value, expected in (
+        ("format", "gguf", "has the format 'gguf'"),
+        ("more", 1, "more is missing or unknown"),
+    ):
+        changed = {**config, "dhrd_export": {**config["dhrd_export"], field: value}}
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match=expected):
+            load_classifier(folder)
+
+
+def test_an_export_answers_without_torch_transformers_or_datasets(plain, tmp_path):
+    model = saved(plain, tmp_path / "model")
+    folder = export(tmp_path / "model", "openvino")
+    script = (
+        "import sys; from dhrd_lib.inference import load_classifier\n"
+        f"print(load_classifier({str(folder)!r}).predict(['My lamp broke.']).labels[0])\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == model.predict(["My lamp broke."]).labels
+
+
+def test_the_commands_export_and_predict_from_an_export(plain, tmp_path):
+    model = saved(plain, tmp_path / "model", head="linear")
+    for command in (
+        ["export", tmp_path / "model", "--format", "hf", "--out", tmp_path / "out"],
+        ["predict", tmp_path / "out", "My lamp broke."],
+    ):
+        result = CliRunner().invoke(cli.app, list(map(str, command)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(model.predict(["My lamp broke."]).labels[0])
