@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +51,24 @@ def saved(task: Task, folder: Path, architecture: str = "llama", **config: objec
     return DHRDModel.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def exports(plain, tmp_path_factory):
+    """Model and export of a format and of options of the model, each traced once for all tests."""
+
+    @cache
+    def of(format: str, int8: bool = False, **config: object) -> tuple[DHRDModel, Path]:
+        folder = tmp_path_factory.mktemp(format)
+        return saved(plain, folder / "model", **config), export(folder / "model", format, int8=int8)
+
+    return of
+
+
 def logits(model: DHRDModel | ExportedClassifier) -> np.ndarray:
     return model.classify_rows(model.encode_texts(TEXTS))
 
 
 # Tracing takes many seconds a model; these three meet each engine, and what the poolings do to a trace.
-QUICK = {("onnx", "last", "mlp"), ("openvino", "attention", "mlp"), ("openvino", "last", "linear")}
+QUICK = {("onnx", "last", "mlp"), ("openvino", "attention", "mlp"), ("openvino", "last", "mlp")}
 EVERY = [
     pytest.param(*of, marks=[] if of in QUICK else [pytest.mark.slow])
     for of in itertools.product(ENGINES, POOLING_MODES, HEADS)
@@ -63,9 +76,9 @@ EVERY = [
 
 
 @pytest.mark.parametrize(("format", "pooling", "head"), EVERY)
-def test_an_export_has_the_models_logits_for_every_pooling_and_head(plain, tmp_path, format, pooling, head):
-    model = saved(plain, tmp_path / "model", pooling=pooling, head=head)
-    exported = load_classifier(export(tmp_path / "model", format))
+def test_an_export_has_the_models_logits_for_every_pooling_and_head(exports, format, pooling, head):
+    model, folder = exports(format, pooling=pooling, head=head)
+    exported = load_classifier(folder)
     expected = logits(model)
     np.testing.assert_allclose(logits(exported), expected, rtol=0, atol=1e-4)
     assert expected.std(0).max() > 1e-2  # The texts do give different logits.
@@ -76,16 +89,16 @@ def test_an_export_has_the_models_logits_for_every_pooling_and_head(plain, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt2"])
 @pytest.mark.parametrize("format", ENGINES)
-def test_other_decoders_export_too(plain, tmp_path, format, architecture):
-    model = saved(plain, tmp_path / "model", architecture)
-    exported = load_classifier(export(tmp_path / "model", format))
+def test_other_decoders_export_too(exports, format, architecture):
+    model, folder = exports(format, architecture=architecture)
+    exported = load_classifier(folder)
     np.testing.assert_allclose(logits(exported), logits(model), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", ["onnx", pytest.param("openvino", marks=[pytest.mark.slow])])
-def test_an_int8_export_is_smaller_and_says_so(plain, tmp_path, format):
-    model = saved(plain, tmp_path / "model")
-    folders = [export(tmp_path / "model", format, int8=int8) for int8 in (False, True)]
+def test_an_int8_export_is_smaller_and_says_so(exports, format):
+    model, folder = exports(format, pooling="last", head="mlp")
+    folders = [folder, exports(format, int8=True, pooling="last", head="mlp")[1]]
     weights = {"onnx": "model.onnx*", "openvino": "*.bin"}[format]
     sizes = [sum(file.stat().st_size for file in folder.glob(weights)) for folder in folders]
     assert sizes[1] < sizes[0]
@@ -153,9 +166,8 @@ def test_an_exports_config_of_another_kind_is_refused(plain, tmp_path):
             load_classifier(folder)
 
 
-def test_an_export_answers_without_torch_transformers_or_datasets(plain, tmp_path):
-    model = saved(plain, tmp_path / "model")
-    folder = export(tmp_path / "model", "openvino")
+def test_an_export_answers_without_torch_transformers_or_datasets(exports):
+    model, folder = exports("openvino", pooling="last", head="mlp")
     script = (
         "import sys; from dhrd_lib.inference import load_classifier\n"
         f"print(load_classifier({str(folder)!r}).predict(['My lamp broke.']).labels[0])\n"
