@@ -30,7 +30,7 @@ ABLATIONS: dict[str, list[dict[str, tuple]]] = {
     ],
     "pooling": [
         {"training.alpha": (0.0,), "model.pooling": POOLING_MODES, "model.head": HEADS},
-        {"model.pooling": POOLING_MODES},
+        {"model.pooling": ("last", "mean")},
     ],
     "alignment": [
         {"training.alpha": (0.0, 1.0)},
