@@ -156,12 +156,7 @@ def _write_openvino(model: DHRDModel, folder: Path, int8: bool) -> None:
 
 
 def _write_hf(model: DHRDModel, folder: Path, int8: bool) -> None:
-    classifier = sequence_classifier(model)
-    if classifier.score.bias is not None:
-        if classifier.score.bias.any():
-            raise ConfigError("the linear head has a bias, which transformers' classifier lacks; train it anew.")
-        classifier.score.bias = None
-    classifier.save_pretrained(folder)
+    sequence_classifier(model).save_pretrained(folder)
 
 
 _WRITERS = {"onnx": _write_onnx, "openvino": _write_openvino, "hf": _write_hf}

@@ -44,9 +44,8 @@ def saved(task: Task, folder: Path, architecture: str = "llama", **config: objec
     model = tiny_model(task, architecture, **config)
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name != "classifier.bias":
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return DHRDModel.from_pretrained(folder)
 
