@@ -207,7 +207,10 @@ def _convert(gguf: Path, target: Path) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **REPORTED
+        )
+        check_weights(report, str(gguf))
         # The weights are plain floats by now; save_pretrained refuses them while these say otherwise.
         model.hf_quantizer = None
         del model.config.quantization_config
@@ -217,6 +220,8 @@ def _convert(gguf: Path, target: Path) -> None:
         (scratch / "source.json").write_text(json.dumps(source) + "\n", encoding="utf-8")
         scratch.rename(target)
     except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
+        if isinstance(error, BackboneError):
+            raise
         found = f"{gguf} can't be read as a GGUF model ({reason_of(error)})"
         raise BackboneError(f"{found}; expected a whole GGUF file of a causal LM.") from error
     finally:
