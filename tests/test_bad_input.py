@@ -30,11 +30,13 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from app import batch
 from app.backend import Backend
 from app.settings import Settings
 from dhrd_lib import backbones
+from dhrd_lib.__main__ import app
 from dhrd_lib.ablations import load_results
 from dhrd_lib.backbones import load_backbone, resolve_device
 from dhrd_lib.config import (
@@ -1075,6 +1077,11 @@ def cut_counts(texts: list[str]) -> list[int]:
     return [cut for _, _, cut in classified([{"text": text} for text in texts])]
 
 
+def told_by_the_command(path: Path) -> str:
+    told = CliRunner().invoke(app, ["predict", str(path), "x", "lamp " * 50])
+    return told.stderr.splitlines()[-1]  # after the bar of the weights that are loaded
+
+
 MARKED = b"\xef\xbb\xbf"
 
 ACCEPTED = [
@@ -1157,6 +1164,12 @@ ACCEPTED = [
         resumed_beside_a_torn_checkpoint,
         lambda path: train_beside(path).metrics["resumed_from_step"],
         0,
+    ),
+    Case(
+        "texts-that-the-command-has-cut",
+        model_folder(lambda folder: None),
+        told_by_the_command,
+        "1 of 2 texts were too long and were cut at the front.",
     ),
     Case("inputs-that-an-upload-has-cut", given_value(["x", "lamp " * 400, "lamp " * 500]), cut_counts, [2]),
 ]
