@@ -54,8 +54,8 @@ class Api:
     def classify_rows(self, run: str, rows: list[dict]) -> Iterator[dict]:
         """Many inputs by a run's pooled classifier, in their order.
 
-        Streams rows_done; the last one has labels, probabilities (in the order of the run's labels) and
-        seconds, the time inside the calls.
+        Streams rows_done; the last one has labels, probabilities (in the order of the run's labels), seconds,
+        the time inside the calls, and inputs_cut, how many were too long and were cut at the front.
         """
         try:
             batch.check_rows(rows, "The list")
@@ -69,6 +69,7 @@ class Api:
                 "labels": labels,
                 "probabilities": result.probabilities["run"].round(6).tolist(),
                 "seconds": result.seconds["run"],
+                "inputs_cut": result.inputs_cut["run"],
             }
         except WorkbenchError as error:
             raise shown_error(error) from error

@@ -19,6 +19,7 @@ from dhrd_lib.backbones import Backbone, load_backbone, resolve_device
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import CoT, Decoding, Written
 from dhrd_lib.evaluation import NO_ANSWER
+from dhrd_lib.inference import predictions
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.tasks import TaskError, render, template_fields
 from dhrd_lib.throughput import synchronise
@@ -86,16 +87,19 @@ class Backend:
         tokens, cut = len(row["input_ids"]), row["input_tokens_cut"]
         return Answer(labels[0], shares, latency_ms, tokens, tokens_cut=cut)
 
-    def classify_rows(self, run: str, rows: Sequence[Texts]) -> Iterator[tuple[np.ndarray, float]]:
-        """Class probabilities of rows: `(n, K)` of each part of them, and the seconds inside its call."""
+    def classify_rows(self, run: str, rows: Sequence[Texts]) -> Iterator[tuple[np.ndarray, float, int]]:
+        """Class probabilities of rows: `(n, K)` of each part of them, the seconds inside its call, and how many
+        of its inputs were cut at the front.
+        """
         with self._computing:
             model = self._model(run)
             for number, row in enumerate(rows, start=1):
                 _check(row, model.config.template, f"Row {number}")
             for first in range(0, len(rows), _PART_ROWS):
                 elapsed_ms = _clock(model.device)
-                found = model.predict(rows[first : first + _PART_ROWS]).probabilities
-                yield found, elapsed_ms() / 1000
+                encoded = model.encode_texts(rows[first : first + _PART_ROWS])
+                found = predictions(model.classify_rows(encoded), model.label_names).probabilities
+                yield found, elapsed_ms() / 1000, sum(row["input_tokens_cut"] > 0 for row in encoded)
 
     def rationale(self, run: str, texts: Texts, is_stopped: Callable[[], bool]) -> Iterator[Stream]:
         """What a run's reasoning head writes about an input; the prediction doesn't depend on it."""
@@ -190,6 +194,7 @@ def _check(texts: Texts, template: str, where: str = "The input") -> None:
             raise TaskError(f"{where} has {found}; expected at most {MAX_CHARACTERS:,}.")
     if not any(texts[name].strip() for name in fields):
         raise TaskError(f"{where} has no text; expected some.")
+    render(template, texts, where)  # refuses half a character, which JSON may bring
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

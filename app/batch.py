@@ -16,6 +16,7 @@ from app.backend import Backend
 from app.settings import MAX_FILE_MIB, MAX_ROWS
 from dhrd_lib import evaluation, plots
 from dhrd_lib.config import ConfigError
+from dhrd_lib.inputs import as_text
 from dhrd_lib.report import percent_interval
 from dhrd_lib.tasks import SUFFIXES, Task, TaskError, read_rows
 
@@ -41,12 +42,13 @@ class Inputs:
 
 @dataclass
 class Result:
-    """What the systems said about N rows: probabilities `(N, K)` and seconds inside the calls, by setting."""
+    """What the systems said about N rows, by setting: probabilities `(N, K)`, seconds in the calls, inputs cut."""
 
     task: Task
     inputs: Inputs
     probabilities: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    inputs_cut: dict[str, int] = field(default_factory=dict)
 
     def predictions(self, setting: str) -> np.ndarray:
         """Class indices, (N,)."""
@@ -92,7 +94,7 @@ def mapped(table: Table, task: Task, columns: Mapping[str, str | None], label: s
 
 
 def _text(value: Any) -> str:
-    return "" if value is None or value != value else str(value)  # NaN isn't itself
+    return as_text(value) or ""  # as in training, where true and 1.0 are the labels 'true' and '1'
 
 
 def _gold(table: Table, task: Task, column: str) -> np.ndarray:
@@ -120,15 +122,16 @@ def classify(
     result = Result(task, inputs)
     for setting, run in chosen.items():
         yield f"{setting}: loading", 0, None
-        parts, seconds, done = [], 0.0, 0
+        parts, seconds, done, inputs_cut = [], 0.0, 0, 0
         with closing(backend.classify_rows(run, inputs.texts)) as steps:
-            for found, spent in steps:
+            for found, spent, cut in steps:
                 parts.append(found)
-                seconds, done = seconds + spent, done + len(found)
+                seconds, done, inputs_cut = seconds + spent, done + len(found), inputs_cut + cut
                 yield setting, done, None
                 if is_stopped():
                     return
         result.probabilities[setting], result.seconds[setting] = np.concatenate(parts), seconds
+        result.inputs_cut[setting] = inputs_cut
     yield "done", len(inputs.texts), result
 
 
@@ -167,7 +170,7 @@ def save(result: Result, folder: Path) -> tuple[Path, Path]:
 
 
 def figures_of(result: Result) -> list[dict[str, str]]:
-    """A row a system: its metric with a 95% bootstrap interval (where there are labels), and its throughput."""
+    """A row a system: its metric with a 95% bootstrap interval (where there are labels), throughput, inputs cut."""
     metrics, rows = metric_names(result.task), []
     for setting, seconds in result.seconds.items():
         row = {"system": setting}
@@ -175,6 +178,7 @@ def figures_of(result: Result) -> list[dict[str, str]]:
             found = evaluation.bootstrap_interval(metrics, result.inputs.gold, result.predictions(setting))
             row[f"{_named(metrics)} [95% interval]"] = percent_interval(found.value, found.low, found.high)
         row["rows a second"] = f"{len(result.inputs.texts) / seconds:,.1f}"
+        row["inputs cut at the front"] = f"{result.inputs_cut[setting]:,}"
         rows.append(row)
     return rows
 

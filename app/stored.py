@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from dhrd_lib import plots
 from dhrd_lib.ablations import by_seed, factors, load_results, one_factor, summarise
 from dhrd_lib.backbones import EMBEDDED
 from dhrd_lib.config import ConfigError, DataConfig, WorkbenchError
+from dhrd_lib.inference import read_config
 from dhrd_lib.runs import Run, find_runs, load_runs
 from dhrd_lib.tasks import TASKS, Task
 from dhrd_lib.training import load_rows
@@ -83,7 +83,7 @@ def find_task(root: Path, name: str) -> Task:
     run = next((run for run in usable_runs(root) if run.config.data.task == name), None)
     if run is None:
         raise ConfigError(f"There is no task {name!r}; expected {', '.join(EMBEDDED_TASKS)}, or one with a run.")
-    config = json.loads((run.folder / "model" / "config.json").read_text(encoding="utf-8"))
+    config = read_config(run.folder / "model")
     labels = tuple(run.metrics["label_names"])
     metrics, splits = tuple(run.metrics["task_metrics"]), tuple(run.test_splits)
     return Task(name, config["template"], labels, tuple(config["verbalizers"]), metrics, splits)

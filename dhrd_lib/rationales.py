@@ -244,8 +244,14 @@ def review(store: RationaleStore, record: Record, verdict: str, rationale: str |
 
 
 def export(rationales: Mapping[str, str], path: str | Path) -> None:
-    """Write rationales by `idx` as the <task>.jsonl that `load_task` reads in DHRD_RATIONALES_DIR."""
+    """Write rationales by `idx` as the <task>.jsonl that `load_task` reads in DHRD_RATIONALES_DIR.
+
+    Raises `ConfigError` where there is none, and leaves what stands there: `load_task` would take an empty
+    file for leave to use the data's own.
+    """
     path = Path(path)
+    if not rationales:
+        raise ConfigError(f"{path} isn't written: no rationale is kept; expected one or more.")
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"idx": idx, "rationale": said}, ensure_ascii=False) for idx, said in rationales.items()]
     scratch = path.with_name(f"{path.name}.part")
@@ -410,7 +416,9 @@ def report_on(
     filters: Filters | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> RationaleReport:
-    """Look over what `select` gave for a dataset."""
+    """Look over what `select` gave for a dataset; raises `ConfigError` where that has no rows."""
+    if not len(dataset):
+        raise ConfigError("The split has no rows; expected one or more to report on.")
     rows = []
     for row, record in zip(dataset, records, strict=True):
         gold = task.verbalizers[row["label"]]

@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from dhrd_lib.config import RunConfig
+from dhrd_lib.config import RunConfig, read_json
 
 PACKAGES = (
     "torch",
@@ -83,8 +83,8 @@ def load_run(folder: str | Path) -> Run:
     return Run(
         folder=folder,
         config=RunConfig.load(folder / "config.json"),
-        metrics=json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
-        environment=json.loads((folder / "environment.json").read_text(encoding="utf-8")),
+        metrics=read_json(folder / "metrics.json"),
+        environment=read_json(folder / "environment.json"),
     )
 
 

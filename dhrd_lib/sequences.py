@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_lib.config import ConfigError
-from dhrd_lib.inputs import cut_to_fit
+from dhrd_lib.inputs import cut_to_fit, whole_characters
 
 IGNORE_INDEX = -100
 TEXT_MARKERS = ("\nReasoning:", "\nAnswer:")
@@ -37,7 +37,7 @@ class SequenceFormat:
 
     def encode(self, text: str) -> list[int]:
         """The ids of one part, without any special token around it."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.tokenizer(whole_characters(text, "a text"), add_special_tokens=False).input_ids
 
     def encode_input(self, text: str) -> tuple[list[int], int]:
         """The ids of the input, with the tokenizer's own start token, and how many were cut off.
@@ -174,9 +174,11 @@ def encode_split(
 
     Without rationales (at test time, or for the pooled baseline) each row is its input alone. Returns a
     dataset of `input_ids`, `lm_labels`, `input_length`, `class_labels` and `length`, and a report of what was
-    cut.
+    cut. Raises `ConfigError` where no row is left to encode.
     """
     labels = list(dataset["label"])
+    if not labels:
+        raise ConfigError("The split has no rows; expected one or more to encode.")
     rationales, taught = [None] * len(labels), [None] * len(labels)
     if with_rationale:
         rationales, taught = align(dataset["rationale"], labels, alignment, seed, shuffled_share)

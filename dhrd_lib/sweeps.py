@@ -28,7 +28,7 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
-from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig, read_json
 from dhrd_lib.runs import is_finished, load_runs
 from dhrd_lib.training import train
 
@@ -74,10 +74,7 @@ class Grid:
     @classmethod
     def load(cls, path: str | Path) -> Grid:
         """Read `{"name": …, "base": {…}, "grid": {"training.alpha": [0, 1], …}}`; raises `ConfigError`."""
-        try:
-            given = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not JSON: {error}.") from error
+        given = read_json(path)
         if not isinstance(given, dict) or not {"name", "grid"} <= set(given) <= {"name", "base", "grid"}:
             raise ConfigError(f"{path} is no grid; expected an object with name, grid, and perhaps base.")
         if not isinstance(given["grid"], dict) or not isinstance(given.get("base", {}), dict):

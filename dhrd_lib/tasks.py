@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 import warnings
@@ -24,10 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
+from dhrd_lib.config import parse_json, reason_of
 from dhrd_lib.inputs import TaskError, as_text, render, template_fields
 
 DATA = Path(__file__).parent / "data"
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+# A text may be longer than the csv module's 131,072 characters; the whole file is in memory anyway.
+csv.field_size_limit(2**31 - 1)
 
 Row = dict[str, Any]
 Splits = dict[str, tuple[str, list[Row]]]  # split -> (where its rows come from, the rows)
@@ -163,7 +165,8 @@ def load_task(
         task = Task(Path(name).resolve().stem, _user_template(text, template), labels, labels)
     rows = {split: _normalise(where, rows, task, columns) for split, (where, rows) in splits.items()}
     where = splits["train"][0]
-    _join_rationales(task.name, where, rows["train"])
+    # A user's file may be called cb.csv: the packaged rationales aren't about its rows.
+    _join_rationales(task.name, where, rows["train"], packaged=name in _FOLDERS)
     cut_by = _CUT_BY.get(name) or ("group" if "group" in columns else None)
     rows, test_splits = _with_dev(where, rows, cut_by, dev_fraction, split_seed)
     task = replace(task, test_splits=test_splits)
@@ -172,9 +175,10 @@ def load_task(
 
 def _read_path(path: Path) -> Splits:
     """The rows of one file, as train, or of each split's file in a folder."""
-    if path.is_file():
+    # os.path says no where Path would raise: to a name that is too long, which is no path at all.
+    if os.path.isfile(path):
         return {"train": (str(path), read_rows(path))}
-    if not path.is_dir():
+    if not os.path.isdir(path):
         known = ", ".join(TASKS)
         raise TaskError(f"{str(path)!r} is neither a task nor a file or folder; expected {known}, or a path.")
     files: dict[str, Path] = {}
@@ -204,10 +208,22 @@ def read_rows(path: Path) -> list[Row]:
 def _read_parquet(path: Path) -> list[Row]:
     try:
         table = pq.ParquetFile(path).read()
+        table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
-        raise TaskError(f"{path} can't be read ({error}); expected a Parquet file.") from error
+        raise TaskError(f"{path} can't be read ({reason_of(error)}); expected a Parquet file.") from error
     _refuse_twice(f"{path}, columns", table.column_names)
+    for place, field in enumerate(table.schema):
+        if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+            table = table.set_column(place, field.name, _decoded(f"{path}, column {field.name!r}", table[place]))
     return table.to_pylist()
+
+
+def _decoded(where: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of bytes as text, which is how some programs write text."""
+    try:
+        return column.cast(pa.large_string())
+    except pa.ArrowInvalid as error:
+        raise TaskError(f"{where} has bytes that aren't UTF-8; expected text.") from error
 
 
 def _read_csv(path: Path, delimiter: str) -> list[Row]:
@@ -216,12 +232,16 @@ def _read_csv(path: Path, delimiter: str) -> list[Row]:
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
     try:
-        header = next(reader, [])
+        lines = filter(None, reader)  # a blank line is no row, and no header
+        header = next(lines, [])
         _refuse_twice(f"{path}, columns", header)
-        for cells in filter(None, reader):  # a blank line is no row
+        for cells in lines:
             if len(cells) != len(header):
                 found = f"line {reader.line_num} has a row of {len(cells)}"
-                raise TaskError(f"{path}, {found}; expected {len(header)} values, as in the header.")
+                # One column only: the header shows whether another sign parts the values.
+                wanted = f"{len(header)} values, as in the header"
+                wanted = wanted if len(header) > 1 else f"1 value, as in the header {header[0]!r}"
+                raise TaskError(f"{path}, {found}; expected {wanted}.")
             rows.append(dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise TaskError(f"{path}, line {reader.line_num} isn't well-formed CSV ({error}).") from error
@@ -233,9 +253,8 @@ def _read_jsonl(path: Path) -> list[Row]:
     text = _read_text(path).rstrip()
     for number, line in enumerate(text.split("\n") if text else [], 1):
         try:
-            row = json.loads(line, object_pairs_hook=_json_object)
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair fails here, not in Arrow
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise TaskError(f"{path}, line {number} isn't one JSON object ({error}).") from error
         if not isinstance(row, dict):
             raise TaskError(f"{path}, line {number} isn't one JSON object (it is a {type(row).__name__}).")
@@ -243,14 +262,11 @@ def _read_jsonl(path: Path) -> list[Row]:
     return rows
 
 
-def _json_object(pairs: list[tuple[str, Any]]) -> Row:
-    if len(pairs) != len(dict(pairs)):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
-
-
 def _read_text(path: Path) -> str:
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise TaskError(f"{path} can't be read ({error.strerror}); expected a data file.") from error
     try:
         if (start := raw.find(b"\0")) >= 0:
             raise UnicodeDecodeError("utf-8", raw, start, start + 1, "a NUL byte")
@@ -390,9 +406,9 @@ def _normalise(where: str, rows: list[Row], task: Task, columns: dict[str, str])
     return found
 
 
-def _join_rationales(name: str, where: str, rows: list[Row]) -> None:
+def _join_rationales(name: str, where: str, rows: list[Row], packaged: bool) -> None:
     """Put the teacher's rationales on the train rows, by `idx`."""
-    folders = [DATA / "rationales"] if name in _FOLDERS else []
+    folders = [DATA / "rationales"] if packaged else []
     if os.environ.get("DHRD_RATIONALES_DIR"):
         folders.insert(0, Path(os.environ["DHRD_RATIONALES_DIR"]).expanduser())
     path = next(filter(Path.is_file, (folder / f"{name}.jsonl" for folder in folders)), None)

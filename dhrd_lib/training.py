@@ -23,10 +23,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from dhrd_lib.backbones import resolve_device
-from dhrd_lib.config import ConfigError, DataConfig, RunConfig, TrainingConfig
+from dhrd_lib.config import ConfigError, DataConfig, RunConfig, TrainingConfig, read_json
 from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import Run, environment, is_finished, load_run, write_json
@@ -242,7 +241,7 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
 
     A finished run is given back as it is; one that was stopped goes on from its last checkpoint. `callbacks`
     are transformers' own; they see every term of the loss in the logs. Raises
-    `ConfigError` where the folder holds a run of another configuration.
+    `ConfigError` where the folder holds a run of another configuration, or checkpoints of other labels.
     """
     folder = Path(root) / config.name
     _claim(folder, config)
@@ -257,9 +256,11 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
         trainer.add_callback(callback)
     # Only the first process makes the folder otherwise, and the others may look before it does.
     (folder / "checkpoints").mkdir(exist_ok=True)
-    checkpoint = get_last_checkpoint(str(folder / "checkpoints"))
+    checkpoint = _last_checkpoint(folder / "checkpoints")
+    if checkpoint:
+        _check_labels(checkpoint, prepared.task)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started - trainer.seconds_evaluating
     own_tokens = torch.tensor([trainer.valid_tokens], device=trainer.args.device)
     tokens = int(trainer.accelerator.gather(own_tokens).sum())
@@ -280,6 +281,25 @@ def _claim(folder: Path, config: RunConfig) -> None:
             f"{folder} holds a run of another configuration; expected the same, another name, or that "
             "folder removed."
         )
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was saved to its end: the trainer's state is written last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _check_labels(checkpoint: Path, task: Task) -> None:
+    """Refuse to go on with a classifier of other labels, which a file that changed meanwhile has."""
+    names = read_json(checkpoint / "config.json")["id2label"]
+    saved = [names[place] for place in sorted(names, key=int)]
+    if saved != list(task.label_names):
+        there, now = (", ".join(map(repr, labels)) for labels in (saved, task.label_names))
+        raise ConfigError(f"{checkpoint} has the labels {there}; expected those of the data, {now}.")
 
 
 def load_rows(data: DataConfig) -> tuple[Task, DatasetDict]:
@@ -441,7 +461,7 @@ def _store(
     folder: Path,
     train_seconds: float,
     train_tokens: int,
-    checkpoint: str | None,
+    checkpoint: Path | None,
 ) -> None:
     """Write everything that the run gave; metrics.json last, since it marks the run as finished."""
     model, state = prepared.model, trainer.state
@@ -465,7 +485,7 @@ def _store(
             "splits": splits,
             "steps": state.global_step,
             "best_step": int(best.rsplit("-", 1)[1]) if best else state.global_step,
-            "resumed_from_step": int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0,
+            "resumed_from_step": _step_of(checkpoint) if checkpoint else 0,
             "train_seconds": train_seconds,
             "train_tokens": train_tokens,
             "tokens_per_second": train_tokens / train_seconds,

@@ -195,10 +195,11 @@ class TestBackend:
 
     def test_rows_get_the_same_probabilities_as_one_by_one(self, backend):
         rows = [{"text": f"{TEXTS['text']} {'again ' * n}"} for n in range(20)]
-        parts, seconds = zip(*backend.classify_rows(DHRD, rows), strict=True)
+        parts, seconds, cut = zip(*backend.classify_rows(DHRD, rows), strict=True)
         alone = [list(backend.classify(DHRD, row).probabilities.values()) for row in rows]
         np.testing.assert_allclose(np.concatenate(parts), alone, atol=1e-5)
         assert all(spent > 0 for spent in seconds)
+        assert sum(cut) == sum(backend.classify(DHRD, row).tokens_cut > 0 for row in rows)
 
 
 class TestCompare:
@@ -373,7 +374,7 @@ class TestBatch:
         runs = {"pooled baseline": BASELINE, "DHRD": DHRD}
         result = last(batch.classify(backend, TASK, inputs, runs, never))[2]
         assert batch.confusion_figures(result) == []
-        assert [*batch.figures_of(result)[0]] == ["system", "rows a second"]
+        assert [*batch.figures_of(result)[0]] == ["system", "rows a second", "inputs cut at the front"]
         assert "points" not in batch.difference_in_words(result)
 
     def test_agree_says_whether_the_labels_are_the_same(self, result):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dhrd_lib.backbones import BackboneError
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import Run, load_run, load_runs
@@ -416,7 +417,7 @@ def test_fields_that_change_no_result_change_what_they_say(table, tmp_path, fini
     assert trainer.args.per_device_eval_batch_size == 5
     assert run.metrics["steps"] < 6 * finished.metrics["steps"] // 2  # Nothing gained: stopped early.
     assert any((tmp_path / "tensorboard").rglob("events.*"))
-    with pytest.raises(RuntimeError, match="nowhere|device"):
+    with pytest.raises(BackboneError, match="^device is 'nowhere'; expected 'auto', 'cpu' or 'cuda'"):
         train(config(table, "elsewhere", model__device="nowhere"), tmp_path)
 
 

