@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import ArrayLike
 from scipy.special import softmax
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -202,7 +203,8 @@ class CoT:
         written: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         started = time.perf_counter()
-        with self._seeded():
+        one_batch = len(order) <= decoding.batch_size
+        with self._seeded(), tqdm(total=len(order), desc="CoT", unit="row", disable=one_batch) as bar:
             for number, first in enumerate(range(0, len(order), decoding.batch_size)):
                 places = order[first : first + decoding.batch_size]
                 # Each batch has its own seed: how long the one before ran must not change its draws.
@@ -210,6 +212,7 @@ class CoT:
                 found = self._generate([prompts[i] for i in places], decoding)
                 for place, ids in zip(places, found, strict=True):
                     written[place] = ids
+                bar.update(len(places))
         seconds = time.perf_counter() - started
         n = decoding.n_samples
         samples = [written[i * n : (i + 1) * n] for i in range(len(inputs))]
