@@ -74,7 +74,7 @@ class LengthGroupedSampler(Sampler[int]):
 class Rows(torch.utils.data.Dataset):
     """Encoded rows for the trainer, each with its cached trunk states where there are any."""
 
-    def __init__(self, rows: Sequence[dict[str, Any]], states: TrunkStates | None = None) -> None:
+    def __init__(self, rows: Dataset, states: TrunkStates | None = None) -> None:
         self.rows = rows
         self.states = states
 
@@ -141,7 +141,7 @@ class DHRDTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Rows | None = None) -> LengthGroupedSampler:
         rows = (train_dataset or self.train_dataset).rows
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler([row["length"] for row in rows], group, self.config.seed)
+        return LengthGroupedSampler(list(rows["length"]), group, self.config.seed)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the classifier's own learning rate; biases and norms aren't decayed."""
@@ -334,9 +334,9 @@ def _logits(trainer: DHRDTrainer, prepared: _Prepared, split: str) -> np.ndarray
     rows = prepared.rows[split]
     if trainer.args.world_size == 1:
         return prepared.model.classify_rows(rows, trunk_layers=prepared.trunk_layers)
-    order = sorted(range(len(rows)), key=lambda place: rows.rows[place]["length"])
+    order = np.argsort(rows.rows["length"], kind="stable")
     trainer.compute_metrics = None  # Dev's groups are no other split's.
-    found = trainer.predict(Subset(rows, order)).predictions
+    found = trainer.predict(Subset(rows, order.tolist())).predictions
     return found[np.argsort(order)]
 
 
@@ -406,9 +406,8 @@ def _prepare(config: RunConfig) -> _Prepared:
             # Dev is evaluated in batches as it lies, so rows of like length lie together.
             order = sorted(range(len(encoded)), key=encoded["length"].__getitem__)
             encoded, splits[split] = encoded.select(order), splits[split].select(order)
-        listed = encoded.to_list()
-        states = cached_trunk_states(model, listed, trunk_layers) if trunk_layers else None
-        rows[split] = Rows(listed, states)
+        states = cached_trunk_states(model, encoded, trunk_layers) if trunk_layers else None
+        rows[split] = Rows(encoded, states)
     return _Prepared(task, model, splits, rows, reports, trunk_layers)
 
 

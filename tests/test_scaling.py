@@ -274,3 +274,22 @@ def test_the_documented_bytes_of_activations_are_what_autograd_keeps():
     width, mlp, kv_width = 64, 192, 32
     assert "`4 L (7 H + 4 I + 4 K)`" in SCALING
     assert (kept(4) - kept(2)) / 2 == pytest.approx(4 * (7 * width + 4 * mlp + 4 * kv_width), rel=0.02)
+
+
+# ---------------------------------------------------------------------- benchmarks/growth.py
+
+
+@pytest.mark.timeout(300)
+def test_the_growth_benchmark_writes_its_points_slopes_and_page(tmp_path):
+    sizes = {"rows": (40, 80), "lengths": (16, 32), "labels": (2, 4)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "growth.py"), "--out", str(tmp_path)]
+    for name, of in sizes.items():
+        command += [f"--{name}", *map(str, of)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout
+    stored = json.loads((tmp_path / "growth.json").read_text())
+    lines = {(row["factor"], row["what"]) for row in stored["slopes"]}
+    assert {factor for factor, _ in lines} == {"rows", "tokens", "labels"}
+    assert len(stored["points"]) == 2 * len(lines)
+    assert all(row["seconds_slope"] is not None for row in stored["slopes"])
+    assert "slope" in (tmp_path / "growth.html").read_text()
