@@ -46,10 +46,11 @@ def predictions(logits: np.ndarray, label_names: Sequence[str]) -> Predictions:
 def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
     """Places of rows, longest first, in batches of at most `max_batch_tokens` tokens, padding counted."""
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    while order:
-        rows = max(max_batch_tokens // lengths[order[0]], 1)
-        yield order[:rows]
-        order = order[rows:]
+    start = 0
+    while start < len(order):
+        rows = max(max_batch_tokens // lengths[order[start]], 1)
+        yield order[start : start + rows]
+        start += rows
 
 
 @dataclass(frozen=True)

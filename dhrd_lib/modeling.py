@@ -229,17 +229,36 @@ class DHRDModel(PreTrainedModel):
             count = len(class_labels) if num_examples is None else num_examples
             class_loss = class_cross_entropy_sum(logits, class_labels) / count
         if lm_labels is not None and alpha > 0:
-            total, own_count = lm_cross_entropy_sum(
+            total, own_count = self._lm_cross_entropy_sum(hidden, lm_labels)
+            count = own_count if num_lm_tokens is None else num_lm_tokens
+            lm_loss = total / count.clamp(min=1)
+        loss = dhrd_loss(class_loss, lm_loss, alpha, beta)
+        return DHRDOutput(loss=loss, class_loss=class_loss, lm_loss=lm_loss, logits=logits)
+
+    def _lm_cross_entropy_sum(
+        self, hidden: torch.Tensor, lm_labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum and count of the LM loss, computed as the LM head's own forward.
+
+        The loss reads the head's weights without ever computing all logits; FSDP gathers those weights when the
+        head is called, and at no other time.
+        """
+        head = self.lm_head
+
+        def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return lm_cross_entropy_sum(
                 hidden,
                 lm_labels,
                 *self._lm_weights(),
                 chunk_tokens=self.config.lm_chunk_tokens,
                 softcap=logit_softcap(self.backbone),
             )
-            count = own_count if num_lm_tokens is None else num_lm_tokens
-            lm_loss = total / count.clamp(min=1)
-        loss = dhrd_loss(class_loss, lm_loss, alpha, beta)
-        return DHRDOutput(loss=loss, class_loss=class_loss, lm_loss=lm_loss, logits=logits)
+
+        head.forward = loss
+        try:
+            return head(hidden)
+        finally:
+            del head.forward  # The class's own is found again.
 
     def _lm_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight `(V, H)` and bias of the LM head, with the trained rows of special markers where they are."""

@@ -6,13 +6,14 @@ encoded apart and joined as ids, so the input's ids are the same with and withou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -182,19 +183,27 @@ def encode_split(
     rationales, taught = [None] * len(labels), [None] * len(labels)
     if with_rationale:
         rationales, taught = align(dataset["rationale"], labels, alignment, seed, shuffled_share)
-    rows = []
-    for text, label, rationale, shown in zip(dataset["input_text"], labels, rationales, taught, strict=True):
-        row = encode_example(fmt, text, rationale, None if shown is None else verbalizers[shown])
-        rows.append({**row, "class_labels": label, "length": len(row["input_ids"])})
+
+    def encoded_rows() -> Iterator[dict[str, Any]]:
+        for text, label, rationale, shown in zip(dataset["input_text"], labels, rationales, taught, strict=True):
+            row = encode_example(fmt, text, rationale, None if shown is None else verbalizers[shown])
+            lm_tokens = sum(token != IGNORE_INDEX for token in row["lm_labels"])
+            yield {**row, "class_labels": label, "length": len(row["input_ids"]), "lm_tokens": lm_tokens}
+
+    # In parts: as lists of Python numbers, a whole split's tokens would take many times their place in Arrow.
+    rows, parts = encoded_rows(), []
+    while part := list(islice(rows, 1000)):
+        parts.append(Dataset.from_list(part))
+    encoded = concatenate_datasets(parts)
     report = SequenceReport(
-        rows=len(rows),
-        tokens=sum(row["length"] for row in rows),
-        lm_tokens=sum(sum(label != IGNORE_INDEX for label in row["lm_labels"]) for row in rows),
-        inputs_cut=sum(row["input_tokens_cut"] > 0 for row in rows),
-        rationales_cut=sum(row["rationale_tokens_cut"] > 0 for row in rows),
+        rows=len(encoded),
+        tokens=sum(encoded["length"]),
+        lm_tokens=sum(encoded["lm_tokens"]),
+        inputs_cut=sum(cut > 0 for cut in encoded["input_tokens_cut"]),
+        rationales_cut=sum(cut > 0 for cut in encoded["rationale_tokens_cut"]),
         rows_without_rationale=sum(shown is None for shown in taught) if with_rationale else 0,
     )
-    encoded = Dataset.from_list(rows).remove_columns(["input_tokens_cut", "rationale_tokens_cut"])
+    encoded = encoded.remove_columns(["input_tokens_cut", "rationale_tokens_cut", "lm_tokens"])
     return encoded, report
 
 

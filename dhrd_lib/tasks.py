@@ -389,7 +389,8 @@ def _normalise(where: str, rows: list[Row], task: Task, columns: dict[str, str])
         found.append({**own, **ours})
     ids = Counter(row["idx"] for row in found)
     labels = ", ".join(map(repr, task.label_names))
-    strange = next((row["label"] for row in found if row["label"] not in ("", *task.label_names)), None)
+    known = {"", *task.label_names}
+    strange = next((row["label"] for row in found if row["label"] not in known), None)
     grouped = columns.get("group") in present
     for problem, expected, bad in (
         ("no text", "some", lambda row: not any((row[key] or "").strip() for key in task.fields)),
@@ -455,11 +456,13 @@ def _cut(
     labels = [row["label"] for row in rows]
     off: set[int] = set()
     if cut_by is None:
-        for name, count in Counter(labels).items():
-            if count < 2:
+        places_of: dict[str, list[int]] = {}
+        for place, name in enumerate(labels):
+            places_of.setdefault(name, []).append(place)
+        for name, places in places_of.items():
+            if len(places) < 2:
                 raise TaskError(f"{where} has too few rows of label {name!r}; expected one a split or more.")
-            places = [place for place, label in enumerate(labels) if label == name]
-            size = min(max(round(fraction * count), 1), count - 1)
+            size = min(max(round(fraction * len(places)), 1), len(places) - 1)
             off.update(train_test_split(places, test_size=size, random_state=seed)[1])
     else:
         off.update(_fold(labels, [row[cut_by] for row in rows], round(1 / fraction), seed))

@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, DatasetDict
 from scipy.special import log_softmax, softmax
-from torch.utils.data import Sampler
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import Sampler, Subset
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -23,9 +26,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dhrd_lib.backbones import resolve_device
-from dhrd_lib.config import ConfigError, DataConfig, RunConfig, TrainingConfig, read_json
+from dhrd_lib.backbones import Backbone, load_backbone, resolve_device, resolve_dtype
+from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig, read_json
 from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import Run, environment, is_finished, load_run, write_json
@@ -70,7 +74,7 @@ class LengthGroupedSampler(Sampler[int]):
 class Rows(torch.utils.data.Dataset):
     """Encoded rows for the trainer, each with its cached trunk states where there are any."""
 
-    def __init__(self, rows: Sequence[dict[str, Any]], states: TrunkStates | None = None) -> None:
+    def __init__(self, rows: Dataset, states: TrunkStates | None = None) -> None:
         self.rows = rows
         self.states = states
 
@@ -107,6 +111,8 @@ class DHRDTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process; expected `accelerate launch`, with one "
                 "process a GPU (or CUDA_VISIBLE_DEVICES to name one)."
             )
+        if self.is_fsdp_enabled:
+            self._check_fsdp()
         self.config = config
         self.trunk_layers = trunk_layers
         # compute_loss divides by the counts of the whole step; nothing is left to divide.
@@ -116,10 +122,26 @@ class DHRDTrainer(Trainer):
         self._terms = torch.zeros(2)
         self._terms_logged_at: int | None = None
 
+    def _check_fsdp(self) -> None:
+        """Refuse what can't be sharded; keep losses, logits and summed gradients in float32."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ConfigError(f"accelerate's fsdp_version is {plugin.fsdp_version}; expected 2.")
+        if hasattr(self.model.lm_head, "token_adapter"):
+            raise ConfigError(
+                "FSDP can't share out the token rows that LoRA trains with markers='special'; expected "
+                "markers='text', or accelerate's distributed_type MULTI_GPU."
+            )
+        if self.args.bf16:
+            # accelerate's own policy rounds what the model gives, and what is added up over the processes.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
+
     def _get_train_sampler(self, train_dataset: Rows | None = None) -> LengthGroupedSampler:
         rows = (train_dataset or self.train_dataset).rows
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler([row["length"] for row in rows], group, self.config.seed)
+        return LengthGroupedSampler(list(rows["length"]), group, self.config.seed)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the classifier's own learning rate; biases and norms aren't decayed."""
@@ -155,7 +177,8 @@ class DHRDTrainer(Trainer):
         tokens = sum(
             int((batch["lm_labels"] != IGNORE_INDEX).sum()) for batch in batch_samples if "lm_labels" in batch
         )
-        counts = torch.tensor([[examples, tokens]], dtype=torch.float32, device=device)
+        # Whole numbers: FSDP would round a float to bfloat16 on its way into the model.
+        counts = torch.tensor([[examples, tokens]], device=device)
         return self.accelerator.gather(counts).sum(0)
 
     def current_alpha(self) -> float:
@@ -173,6 +196,10 @@ class DHRDTrainer(Trainer):
     ) -> Any:
         """`beta * class CE + alpha * LM CE` of a micro-batch, as its share of the step's loss."""
         counts = num_items_in_batch
+        taught = self.config.alpha > 0 and (model.training or self.config.beta == 0)
+        if taught and "lm_labels" not in inputs:
+            # No row has a rationale. Under FSDP each process waits for the others at the LM head.
+            inputs = {**inputs, "lm_labels": torch.full_like(inputs["input_ids"], IGNORE_INDEX)}
         outputs = model(
             **inputs,
             alpha=self.current_alpha() if model.training else self.config.alpha,
@@ -181,7 +208,7 @@ class DHRDTrainer(Trainer):
             num_lm_tokens=None if counts is None else counts[1],
             trunk_layers=self.trunk_layers,
         )
-        # With beta = 0, a batch whose rows all lack a rationale has no term, and still needs a gradient.
+        # With beta = 0 and alpha annealed to 0, a batch has no term, and still needs a gradient.
         loss = outputs.logits.sum() * 0 if outputs.loss is None else outputs.loss
         # The counts are over all processes, and gradients are averaged over them: undo the average.
         loss = loss * self.accelerator.num_processes
@@ -218,6 +245,17 @@ class DHRDTrainer(Trainer):
         self.seconds_evaluating += time.perf_counter() - started
         return metrics
 
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save a checkpoint whose folder stands before transformers looks whether the best one is there.
+
+        Under FSDP with sharded checkpoints it looks before anything is written, and the processes, some early
+        and some late, find different things: one waits for the others to load the best weights.
+        """
+        if self.is_fsdp_enabled:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            Path(self._get_output_dir(trial), name).mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save without the pickled arguments: the run's config.json says the same as text."""
         super()._save(output_dir, state_dict)
@@ -234,6 +272,17 @@ class _Prepared:
     rows: dict[str, Rows]
     reports: dict[str, SequenceReport]
     trunk_layers: int
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What training gave, beside the weights that every process has or has a part of."""
+
+    train_seconds: float
+    train_tokens: int
+    resumed_from: Path | None
+    logits: dict[str, np.ndarray]
+    weights: dict[str, torch.Tensor] | None
 
 
 def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[TrainerCallback] = ()) -> Run:
@@ -259,15 +308,38 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
     checkpoint = _last_checkpoint(folder / "checkpoints")
     if checkpoint:
         _check_labels(checkpoint, prepared.task)
+    outcome = _run(trainer, prepared, checkpoint)
+    if trainer.is_world_process_zero():
+        _store(config, prepared, trainer, folder, outcome)
+    trainer.accelerator.wait_for_everyone()
+    return load_run(folder)
+
+
+def _run(trainer: DHRDTrainer, prepared: _Prepared, checkpoint: Path | None) -> _Outcome:
+    """Train, and answer the final splits; every process takes part in all of it."""
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started - trainer.seconds_evaluating
     own_tokens = torch.tensor([trainer.valid_tokens], device=trainer.args.device)
-    tokens = int(trainer.accelerator.gather(own_tokens).sum())
-    if trainer.is_world_process_zero():
-        _store(config, prepared, trainer, folder, seconds, tokens, checkpoint)
-    trainer.accelerator.wait_for_everyone()
-    return load_run(folder)
+    return _Outcome(
+        train_seconds=seconds,
+        train_tokens=int(trainer.accelerator.gather(own_tokens).sum()),
+        resumed_from=checkpoint,
+        logits={split: _logits(trainer, prepared, split) for split in ["dev", *prepared.task.test_splits]},
+        # Under FSDP a process holds a part of each weight; the first one gets them whole.
+        weights=trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None,
+    )
+
+
+def _logits(trainer: DHRDTrainer, prepared: _Prepared, split: str) -> np.ndarray:
+    """Class logits `(N, K)` of a split's rows, in their order; each process computes its share of them."""
+    rows = prepared.rows[split]
+    if trainer.args.world_size == 1:
+        return prepared.model.classify_rows(rows, trunk_layers=prepared.trunk_layers)
+    order = np.argsort(rows.rows["length"], kind="stable")
+    trainer.compute_metrics = None  # Dev's groups are no other split's.
+    found = trainer.predict(Subset(rows, order.tolist())).predictions
+    return found[np.argsort(order)]
 
 
 def _claim(folder: Path, config: RunConfig) -> None:
@@ -321,16 +393,17 @@ def load_rows(data: DataConfig) -> tuple[Task, DatasetDict]:
 def _prepare(config: RunConfig) -> _Prepared:
     data, training = config.data, config.training
     task, splits = load_rows(data)
+    trunk_layers = config.model.freeze_layers if training.cache_trunk else 0
     model = build_model(
         config.model,
         task,
+        backbone=None if trunk_layers else _unsharded_backbone(config.model),
         max_input_tokens=data.max_input_tokens,
         max_rationale_tokens=data.max_rationale_tokens,
         lm_chunk_tokens=training.lm_chunk_tokens,
         seed=training.seed,
     )
     _freeze_unused_head(model, training)
-    trunk_layers = config.model.freeze_layers if training.cache_trunk else 0
     fmt = replace(model.sequence_format, lm_span=training.lm_span)
     rows, reports = {}, {}
     for split in list(splits):
@@ -354,10 +427,17 @@ def _prepare(config: RunConfig) -> _Prepared:
             # Dev is evaluated in batches as it lies, so rows of like length lie together.
             order = sorted(range(len(encoded)), key=encoded["length"].__getitem__)
             encoded, splits[split] = encoded.select(order), splits[split].select(order)
-        listed = encoded.to_list()
-        states = cached_trunk_states(model, listed, trunk_layers) if trunk_layers else None
-        rows[split] = Rows(listed, states)
+        states = cached_trunk_states(model, encoded, trunk_layers) if trunk_layers else None
+        rows[split] = Rows(encoded, states)
     return _Prepared(task, model, splits, rows, reports, trunk_layers)
+
+
+def _unsharded_backbone(config: ModelConfig) -> Backbone | None:
+    """Under FSDP the backbone in main memory, as a GPU needn't hold it whole; None elsewhere."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+    return load_backbone(config.backbone, "cpu", str(dtype).removeprefix("torch."))
 
 
 def _limited(splits: DatasetDict, max_train_rows: int, max_eval_rows: int, seed: int) -> DatasetDict:
@@ -459,22 +539,20 @@ def _store(
     prepared: _Prepared,
     trainer: DHRDTrainer,
     folder: Path,
-    train_seconds: float,
-    train_tokens: int,
-    checkpoint: Path | None,
+    outcome: _Outcome,
 ) -> None:
     """Write everything that the run gave; metrics.json last, since it marks the run as finished."""
     model, state = prepared.model, trainer.state
     pd.DataFrame(state.log_history).to_json(folder / "history.jsonl", orient="records", lines=True)
     splits = {}
     for split in ["dev", *prepared.task.test_splits]:
-        frame = _predictions(prepared, split)
+        frame = _predictions(prepared.data[split], outcome.logits[split])
         frame.to_json(folder / f"predictions_{split}.jsonl", orient="records", lines=True, force_ascii=False)
         splits[split] = task_metrics(
             prepared.task.metrics, frame["label"], frame["prediction"], _groups(prepared.data[split])
         )
     if config.training.keep_model:
-        model.save_pretrained(folder / "model")
+        model.save_pretrained(folder / "model", state_dict=outcome.weights)
     write_json(folder / "environment.json", environment(model.device))
     best = state.best_model_checkpoint
     write_json(
@@ -485,19 +563,17 @@ def _store(
             "splits": splits,
             "steps": state.global_step,
             "best_step": int(best.rsplit("-", 1)[1]) if best else state.global_step,
-            "resumed_from_step": _step_of(checkpoint) if checkpoint else 0,
-            "train_seconds": train_seconds,
-            "train_tokens": train_tokens,
-            "tokens_per_second": train_tokens / train_seconds,
+            "resumed_from_step": _step_of(outcome.resumed_from) if outcome.resumed_from else 0,
+            "train_seconds": outcome.train_seconds,
+            "train_tokens": outcome.train_tokens,
+            "tokens_per_second": outcome.train_tokens / outcome.train_seconds,
             "sequences": {split: vars(report) for split, report in prepared.reports.items()},
         },
     )
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def _predictions(prepared: _Prepared, split: str) -> pd.DataFrame:
-    rows, dataset = prepared.rows[split], prepared.data[split]
-    logits = prepared.model.classify_rows(rows, trunk_layers=prepared.trunk_layers)
+def _predictions(dataset: Dataset, logits: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "idx": dataset["idx"],

@@ -369,3 +369,22 @@ class TestReport:
         row = frame.iloc[-1]
         assert f"{100 * row['value']:.1f}% [{100 * row['low']:.1f}," in printed
         assert f"{100 * row['difference']:+.1f} [{100 * row['diff_low']:+.1f}," in printed
+
+
+def test_growth_lines_say_the_power_of_each_line_and_leave_out_what_cannot_be_told():
+    sizes = [10, 100, 1000]
+    points = pd.DataFrame(
+        {
+            "factor": "rows",
+            "what": ["linear"] * 3 + ["square"] * 3,
+            "size": sizes * 2,
+            "seconds": [0.1 * size for size in sizes] + [1e-3 * size**2 for size in sizes],
+            "added_mib": [None, 20.0, 200.0, None, None, 3.0],
+        }
+    )
+    figure = plots.growth_lines(points)
+    names = [line.name for line in figure.data]
+    assert names == ["linear: slope 1.00", "square: slope 2.00", "linear: slope 1.00", "square"]
+    assert {axis.type for axis in figure.select_xaxes()} == {"log"}
+    assert len(figure.data[0].x) == 3
+    assert plots.log_slope([1], [1]) is None

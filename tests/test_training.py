@@ -207,24 +207,6 @@ def launch(arguments: list[str], **environment: str) -> subprocess.Popen:
 
 
 @pytest.mark.timeout(240)
-def test_two_data_parallel_processes_equal_one(table, tmp_path):
-    one = train(config(table, "one", training__batch_size=8), tmp_path)
-    two = config(table, "two", training__batch_size=4)
-    two.save(tmp_path / "two.json")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command += [str(tmp_path / "script.py"), str(tmp_path / "two.json"), str(tmp_path)]
-    process = launch(command, PYTHONPATH=str(Path(__file__).parent.parent))
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    two = load_run(tmp_path / "two")
-    assert two.metrics["train_tokens"] == one.metrics["train_tokens"]
-    terms = ("loss", "class_loss", "lm_loss")
-    np.testing.assert_allclose(logged(one, *terms), logged(two, *terms), atol=2e-5)
-    assert_same_weights(one, two, atol=2e-4)
-
-
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("alive_until", [3, 7])
 def test_a_killed_run_goes_on_to_the_same_losses_and_weights(table, tmp_path, alive_until):
     changes = {"training__eval_steps": 2, "training__epochs": 2, "training__alpha_schedule": "linear"}
