@@ -269,6 +269,18 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
     return load_run(folder)
 
 
+def rerun(stored: Run, root: str | Path) -> Run:
+    """Train a finished run's configuration anew, in another folder of runs.
+
+    A repeat that was stopped goes on from its last checkpoint. Raises `ConfigError` where `root` holds the run
+    itself, or a finished repeat.
+    """
+    folder = Path(root) / stored.name
+    if is_finished(folder):
+        raise ConfigError(f"{folder} is finished already; expected another folder for the repeat.")
+    return train(stored.config, root)
+
+
 def _claim(folder: Path, config: RunConfig) -> None:
     """Write the configuration, or check that the folder's is the same."""
     folder.mkdir(parents=True, exist_ok=True)
