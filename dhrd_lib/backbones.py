@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -124,6 +127,39 @@ def cache_dir() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "dhrd"
 
 
+def check_weights(folder: Path) -> None:
+    """Refuse a model's folder whose weights aren't its own safetensors files; raises `BackboneError`.
+
+    transformers follows an index to any path, takes a file in it that isn't called .safetensors for a pickle, and
+    an adapter to the model that it names, wherever that is.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise BackboneError(f"{folder} is an adapter to another model; expected a folder with a whole model.")
+    for index in folder.rglob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BackboneError(f"{index} is no index of weights ({error!r}); expected a weight_map.") from error
+        for shard in sorted(map(str, shards)):
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise BackboneError(f"{index} names the weights {shard!r}; expected safetensors files beside it.")
+
+
+@contextmanager
+def reading_weights(folder: Path, what: str) -> Iterator[None]:
+    """Around the reading of a model's folder: `check_weights` first, and what fails is a `BackboneError`."""
+    check_weights(folder)
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise BackboneError(f"{folder} can't be read as {what}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says in its first line: libraries add advice that needn't hold here."""
+    return str(error).strip().partition("\n")[0]
+
+
 def _resolve(name: str) -> Path | str:
     """Turn a backbone's name into a folder, or leave a hub id as it is."""
     if name == EMBEDDED:
@@ -136,6 +172,7 @@ def _resolve(name: str) -> Path | str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BackboneError(f"{name} has no config.json; expected a folder that save_pretrained wrote.")
+        check_weights(path)
         return path
     if path.is_absolute() or name.startswith((".", "~")):
         raise BackboneError(f"{name}: no such folder; expected a backbone's folder, GGUF file or hub id.")
@@ -193,8 +230,9 @@ def _convert(gguf: Path, target: Path) -> None:
     """Write the folder under another name and rename it, so that no half-made folder is ever read."""
     scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        arguments = {"gguf_file": gguf.name, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **arguments)
         # The weights are plain floats by now; save_pretrained refuses them while these say otherwise.
         model.hf_quantizer = None
         del model.config.quantization_config
@@ -221,9 +259,11 @@ def _from_pretrained(
             raise BackboneError(f"{name} is an encoder-decoder ({config.model_type}); {_DECODER_WANTED}")
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **arguments)
-    except OSError as error:
-        if isinstance(folder, Path):
-            raise BackboneError(f"{name} can't be read as a backbone with safetensors: {error}") from error
+    except (OSError, SafetensorError) as error:
+        if isinstance(folder, Path) or isinstance(error, SafetensorError):
+            raise BackboneError(
+                f"{name} can't be read as a backbone with safetensors: {_first_line(error)}"
+            ) from error
         raise BackboneError(
             f"{name} can't be had from the model hub (no network, or no such id); expected a reachable "
             f"hub id, a local folder, a .gguf file, or the embedded {EMBEDDED}."
@@ -231,7 +271,7 @@ def _from_pretrained(
     except ValueError as error:
         if isinstance(error, BackboneError):
             raise
-        raise BackboneError(f"{name} can't be loaded as a causal LM: {error}") from error
+        raise BackboneError(f"{name} can't be loaded as a causal LM: {_first_line(error)}") from error
     return model, tokenizer
 
 

@@ -27,7 +27,14 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from dhrd_lib.backbones import Backbone, decoder_of, layers_of, load_backbone, logit_softcap
+from dhrd_lib.backbones import (
+    Backbone,
+    decoder_of,
+    layers_of,
+    load_backbone,
+    logit_softcap,
+    reading_weights,
+)
 from dhrd_lib.config import ConfigError, ModelConfig
 from dhrd_lib.inference import CPU_PART_TOKENS, Predictions, length_sorted_batches, predictions
 from dhrd_lib.losses import class_cross_entropy_sum, dhrd_loss, lm_cross_entropy_sum
@@ -139,7 +146,9 @@ class DHRDModel(PreTrainedModel):
     def __init__(self, config: DHRDConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.backbone = backbone or AutoModelForCausalLM.from_config(config.backbone_config)
+        self.backbone = backbone or AutoModelForCausalLM.from_config(
+            config.backbone_config, trust_remote_code=False
+        )
         if config.lora:
             inject_adapter_in_model(LoraConfig(**config.lora), self.backbone)
             _rename_tied_weights(self.backbone)
@@ -403,12 +412,14 @@ class DHRDModel(PreTrainedModel):
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> DHRDModel:
         """Load a folder that `save_pretrained` wrote: model in evaluation mode, with its tokenizer.
 
-        Raises `FileNotFoundError` where the folder holds no model, as of a run that kept none.
+        Raises `FileNotFoundError` where the folder holds no model, as of a run that kept none, and `BackboneError`
+        where it can't be read, or has other weights than safetensors of its own.
         """
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no model; expected a folder of save_pretrained.")
-        model = super().from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **kwargs)
-        model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with reading_weights(Path(folder), "a saved model"):
+            model = super().from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **kwargs)
+            model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return model
 
 
