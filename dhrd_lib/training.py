@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -23,9 +24,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from dhrd_lib.backbones import resolve_device
+from dhrd_lib.backbones import resolve_device, writing
 from dhrd_lib.config import ConfigError, DataConfig, RunConfig, TrainingConfig
 from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.modeling import DHRDModel, build_model
@@ -245,9 +245,17 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
     `ConfigError` where the folder holds a run of another configuration.
     """
     folder = Path(root) / config.name
-    _claim(folder, config)
-    if is_finished(folder):
-        return load_run(folder)
+    with writing(folder, "what is stored stays, and the same call goes on from it"):
+        _claim(folder, config)
+        if not is_finished(folder):
+            _train(config, folder, callbacks)
+        # Here, so that those of a run that was killed between its last file and this go too.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return load_run(folder)
+
+
+def _train(config: RunConfig, folder: Path, callbacks: Sequence[TrainerCallback]) -> None:
+    """Train a run that isn't finished, from its last checkpoint where there is one, and store what it gives."""
     set_seed(config.training.seed)
     prepared = _prepare(config)
     for split, report in prepared.reports.items():
@@ -257,7 +265,7 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
         trainer.add_callback(callback)
     # Only the first process makes the folder otherwise, and the others may look before it does.
     (folder / "checkpoints").mkdir(exist_ok=True)
-    checkpoint = get_last_checkpoint(str(folder / "checkpoints"))
+    checkpoint = _last_checkpoint(folder / "checkpoints")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started - trainer.seconds_evaluating
@@ -266,7 +274,21 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
     if trainer.is_world_process_zero():
         _store(config, prepared, trainer, folder, seconds, tokens, checkpoint)
     trainer.accelerator.wait_for_everyone()
-    return load_run(folder)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end; one that a kill broke off is passed over."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return next((str(path) for path in reversed(checkpoints) if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    # The trainer writes its state last.
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def rerun(stored: Run, root: str | Path) -> Run:
@@ -484,7 +506,6 @@ def _store(
             "sequences": {split: vars(report) for split, report in prepared.reports.items()},
         },
     )
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _predictions(prepared: _Prepared, split: str) -> pd.DataFrame:
