@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from app.backend import Backend
-from app.settings import MAX_FILE_MIB, MAX_ROWS
+from app.settings import MAX_FILE_MIB, MAX_ROWS, MAX_UNFOLDED_MIB
 from dhrd_lib import evaluation, plots
 from dhrd_lib.config import ConfigError
 from dhrd_lib.inputs import as_text
@@ -63,7 +63,7 @@ def read_table(path: str | Path) -> Table:
     if path.stat().st_size > MAX_FILE_MIB * 2**20:
         raise TaskError(f"{path.name} has {path.stat().st_size / 2**20:.1f} MiB; expected at most {MAX_FILE_MIB}.")
     try:
-        rows = read_rows(path)
+        rows = read_rows(path, MAX_ROWS, MAX_UNFOLDED_MIB * 2**20)
     except TaskError as error:
         # The folder is the server's; it is no business of the visitor's.
         raise TaskError(str(error).replace(str(path), path.name)) from error

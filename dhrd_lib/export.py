@@ -12,9 +12,12 @@ import dataclasses
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -30,6 +33,7 @@ from transformers.exporters import (
     OpenVINOExporter,
 )
 
+from dhrd_lib.backbones import writing
 from dhrd_lib.config import ConfigError
 from dhrd_lib.inference import EXPORT_KEY, RUNNERS, ExportConfig, model_folder, read_config
 from dhrd_lib.modeling import DHRDModel
@@ -55,10 +59,30 @@ def export(source: str | Path, format: str, *, int8: bool = False, out: str | Pa
     if int8 and format == "hf":
         raise ConfigError("int8 is set with format 'hf', which has float32 weights; expected 'onnx' or 'openvino'.")
     out = Path(out or Path(source) / f"export-{format}{'-int8' if int8 else ''}")
+    _refuse_there(out)
+    model = _load(source)
+    with writing(out.parent, "out may name another folder"), _locked(out):
+        _refuse_there(out)
+        for stale in out.parent.glob(f"{out.name}.part-*"):
+            shutil.rmtree(stale)  # Of a process that was killed: the lock is ours.
+        _write(model, out, format, int8)
+    return out
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock"):
+        yield
+
+
+def _refuse_there(out: Path) -> None:
     if out.exists():
         raise ConfigError(f"{out} exists already; expected a folder that doesn't.")
-    model = _load(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _write(model: DHRDModel, out: Path, format: str, int8: bool) -> None:
+    """Write the folder under another name and rename it, so that no half-made folder is ever read."""
     scratch = Path(tempfile.mkdtemp(prefix=f"{out.name}.part-", dir=out.parent))
     try:
         _WRITERS[format](model, scratch, int8)
@@ -68,7 +92,6 @@ def export(source: str | Path, format: str, *, int8: bool = False, out: str | Pa
         scratch.rename(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return out
 
 
 def _load(source: str | Path) -> DHRDModel:

@@ -202,9 +202,11 @@ def _hf_runner(folder: Path) -> Run:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, use_safetensors=True, trust_remote_code=False
-    ).eval()
+    from dhrd_lib.backbones import reading_weights
+
+    arguments = {"use_safetensors": True, "trust_remote_code": False}
+    with reading_weights(folder, "an hf export"):
+        model = AutoModelForSequenceClassification.from_pretrained(folder, **arguments).eval()
 
     @torch.inference_mode()
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:

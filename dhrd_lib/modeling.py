@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -31,15 +30,15 @@ from transformers.utils import ModelOutput
 from dhrd_lib.backbones import (
     REPORTED,
     Backbone,
-    BackboneError,
     check_weights,
     decoder_of,
     layers_of,
     load_backbone,
     load_tokenizer,
     logit_softcap,
+    reading_weights,
 )
-from dhrd_lib.config import ConfigError, ModelConfig, reason_of
+from dhrd_lib.config import ConfigError, ModelConfig
 from dhrd_lib.inference import CPU_PART_TOKENS, Predictions, length_sorted_batches, predictions
 from dhrd_lib.inputs import render_inputs
 from dhrd_lib.losses import class_cross_entropy_sum, dhrd_loss, lm_cross_entropy_sum
@@ -151,7 +150,9 @@ class DHRDModel(PreTrainedModel):
     def __init__(self, config: DHRDConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.backbone = backbone or AutoModelForCausalLM.from_config(config.backbone_config)
+        self.backbone = backbone or AutoModelForCausalLM.from_config(
+            config.backbone_config, trust_remote_code=False
+        )
         if config.lora:
             inject_adapter_in_model(LoraConfig(**config.lora), self.backbone)
             _rename_tied_weights(self.backbone)
@@ -439,19 +440,16 @@ class DHRDModel(PreTrainedModel):
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> DHRDModel:
         """Load a folder that `save_pretrained` wrote: model in evaluation mode, with its tokenizer.
 
-        Raises `FileNotFoundError` where the folder holds no model, as of a run that kept none, and
-        `BackboneError` where what it holds is torn or doesn't fit together.
+        Raises `FileNotFoundError` where the folder holds no model, as of a run that kept none, and `BackboneError`
+        where what it holds is torn, doesn't fit together, or is other weights than safetensors of its own.
         """
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no model; expected a folder of save_pretrained.")
         arguments = {"use_safetensors": True, "trust_remote_code": False, **REPORTED, **kwargs}
-        try:
+        with reading_weights(Path(folder), "a model"):
             model, report = super().from_pretrained(folder, **arguments)
-        except (OSError, SafetensorError) as error:
-            found = f"{folder} can't be read as a model ({reason_of(error)})"
-            raise BackboneError(f"{found}; expected a folder of save_pretrained.") from error
-        check_weights(report, str(folder))
-        model.tokenizer = load_tokenizer(folder, str(folder), trust_remote_code=False)
+            check_weights(report, str(folder))
+            model.tokenizer = load_tokenizer(folder, str(folder), trust_remote_code=False)
         return model
 
 

@@ -24,6 +24,7 @@ from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dhrd_lib.backbones import writing
 from dhrd_lib.config import ConfigError, TeacherConfig
 from dhrd_lib.plots import TEMPLATE
 from dhrd_lib.rationale_store import REVIEWS, Key, RationaleStore, Record
@@ -104,7 +105,7 @@ def generate(
     Raises `TeacherError` and `ConfigError` where the teacher can't be asked at all.
     """
     store = store_for(task, config, folder)
-    with store.exclusive():
+    with writing(store.path.parent, "what is stored stays, and the same call goes on from it"), store.exclusive():
         job = _Job(task, dataset, config, store)
         if config.protocol == "human":
             job.take_human()

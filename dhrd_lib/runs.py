@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,11 @@ class Run:
 
     def predictions(self, split: str) -> pd.DataFrame:
         """One row an example: idx, input_text, label, prediction, probabilities, group, rationale."""
-        path = self.folder / f"predictions_{split}.jsonl"
-        return pd.read_json(path, lines=True, dtype={"idx": str, "group": object})
+        return pd.read_json(self.predictions_path(split), lines=True, dtype={"idx": str, "group": object})
+
+    def predictions_path(self, split: str) -> Path:
+        """The file of a split's predictions."""
+        return self.folder / f"predictions_{split}.jsonl"
 
 
 def is_finished(folder: Path) -> bool:
@@ -105,6 +109,37 @@ def load_runs(root: str | Path = "runs") -> pd.DataFrame:
         for split, metrics in run.metrics["splits"].items():
             rows.append({**fields, **totals, "split": split, **metrics})
     return pd.DataFrame(rows)
+
+
+def environment_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between a run's stored environment and another, a line each; nothing where they are equal."""
+    old, new = ({**one, **one["packages"]} for one in (stored, now))
+    names = [name for name in {**old, **new} if name != "packages" and old.get(name) != new.get(name)]
+    return [f"{name}: {old.get(name)} then, {new.get(name)} now" for name in names]
+
+
+def compare_repeat(stored: Run, new: Run) -> pd.DataFrame:
+    """One row a split: the stored primary metric, the repeat's, and whether their predictions are the same."""
+    return pd.DataFrame(
+        {
+            "split": split,
+            "stored": metrics["primary"],
+            "new": new.metrics["splits"][split]["primary"],
+            "predictions": _same_predictions(stored, new, split),
+        }
+        for split, metrics in stored.metrics["splits"].items()
+    )
+
+
+def _same_predictions(stored: Run, new: Run, split: str) -> str:
+    if not stored.predictions_path(split).is_file():
+        return "not stored"
+    one, two = (run.predictions(split) for run in (stored, new))
+    rows = ["idx", "input_text", "label"]
+    if not one[rows].equals(two[rows]):
+        return "of other rows: the data has changed"
+    differing = int((one["prediction"] != two["prediction"]).sum())
+    return f"{differing} of {len(one)} differ" if differing else "all the same"
 
 
 def write_json(path: Path, value: Any) -> None:

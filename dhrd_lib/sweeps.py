@@ -69,7 +69,7 @@ class Grid:
             raise ConfigError("the grid varies no field; expected one or more, such as 'training.alpha'.")
         for name, of in values.items():
             _check_values(name, of)
-        self._config("base", {})
+        self._config(self.name, {})  # refuses a name that is no plain folder name, too
 
     @classmethod
     def load(cls, path: str | Path) -> Grid:

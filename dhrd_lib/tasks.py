@@ -11,6 +11,7 @@ import csv
 import io
 import os
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -193,40 +194,76 @@ def _read_path(path: Path) -> Splits:
     return {split: (str(file), read_rows(file)) for split, file in files.items()}
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a data file as they stand in it; raises `TaskError`, which names the file."""
+def read_rows(path: Path, max_rows: int | None = None, max_bytes: int | None = None) -> list[Row]:
+    """The rows of a data file as they stand in it; raises `TaskError`, which names the file.
+
+    A small file can hold millions of rows, and a small Parquet file unfold to any size: with `max_rows` and
+    `max_bytes` (of a Parquet file's values) one with more is refused before all of it is in memory. The columns of
+    such a Parquet file must hold single values.
+    """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _read_parquet(path)
+        return _read_parquet(path, max_rows, max_bytes)
     if suffix in (".csv", ".tsv"):
-        return _read_csv(path, delimiter="," if suffix == ".csv" else "\t")
+        return _read_csv(path, "," if suffix == ".csv" else "\t", max_rows)
     if suffix in (".jsonl", ".json"):
-        return _read_jsonl(path)
+        return _read_jsonl(path, max_rows)
     raise TaskError(f"{path} ends in {suffix!r}; expected one of {', '.join(SUFFIXES)}.")
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _refuse_more(path: Path, n_rows: int, max_rows: int | None) -> None:
+    if max_rows is not None and n_rows > max_rows:
+        raise TaskError(f"{path} has more than {max_rows:,} rows; expected at most so many.")
+
+
+def _read_parquet(path: Path, max_rows: int | None, max_bytes: int | None) -> list[Row]:
     try:
-        table = pq.ParquetFile(path).read()
+        file = pq.ParquetFile(path)
+        _refuse_twice(f"{path}, columns", file.schema_arrow.names)
+        _refuse_more(path, file.metadata.num_rows, max_rows)
+        if max_bytes is not None:
+            return _bounded_rows(path, file, max_bytes)
+        table = file.read()
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise TaskError(f"{path} can't be read ({reason_of(error)}); expected a Parquet file.") from error
-    _refuse_twice(f"{path}, columns", table.column_names)
+    return _decoded(path, table).to_pylist()
+
+
+def _decoded(path: Path, table: pa.Table) -> pa.Table:
+    """The table with its columns of bytes as text, which is how some programs write text."""
     for place, field in enumerate(table.schema):
         if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
-            table = table.set_column(place, field.name, _decoded(f"{path}, column {field.name!r}", table[place]))
-    return table.to_pylist()
+            try:
+                table = table.set_column(place, field.name, table[place].cast(pa.large_string()))
+            except pa.ArrowInvalid as error:
+                where = f"{path}, column {field.name!r}"
+                raise TaskError(f"{where} has bytes that aren't UTF-8; expected text.") from error
+    return table
 
 
-def _decoded(where: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of bytes as text, which is how some programs write text."""
-    try:
-        return column.cast(pa.large_string())
-    except pa.ArrowInvalid as error:
-        raise TaskError(f"{where} has bytes that aren't UTF-8; expected text.") from error
+def _bounded_rows(path: Path, file: pq.ParquetFile, max_bytes: int) -> list[Row]:
+    """A Parquet file's rows, read in small parts until they are all there or too large."""
+    columns = [file.schema.column(place) for place in range(len(file.schema))]
+    nested = next((one.path for one in columns if "." in one.path or one.max_repetition_level), None)
+    if nested:  # One row of such a column may hold any number of values.
+        raise TaskError(f"{path} has lists or records in the column {nested!r}; expected single values.")
+    groups = [file.metadata.row_group(place) for place in range(file.metadata.num_row_groups)]
+    size, rows = sum(group.total_byte_size for group in groups), []
+    for part in file.iter_batches(batch_size=16) if size <= max_bytes else ():
+        part.validate(full=True)
+        read = _decoded(path, pa.Table.from_batches([part])).to_pylist()
+        # A value that stands once in the file may stand in every row.
+        size += sum(sys.getsizeof(row) + sum(map(sys.getsizeof, row.values())) for row in read)
+        rows += read
+        if size > max_bytes:
+            break
+    if size > max_bytes:
+        raise TaskError(f"{path} unfolds to more than {max_bytes / 2**20:.0f} MiB; expected at most so much.")
+    return rows
 
 
-def _read_csv(path: Path, delimiter: str) -> list[Row]:
+def _read_csv(path: Path, delimiter: str, max_rows: int | None) -> list[Row]:
     # The csv module's strict mode, because pandas and pyarrow take what follows a quote that is never
     # closed for one long value, and so lose rows; pandas also takes the word "NA" for a missing value.
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
@@ -243,14 +280,16 @@ def _read_csv(path: Path, delimiter: str) -> list[Row]:
                 wanted = wanted if len(header) > 1 else f"1 value, as in the header {header[0]!r}"
                 raise TaskError(f"{path}, {found}; expected {wanted}.")
             rows.append(dict(zip(header, cells, strict=True)))
+            _refuse_more(path, len(rows), max_rows)
     except csv.Error as error:
         raise TaskError(f"{path}, line {reader.line_num} isn't well-formed CSV ({error}).") from error
     return rows
 
 
-def _read_jsonl(path: Path) -> list[Row]:
+def _read_jsonl(path: Path, max_rows: int | None = None) -> list[Row]:
     rows: list[Row] = []
     text = _read_text(path).rstrip()
+    _refuse_more(path, text.count("\n") + bool(text), max_rows)
     for number, line in enumerate(text.split("\n") if text else [], 1):
         try:
             row = parse_json(line)

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dhrd_lib.backbones import Backbone, load_backbone, resolve_device, resolve_dtype
+from dhrd_lib.backbones import Backbone, load_backbone, resolve_device, resolve_dtype, writing
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig, read_json
 from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.modeling import DHRDModel, build_model
@@ -293,9 +293,17 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
     `ConfigError` where the folder holds a run of another configuration, or checkpoints of other labels.
     """
     folder = Path(root) / config.name
-    _claim(folder, config)
-    if is_finished(folder):
-        return load_run(folder)
+    with writing(folder, "what is stored stays, and the same call goes on from it"):
+        _claim(folder, config)
+        if not is_finished(folder):
+            _train(config, folder, callbacks)
+        # Here, so that those of a run that was killed between its last file and this go too.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return load_run(folder)
+
+
+def _train(config: RunConfig, folder: Path, callbacks: Sequence[TrainerCallback]) -> None:
+    """Train a run that isn't finished, from its last checkpoint where there is one, and store what it gives."""
     set_seed(config.training.seed)
     prepared = _prepare(config)
     for split, report in prepared.reports.items():
@@ -312,7 +320,18 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
     if trainer.is_world_process_zero():
         _store(config, prepared, trainer, folder, outcome)
     trainer.accelerator.wait_for_everyone()
-    return load_run(folder)
+
+
+def rerun(stored: Run, root: str | Path) -> Run:
+    """Train a finished run's configuration anew, in another folder of runs.
+
+    A repeat that was stopped goes on from its last checkpoint. Raises `ConfigError` where `root` holds the run
+    itself, or a finished repeat.
+    """
+    folder = Path(root) / stored.name
+    if is_finished(folder):
+        raise ConfigError(f"{folder} is finished already; expected another folder for the repeat.")
+    return train(stored.config, root)
 
 
 def _run(trainer: DHRDTrainer, prepared: _Prepared, checkpoint: Path | None) -> _Outcome:
@@ -356,9 +375,17 @@ def _claim(folder: Path, config: RunConfig) -> None:
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was saved to its end: the trainer's state is written last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=_step_of, default=None)
+    """The last checkpoint that was written to its end; one that a kill broke off is passed over."""
+    return max(filter(_is_whole, folder.glob("checkpoint-*")), key=_step_of, default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    # The trainer writes its state last.
+    try:
+        read_json(checkpoint / "trainer_state.json")
+    except ConfigError:
+        return False
+    return True
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -570,7 +597,6 @@ def _store(
             "sequences": {split: vars(report) for split, report in prepared.reports.items()},
         },
     )
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _predictions(dataset: Dataset, logits: np.ndarray) -> pd.DataFrame:

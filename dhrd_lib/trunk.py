@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from filelock import FileLock
 from torch import nn
 from tqdm.auto import tqdm
 
-from dhrd_lib.backbones import cache_dir, decoder_of, layers_of
+from dhrd_lib.backbones import cache_dir, decoder_of, layers_of, writing_cache
 from dhrd_lib.inference import length_sorted_batches
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import write_json
@@ -49,15 +51,21 @@ def cached_trunk_states(
     also serves for its input alone. Layers are run in evaluation mode: dropout in them is off.
     """
     folder = cache_dir() / "trunk" / _key(model, trunk_layers)
-    folder.mkdir(parents=True, exist_ok=True)
     names = [_hash(row["input_ids"]) for row in rows]
-    with FileLock(folder / "lock"):
+    with writing_cache(folder), _locked(folder):
         index = _read_index(folder)
         missing = {name: row for name, row in zip(names, rows, strict=True) if name not in index}
         if missing:
             _compute(model, list(missing.values()), trunk_layers, max_batch_tokens, folder)
             index = _read_index(folder)
     return TrunkStates(folder, [index[name] for name in names])
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        yield
 
 
 def _key(model: DHRDModel, trunk_layers: int) -> str:
@@ -100,6 +108,7 @@ def _compute(
     path = folder / f"{_hash([token for row in rows for token in row['input_ids']])}.npy"
     hidden_size = model.config.backbone_config.get_text_config().hidden_size
     states = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(sum(lengths), hidden_size))
+    _take_room(path)
     collate = DHRDCollator(model.tokenizer.pad_token_id)
     was_training = model.training
     model.eval()
@@ -119,3 +128,14 @@ def _compute(
         ids = row["input_ids"]
         index |= {_hash(part): (start, len(part)) for part in (ids[: row["input_length"]], ids)}
     write_json(path.with_suffix(".json"), index)
+
+
+def _take_room(path: Path) -> None:
+    """Take the disk for all of a file: where it is full, a write through the map would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError:
+            path.unlink()
+            raise

@@ -1,0 +1,597 @@
+"""Nothing that is read can run code, leave its folder or fill the machine, and a key goes to its server alone.
+
+What is tested elsewhere isn't repeated here: keys in stores and logs of teachers (test_rationales), escaping of the
+page's own HTML, limits of texts and rows (test_app), the line of waiting calls and files by path (test_app_api).
+"""
+
+from __future__ import annotations
+
+import ast
+import http.server
+import json
+import os
+import shutil
+import threading
+import tracemalloc
+from pathlib import Path
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from app_runs import BASELINE, DHRD, store_runs
+from conftest import tiny_model
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from app import batch, stored
+from app.app import build, launch
+from app.settings import MAX_FILE_MIB, MAX_ROWS, Settings
+from dhrd_lib import __main__ as cli
+from dhrd_lib import tasks
+from dhrd_lib.ablations import load_results
+from dhrd_lib.backbones import BackboneError, load_backbone
+from dhrd_lib.config import ConfigError, RunConfig, TeacherConfig, WorkbenchError
+from dhrd_lib.export import export
+from dhrd_lib.inference import load_classifier
+from dhrd_lib.modeling import DHRDModel
+from dhrd_lib.rationales import store_for
+from dhrd_lib.sweeps import Grid, sweep
+from dhrd_lib.tasks import TaskError
+from dhrd_lib.training import train
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [path for folder in ("dhrd_lib", "app", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+KEY = "sk-a-key-that-must-stay-where-it-is-0123456789"
+
+# ---------------------------------------------------------------------- our own sources
+
+UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+RUN_TEXT = {"eval", "exec", "compile", "__import__"}
+RUN_SHELL = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
+READ_PICKLES = {"pd.read_pickle", "pandas.read_pickle", "np.fromfile"}
+
+
+def findings(source: str) -> list[str]:
+    """What in a module could run what it reads: a line each, as "line: what"."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [f"{node.lineno}: imports {name}" for name in named if name.split(".")[0] in UNPICKLERS]
+        elif isinstance(node, ast.Call):
+            found += [f"{node.lineno}: {what}" for what in _in_call(node)]
+        elif isinstance(node, ast.Dict):  # arguments that are handed on as **dict
+            pairs = zip(node.keys, node.values, strict=True)
+            named = [(key.value, value) for key, value in pairs if isinstance(key, ast.Constant)]
+            found += [f"{node.lineno}: {what}" for what in _in_arguments(named)]
+    return found
+
+
+def _in_call(node: ast.Call) -> list[str]:
+    name, arguments = ast.unparse(node.func), {one.arg: one.value for one in node.keywords}
+    found = _in_arguments(arguments.items())
+    if name in RUN_TEXT | RUN_SHELL | READ_PICKLES:
+        found.append(name)
+    if name == "torch.load" and ast.unparse(arguments.get("weights_only", node)) != "True":
+        found.append("torch.load without weights_only=True")
+    return found
+
+
+def _in_arguments(arguments) -> list[str]:
+    """Arguments that allow what is off by default; each must be a plain False where it stands at all."""
+    off = ("shell", "trust_remote_code", "allow_pickle")
+    return [f"{name}={ast.unparse(value)}" for name, value in arguments if name in off and not _is_false(value)]
+
+
+def _is_false(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is False
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_unpickles_evaluates_or_runs_a_shell(path):
+    assert findings(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_no_notebook_does_either(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert [found for source in code for found in findings(source)] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from joblib import load",
+        "eval('1')",
+        "exec(text)",
+        "import os; os.system('ls')",
+        "subprocess.run('ls', shell=True)",
+        "subprocess.run('ls', shell=chosen)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "arguments = {'trust_remote_code': True}",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "pd.read_pickle(path)",
+    ],
+)
+def test_the_scan_finds_what_it_is_for(source):
+    assert len(findings(source)) == 1
+
+
+def test_the_scan_lets_be_what_is_harmless():
+    fine = (
+        "model.eval(); torch.load(p, weights_only=True); f(trust_remote_code=False, shell=False); re.compile('a')"
+    )
+    assert findings(fine) == []
+
+
+# ---------------------------------------------------------------------- folders that others made
+
+
+class Payload:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.fixture(scope="module")
+def saved(task, tmp_path_factory) -> dict[str, Path]:
+    """A saved model, a backbone's folder and an export with transformers' own weights, all good."""
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_model(task).save_pretrained(folder / "model")
+    backbone = load_backbone("tiny", device="cpu")
+    backbone.model.save_pretrained(folder / "backbone")
+    backbone.tokenizer.save_pretrained(folder / "backbone")
+    tiny_model(task, head="linear").save_pretrained(folder / "linear")
+    export(folder / "linear", "hf", out=folder / "export")
+    return {kind: folder / kind for kind in LOADERS}
+
+
+def _load_backbone(folder: Path) -> object:
+    return load_backbone(str(folder), device="cpu")
+
+
+LOADERS = {"model": load_classifier, "backbone": _load_backbone, "export": load_classifier}
+
+
+def pickled_weights(folder: Path, marker: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Payload(marker)}, folder / "pytorch_model.bin")
+
+
+def pickle_named_safetensors(folder: Path, marker: Path) -> None:
+    torch.save({"weight": Payload(marker)}, folder / "model.safetensors")
+
+
+def index_to_a_pickle(folder: Path, marker: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Payload(marker)}, folder / "part.bin")
+    _index(folder, {"weight": "part.bin"})
+
+
+def index_out_of_the_folder(folder: Path, marker: Path) -> None:
+    outside = folder.parent / "outside.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    with safe_open(outside, "pt") as file:
+        _index(folder, dict.fromkeys(file.keys(), "../outside.safetensors"))
+
+
+def index_that_is_none(folder: Path, marker: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+def adapter_with_a_pickle(folder: Path, marker: Path) -> None:
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(folder.parent), "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    torch.save({"weight": Payload(marker)}, folder / "adapter_model.bin")
+
+
+def custom_code(folder: Path, marker: Path) -> None:
+    _custom_code(folder, marker, "llama")
+
+
+def custom_code_of_an_unknown_type(folder: Path, marker: Path) -> None:
+    _custom_code(folder, marker, "theirs")
+
+
+def _custom_code(folder: Path, marker: Path, model_type: str) -> None:
+    classes = "class C(LlamaConfig): ...\nclass M(LlamaForCausalLM): ...\nclass T(PreTrainedTokenizerFast): ...\n"
+    code = f"from pathlib import Path\nfrom transformers import *\nPath({str(marker)!r}).touch()\n{classes}"
+    (folder / "theirs.py").write_text(code)
+    auto_map = {"AutoConfig": "theirs.C", "AutoModel": "theirs.M", "AutoModelForCausalLM": "theirs.M"}
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = auto_map
+    config.get("backbone_config", config).update(auto_map=auto_map, model_type=model_type)
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["theirs.T", "theirs.T"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+
+
+def _index(folder: Path, weights: dict[str, str]) -> None:
+    index = {"metadata": {"total_size": 1}, "weight_map": weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+# The export has no tokenizer of transformers' to load, and its model is of a type that transformers has itself.
+HARMLESS = {("export", custom_code)}
+MALICIOUS = [
+    pickled_weights,
+    pickle_named_safetensors,
+    index_to_a_pickle,
+    index_out_of_the_folder,
+    index_that_is_none,
+    adapter_with_a_pickle,
+    custom_code,
+    custom_code_of_an_unknown_type,
+]
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("make", MALICIOUS, ids=lambda make: make.__name__)
+def test_a_malicious_folder_is_refused_in_one_line_or_harmless_and_runs_no_code(saved, tmp_path, kind, make):
+    folder, marker = tmp_path / "folder", tmp_path / "marker"
+    shutil.copytree(saved[kind], folder)
+    make(folder, marker)
+    if (kind, make) in HARMLESS:
+        LOADERS[kind](folder)
+        assert not marker.exists()
+        return
+    with pytest.raises(BackboneError, match="folder") as caught:
+        LOADERS[kind](folder)
+    assert not marker.exists()
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # no advice on how to run it after all
+
+
+def test_the_payload_of_these_tests_would_have_run(tmp_path):
+    torch.save({"weight": Payload(tmp_path / "marker")}, tmp_path / "weights.bin")
+    torch.load(tmp_path / "weights.bin", weights_only=False)
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_pickled_weights_beside_safetensors_are_not_looked_at(saved, tmp_path, kind):
+    folder, marker = tmp_path / "folder", tmp_path / "marker"
+    shutil.copytree(saved[kind], folder)
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        torch.save({"weight": Payload(marker)}, folder / name)
+    LOADERS[kind](folder)
+    assert not marker.exists()
+
+
+def test_a_link_to_weights_elsewhere_is_read_as_safetensors_and_nothing_else(saved, tmp_path):
+    """Links are let be, because the hub's own cache is made of them."""
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    shutil.copytree(saved["model"], folder)
+    shutil.move(folder / "model.safetensors", other)
+    (folder / "model.safetensors").symlink_to(other)
+    assert isinstance(load_classifier(folder), DHRDModel)
+    other.write_text("root:x:0:0:")
+    with pytest.raises(BackboneError, match="can't be read as a saved model") as caught:
+        load_classifier(folder)
+    assert "root:x" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------- folders of runs that others began
+
+
+def run_config(name: str = "run") -> RunConfig:
+    values = {
+        "name": name,
+        "model": {"backbone": "tiny", "device": "cpu"},
+        "data": {"max_train_rows": 16, "max_eval_rows": 8, "max_input_tokens": 64, "max_rationale_tokens": 32},
+        "training": {"epochs": 1, "batch_size": 4, "eval_steps": 1},
+    }
+    return RunConfig.from_dict(values)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A run's folder as a stopped training leaves it: with a checkpoint to go on from."""
+    root = tmp_path_factory.mktemp("stopped")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dhrd_lib.training._store", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(run_config(), root)
+    return root
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
+def test_going_on_from_a_malicious_checkpoint_runs_none_of_its_code(stopped, tmp_path, name):
+    shutil.copytree(stopped, tmp_path / "runs")
+    (checkpoint,) = (tmp_path / "runs" / "run" / "checkpoints").iterdir()
+    if name == "pytorch_model.bin":
+        (checkpoint / "model.safetensors").unlink()
+    torch.save({"state": Payload(tmp_path / "marker")}, checkpoint / name)
+    with pytest.raises(Exception, match=r"(?i)weights only load failed|can't find|no such file|pickle"):
+        train(run_config(), tmp_path / "runs")
+    assert not (tmp_path / "marker").exists()
+    assert not (tmp_path / "runs" / "run" / "metrics.json").exists()
+
+
+def test_a_checkpoint_folder_that_is_a_link_takes_nothing_of_what_it_leads_to(tmp_path):
+    outside = tmp_path / "outside"
+    (outside / "checkpoints").mkdir(parents=True)
+    (outside / "checkpoints" / "precious.txt").write_text("mine")
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "checkpoints").symlink_to(outside / "checkpoints")
+    train(run_config(), tmp_path / "runs")
+    assert (outside / "checkpoints" / "precious.txt").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------- names
+
+BAD_NAMES = ["../outside", "/etc/outside", "..", ".", "", "a/b", "a\\b", "a\0b"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(name, tmp_path):
+    with pytest.raises(ConfigError, match="expected a plain folder name"):
+        RunConfig(name=name)
+    with pytest.raises(ConfigError, match="expected a plain folder name"):
+        sweep(Grid(name, {"training.alpha": [0]}, run_config().replace(name="x").to_dict()), tmp_path / "runs")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", ["../../outside", "/etc/outside", "..", "a/../../b", "A\0b", "\\..\\x"])
+def test_a_teachers_name_stays_in_the_folder_of_stores(model, task, tmp_path):
+    path = store_for(task, TeacherConfig(model=model), tmp_path / "stores").path
+    assert path.resolve().parent == (tmp_path / "stores" / task.name).resolve()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "."])
+def test_the_app_looks_names_up_and_joins_none_to_a_path(name, tmp_path):
+    root = store_runs(tmp_path / "runs", DHRD)
+    shutil.copytree(root / DHRD, tmp_path / "secret")
+    with pytest.raises(ConfigError, match="There is no finished run"):
+        stored.find_run(root, name)
+    with pytest.raises(ConfigError, match="There is no task"):
+        stored.find_task(root, name)
+    with pytest.raises(ConfigError, match="There is no stored ablation"):
+        stored.ablation_figure(root, name)
+
+
+def test_the_apps_examples_are_of_tasks_with_a_run_and_of_no_file_that_is_named(tmp_path):
+    private = tmp_path / "private.csv"
+    private.write_text("text,label\n" + "secret one,a\nsecret two,b\n" * 10)
+    assert stored.examples(store_runs(tmp_path / "runs", DHRD), str(private)) == ()
+
+
+@pytest.mark.parametrize("template", ["{text.__class__}", "{text[0]}", "{text!r}", "{text:>999999999}", "{}"])
+def test_a_saved_models_template_reaches_nothing_but_the_texts(saved, tmp_path, template):
+    folder = tmp_path / "folder"
+    shutil.copytree(saved["model"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "template": template}))
+    with pytest.raises(TaskError, match="expected a name without"):
+        load_classifier(folder).predict([{"text": "x"}])
+
+
+def test_a_file_that_is_none_of_ours_is_refused_where_results_are_read(tmp_path):
+    torch.save({"weight": Payload(tmp_path / "marker")}, tmp_path / "results.json")
+    with pytest.raises((WorkbenchError, UnicodeDecodeError)):
+        load_results(tmp_path / "results.json")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_an_export_is_never_written_over_what_is_there(saved, tmp_path):
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        export(saved["model"], "hf", out=tmp_path / "precious")
+
+
+# ---------------------------------------------------------------------- files that unfold
+
+
+def bomb_parquet(path: Path, rows: int, value: str) -> None:
+    """One value that stands in every row: a dictionary holds it once, and zstd makes next to nothing of it."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), [value])
+    pq.write_table(pa.table({"text": column}), path, compression="zstd")
+
+
+@pytest.mark.parametrize("characters", [100_000, 1_000_000])
+def test_a_small_parquet_file_that_unfolds_is_refused_before_it_fills_the_memory(tmp_path, characters):
+    bomb_parquet(tmp_path / "bomb.parquet", 4000, "x" * characters)  # 0.4 and 4 GB of text
+    assert (tmp_path / "bomb.parquet").stat().st_size < 2**20
+    tracemalloc.start()
+    with pytest.raises(
+        TaskError, match=r"^bomb\.parquet unfolds to more than 200 MiB; expected at most so much\.$"
+    ):
+        batch.read_table(tmp_path / "bomb.parquet")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 250 * 2**20
+
+
+def test_a_parquet_column_of_lists_is_refused_because_one_row_may_hold_any_number(tmp_path):
+    pq.write_table(pa.table({"text": ["a"], "many": [[0] * 1_000_000]}), tmp_path / "lists.parquet")
+    with pytest.raises(TaskError, match=r"lists\.parquet has lists or records in the column 'many"):
+        batch.read_table(tmp_path / "lists.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_file_of_too_many_rows_is_not_read_to_its_end(tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        bomb_parquet(path, 10_000_000, "x")
+        monkeypatch.setattr(tasks, "_bounded_rows", lambda *_: pytest.fail("read"))
+    elif suffix == "jsonl":
+        path.write_text("{}\n" * 5_000_000)
+        monkeypatch.setattr(tasks.json, "loads", lambda *_, **__: pytest.fail("read"))
+    else:
+        # It would be an error of line 6,003, if that were reached.
+        path.write_text("text\n" + "x\n" * 6001 + "x\ty,z\n" * 1_000_000)
+    with pytest.raises(TaskError, match=rf"^rows\.{suffix} has more than {MAX_ROWS:,} rows"):
+        batch.read_table(path)
+
+
+def test_a_file_of_many_rows_is_read_whole_where_one_trains_on_it(tmp_path):
+    (tmp_path / "rows.csv").write_text("text\n" + "x\n" * (MAX_ROWS + 1))
+    assert len(tasks.read_rows(tmp_path / "rows.csv")) == MAX_ROWS + 1
+
+
+# ---------------------------------------------------------------------- the app over HTTP
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Settings:
+    folder = tmp_path_factory.mktemp("app")
+    rows = "text,label\n" + "secret one,a\nsecret two,b\n" * 10
+    (folder / "private.csv").write_text(rows)
+    return Settings(runs=store_runs(folder / "runs", BASELINE), backbone="tiny")
+
+
+@pytest.fixture(scope="module")
+def page(settings):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", KEY)
+        yield build(settings)
+
+
+@pytest.fixture(scope="module")
+def address(page, settings) -> str:
+    yield launch(page, settings, prevent_thread_lock=True)[1].rstrip("/")
+    page.close()
+
+
+def call(page, address: str, function: str, *data: object) -> httpx.Response:
+    """Call a private event of the page as its own script does, with data that the page would never send."""
+    number = next(number for number, one in page.fns.items() if one.fn and one.fn.__name__ == function)
+    body = {"data": list(data), "fn_index": number, "session_hash": "crafted"}
+    return httpx.post(f"{address}/gradio_api/run/predict", json=body)
+
+
+def file_data(path: object, **more: str) -> dict:
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}, **more}
+
+
+def test_a_path_that_was_not_uploaded_is_not_read(page, address, settings):
+    for path in (settings.runs.parent / "private.csv", settings.runs / BASELINE / "predictions_test.jsonl"):
+        answer = call(page, address, "_on_file", file_data(path), "support_triage")
+        assert answer.status_code == 500
+        assert "was not uploaded" in answer.text
+        assert "secret" not in answer.text
+
+
+def test_a_path_in_place_of_a_task_is_not_read(page, address, settings):
+    path = str(settings.runs.parent / "private.csv")
+    for answer in (call(page, address, "_on_example", path, 0), call(page, address, "_on_task", path)):
+        assert answer.status_code == 500
+        assert "secret" not in answer.text
+
+
+def test_the_app_fetches_nothing_from_the_network_for_a_visitor(page, address):
+    asked = []
+
+    class Inside(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+
+        do_HEAD = do_GET
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Inside)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/rows.csv"
+    try:
+        for data in (file_data(url), file_data("rows.csv", url=url)):
+            assert call(page, address, "_on_file", data, "support_triage").status_code == 500
+        for path in (f"proxy={url}", f"file={url}"):
+            assert httpx.get(f"{address}/gradio_api/{path}").status_code in (400, 403, 404)
+    finally:
+        server.shutdown()
+    assert asked == []
+
+
+def test_an_uploads_name_leads_nowhere_and_its_content_is_never_a_page(address):
+    files = {"files": ("../../../../outside.html", b"<script>alert(1)</script>")}
+    (path,) = httpx.post(f"{address}/gradio_api/upload", files=files).json()
+    assert ".." not in path
+    assert Path(path).name == "outside.html"
+    answer = httpx.get(f"{address}/gradio_api/file={path}")
+    assert answer.headers["content-disposition"].startswith("attachment")
+    assert "html" not in answer.headers["content-type"]
+
+
+def test_an_upload_beyond_the_limit_is_refused(address):
+    files = {"files": ("rows.csv", bytes(MAX_FILE_MIB * 2**20 + 1))}
+    answer = httpx.post(f"{address}/gradio_api/upload", files=files, timeout=60)
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize("origin", ["http://elsewhere.example", "null"])
+def test_another_sites_page_may_not_call_the_app(address, origin):
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    asked = httpx.options(f"{address}/gradio_api/call/runs", headers=headers)
+    # Without asking first, a browser sends another site's JSON as plain text only.
+    sent = httpx.post(
+        f"{address}/gradio_api/call/runs",
+        headers={"Origin": origin, "Content-Type": "text/plain"},
+        content='{"data": []}',
+    )
+    assert sent.status_code == 422
+    assert "access-control-allow-origin" not in {**asked.headers, **sent.headers}
+
+
+def test_with_a_user_nothing_is_uploaded_asked_or_read_without_logging_in(settings):
+    locked = Settings(runs=settings.runs, backbone="tiny", user="ada", password="a long secret")
+    page = build(locked)
+    address = launch(page, locked, prevent_thread_lock=True)[1].rstrip("/")
+    try:
+        refused = [
+            httpx.post(f"{address}/gradio_api/upload", files={"files": ("rows.csv", b"text\nx\n")}),
+            httpx.post(f"{address}/gradio_api/call/runs", json={"data": []}),
+            httpx.post(f"{address}/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "s"}),
+            call(page, address, "_start"),
+            httpx.get(f"{address}/config"),
+        ]
+        assert [answer.status_code for answer in refused] == [401] * len(refused)
+        login = httpx.get(address)
+        assert all("a long secret" not in answer.text for answer in [*refused, login])
+    finally:
+        page.close()
+
+
+# ---------------------------------------------------------------------- keys
+
+
+def test_no_key_or_password_is_on_the_page(page, address):
+    for path in ("", "/config", "/gradio_api/info", "/gradio_api/startup-events"):
+        assert KEY not in httpx.get(f"{address}{path}").text
+    assert KEY not in json.dumps(page.get_config_file(), default=str)
+
+
+def test_the_apps_password_is_in_no_repr(settings):
+    locked = Settings(runs=settings.runs, user="ada", password="a long secret")
+    assert "a long secret" not in repr(locked)
+
+
+def test_no_key_gets_into_a_runs_folder_or_the_output_of_training(tmp_path, monkeypatch, capfd):
+    for name in ("OPENAI_API_KEY", "HF_TOKEN", "DHRD_APP_PASSWORD", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, KEY)
+    run = train(run_config().replace(training__report_to=["tensorboard"]), tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert run.folder / "environment.json" in files
+    assert [path.name for path in files if KEY.encode() in path.read_bytes()] == []
+    assert KEY not in "".join(capfd.readouterr())
+
+
+def test_a_key_in_a_teachers_file_is_refused_by_the_command_without_being_repeated(tmp_path):
+    (tmp_path / "teacher.json").write_text(json.dumps({"kind": "openai", "api_key": KEY}))
+    result = CliRunner().invoke(cli.app, ["rationales", "--config", str(tmp_path / "teacher.json")])
+    assert isinstance(result.exception, ConfigError)
+    assert KEY not in f"{result.exception} {result.output}"
