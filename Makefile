@@ -13,7 +13,7 @@ run: $(VENV)/.installed
 	$(BIN)/python -m dhrd_lib compare --profile $(PROFILE)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --nbmake tests notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbmake tests notebooks
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab notebooks
