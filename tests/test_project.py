@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dhrd_lib import ablations
+from dhrd_lib.report import points_interval
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 HEADINGS = ("## Set-up", "## Takeaways", "## What's next")
@@ -76,6 +79,28 @@ def test_the_readmes_throughput_is_the_stored_benchmarks():
         assert line + (f" {ratio['value']:.3g} |" if ratio else " |") in readme
     assert f"{stored['classify']['share']:.0%} of the matmul peak" in readme
     assert f"{stored['largest_logit_difference']:.0e}" in readme
+
+
+def in_points(row) -> str:
+    return points_interval(row["difference"], row["low"], row["high"]).replace("\xa0", " ")
+
+
+def test_the_readmes_ablations_are_the_stored_ones():
+    results, readme = ROOT / "notebooks" / "results", (ROOT / "README.md").read_text(encoding="utf-8")
+    weights = ["alpha", "beta", "alpha_schedule"]
+    table = ablations.load_results(results / "ablation_loss_weights_support_triage.json")
+    baseline = dict(zip(weights, (0.0, 1.0, "constant"), strict=True))
+    found = ablations.compare(table[table["split"] == "test"], weights, baseline)
+    told = re.findall(r"\| alpha ([\d.]+), beta ([\d.]+) \| (.+) \| ([\d.]+) \|", readme)
+    assert len(told) == 4
+    for alpha, beta, points, p in told:
+        row = found[(found["alpha"] == float(alpha)) & (found["beta"] == float(beta))].iloc[0]
+        assert (points, p) == (in_points(row), f"{row['p_holm']:.3f}")
+    table = ablations.load_results(results / "ablation_alignment_support_triage.json")
+    table = table[(table["split"] == "test") & (table["alpha"] > 0) & (table["shuffled_share"] == 1)]
+    for row in ablations.compare(table, ["alignment"], {"alignment": "consistent"}).itertuples():
+        if row.alignment != "shuffle_rationale_label":
+            assert f"({in_points(row._asdict())})" in readme
 
 
 def test_the_readmes_two_seeds_are_the_stored_ones():
