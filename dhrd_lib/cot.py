@@ -203,8 +203,7 @@ class CoT:
         written: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         started = time.perf_counter()
-        one_batch = len(order) <= decoding.batch_size
-        with self._seeded(), tqdm(total=len(order), desc="CoT", unit="row", disable=one_batch) as bar:
+        with self._seeded(), tqdm(total=len(order), desc="CoT", unit="row", delay=2) as bar:
             for number, first in enumerate(range(0, len(order), decoding.batch_size)):
                 places = order[first : first + decoding.batch_size]
                 # Each batch has its own seed: how long the one before ran must not change its draws.

@@ -19,8 +19,8 @@ from plotly.subplots import make_subplots
 COLORS = {"pooled baseline": "#D55E00", "DHRD": "#0072B2", "reasoning only": "#009E73", "pipeline": "#E69F00"}
 # What isn't a setting (a head, a value of alpha) has a figure to itself, so these may repeat.
 _OTHER_COLORS = ("#CC79A7", "#56B4E9", "#E69F00", "#009E73", "#0072B2", "#D55E00")
-_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _HATCHES = ("", "/", ".", "x", "-")
 _INK, _GRID, _ZERO = "#7d828a", "rgba(125, 130, 138, 0.25)", "rgba(125, 130, 138, 0.9)"
 _AXIS = {"gridcolor": _GRID, "linecolor": _GRID, "zerolinecolor": _GRID, "automargin": True}
@@ -256,14 +256,16 @@ def accuracy_by_tokens(
     ticks = [tick for tick in ticks if tick <= max(2 * rows["tokens"].max(), 1)]
     for setting, value in reference.items():
         figure.add_scatter(
-            x=_tokens(pd.Series([ticks[0], ticks[-1]])),
+            x=_tokens(pd.Series([0, max(ticks[-1], rows["tokens"].max())])),
             y=[100 * value] * 2,
             mode="lines",
             line={"color": styles[setting].color, "width": 2},
             name=f"{_plain(setting)}, no token",
             hovertemplate=f"{_plain(setting)}: %{{y:.1f}}%<extra></extra>",
         )
-    figure.update_layout(height=430, showlegend=True)
+    # Beside the figure: as many entries as there are ways to ask and to read would cover the title.
+    legend = {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}
+    figure.update_layout(height=430, showlegend=True, legend=legend)
     figure.update_xaxes(title="tokens written for a row (mean)", tickvals=_tokens(pd.Series(ticks)), ticktext=ticks)
     figure.update_yaxes(title=f"{_plain(metric)} (%)")
     return figure
