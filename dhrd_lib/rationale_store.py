@@ -7,6 +7,7 @@ key. Of the replies with one key the first that agreed counts, or else the last;
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import warnings
@@ -127,7 +128,7 @@ class RationaleStore:
                 before = os.fstat(file).st_size
                 if os.write(file, line) != len(line):
                     os.ftruncate(file, before)
-                    raise OSError(f"{self.path}: the disk took a part of a record only; nothing was added.")
+                    raise OSError(errno.ENOSPC, "the disk took a part of a record only", str(self.path))
                 os.fsync(file)
             finally:
                 os.close(file)

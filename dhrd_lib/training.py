@@ -249,11 +249,14 @@ class DHRDTrainer(Trainer):
         """Save a checkpoint whose folder stands before transformers looks whether the best one is there.
 
         Under FSDP with sharded checkpoints it looks before anything is written, and the processes, some early
-        and some late, find different things: one waits for the others to load the best weights.
+        and some late, find different things: one waits for the others to load the best weights. It also leaves
+        out the model's configuration, whose labels a run that goes on is held to.
         """
         if self.is_fsdp_enabled:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            Path(self._get_output_dir(trial), name).mkdir(parents=True, exist_ok=True)
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.is_world_process_zero():
+                self.model.config.save_pretrained(folder)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
