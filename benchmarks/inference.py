@@ -35,6 +35,7 @@ from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import environment, load_run, write_json
 from dhrd_lib.tasks import load_task
 from dhrd_lib.throughput import MIB, Measured, System, Tokens, matmul_peak, measure, ratio
+from dhrd_lib.training import load_rows
 
 ROOT = Path(__file__).parents[1]
 EXPORTS = {"ONNX Runtime": ("onnx", False), "OpenVINO": ("openvino", False)}
@@ -88,11 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def trained(options: argparse.Namespace) -> tuple[Path, list[dict[str, Any]], np.ndarray]:
     """The run's folder, and the rows and gold labels of its split."""
-    data = load_run(options.run).config.data
-    columns = {name: getattr(data, name) for name in ("text", "label", "rationale", "group", "template")}
-    _, splits = load_task(
-        data.task, data.data_dir, **columns, dev_fraction=data.dev_fraction, split_seed=data.split_seed
-    )
+    _, splits = load_rows(load_run(options.run).config.data)
     split = splits[options.split]
     split = split.select(range(min(options.rows or len(split), len(split))))
     return Path(options.run), split.to_list(), np.array(split["label"])
