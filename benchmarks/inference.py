@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from dhrd_lib.backbones import layers_of
 from dhrd_lib.config import ModelConfig
 from dhrd_lib.evaluation import paired_comparison
 from dhrd_lib.export import export
-from dhrd_lib.inference import CPU_PART_TOKENS, ExportedClassifier, length_sorted_batches, load_classifier
+from dhrd_lib.inference import CPU_PART_TOKENS, load_classifier
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import environment, load_run, write_json
 from dhrd_lib.tasks import load_task
-from dhrd_lib.throughput import MIB, Measured, System, Tokens, matmul_peak, measure, ratio
+from dhrd_lib.throughput import MIB, Measured, matmul_peak, measure, pooled_system, ratio
 from dhrd_lib.training import load_rows
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,11 @@ def main(arguments: list[str] | None = None) -> dict:
         for name, (format, int8) in EXPORTS.items():
             folders[name] = export(source, format, int8=int8, out=Path(scratch) / f"{format}-{int8}")
         classifiers = {name: load_classifier(folder) for name, folder in folders.items()}
-        systems = [system(name, classifiers[name], folders[name]) for name in folders]
+        cpu = torch.device("cpu")
+        systems = [
+            pooled_system(name, classifiers[name], device=cpu, weights=folder_mib(folders[name]))
+            for name in folders
+        ]
         found = measure(systems, rows, rounds=options.rounds, latency_queries=options.latency_queries)
         result = {
             "weights": options.run or "untrained",
@@ -67,7 +71,7 @@ def main(arguments: list[str] | None = None) -> dict:
                     f"ONNX Runtime {kind}": onnx_matmuls(classifiers["torch"], kind) for kind in ("float32", "int8")
                 },
             },
-            "environment": environment(torch.device("cpu")),
+            "environment": environment(cpu),
         }
     result["seconds"] = time.perf_counter() - started
     write(result, Path(options.out))
@@ -101,22 +105,6 @@ def untrained(scratch: Path, options: argparse.Namespace) -> tuple[Path, list[di
     build_model(ModelConfig(backbone=options.backbone, device="cpu"), task).save_pretrained(scratch / "model")
     split = splits[options.split].select(range(options.rows or 60))
     return scratch / "model", split.to_list(), np.array(split["label"])
-
-
-def system(name: str, classifier: DHRDModel | ExportedClassifier, folder: Path) -> System:
-    """An engine as `predict` runs it, tokenisation included; its answers are logits (N, K)."""
-
-    def answer(rows: Sequence[dict], max_batch_tokens: int) -> np.ndarray:
-        return classifier.classify_rows(classifier.encode_texts(rows), max_batch_tokens)
-
-    def count(rows: Sequence[dict], max_batch_tokens: int, _: Any) -> Tokens:
-        lengths = [len(row["input_ids"]) for row in classifier.encode_texts(rows)]
-        batches = length_sorted_batches(lengths, max_batch_tokens)
-        return Tokens(sum(lengths), sum(len(places) * lengths[places[0]] for places in batches))
-
-    settings = (CPU_PART_TOKENS // 2, CPU_PART_TOKENS)
-    cpu = torch.device("cpu")
-    return System(name, answer, classifier.encode_texts, count, settings, "tokens", cpu, folder_mib(folder))
 
 
 def folder_mib(folder: Path) -> float:
@@ -163,9 +151,7 @@ def onnx_matmuls(model: DHRDModel, kind: str, repeats: int = 6) -> dict[str, flo
 
     What int8 can gain at all: the same shapes as `matmul_peak` has for torch.
     """
-    linear = [
-        module for module in model.backbone.get_decoder().layers.modules() if isinstance(module, torch.nn.Linear)
-    ]
+    linear = [module for module in layers_of(model.backbone).modules() if isinstance(module, torch.nn.Linear)]
     found = {}
     for out, width in sorted({tuple(module.weight.shape) for module in linear}):
         session = onnx_matmul(width, out, kind)

@@ -197,6 +197,30 @@ def _is_unwritable(error: Exception) -> bool:
     return any(words in str(error) for words in told)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, in a folder that is made where it isn't there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path):
+        yield
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder under another name, which becomes `target` at the end, so that no half-made one is ever read.
+
+    The caller holds the target's lock: what other processes were killed over is cleared away first.
+    """
+    for stale in target.parent.glob(f"{target.name}.part-*"):
+        shutil.rmtree(stale)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
+    try:
+        yield scratch
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def writing_cache(folder: Path) -> AbstractContextManager[None]:
     """`writing` for a folder of the cache."""
     return writing(folder, "DHRD_CACHE may name another folder")
@@ -259,19 +283,15 @@ def _converted(gguf: Path, digest: str) -> Path:
     target = _conversion_target(digest)
     if target.is_dir():
         return target
-    with writing_cache(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            if not target.is_dir():
-                for stale in target.parent.glob(f"{target.name}.part-*"):
-                    shutil.rmtree(stale)  # Of a process that was killed: the lock is ours.
-                _convert(gguf, target)
+    with writing_cache(target.parent), locked(Path(f"{target}.lock")):
+        if not target.is_dir():
+            with new_folder(target) as scratch:
+                _convert(gguf, scratch)
     return target
 
 
-def _convert(gguf: Path, target: Path) -> None:
-    """Write the folder under another name and rename it, so that no half-made folder is ever read."""
-    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file's model and tokenizer to a folder, as transformers keeps them."""
     try:
         arguments = {"gguf_file": gguf.name, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
@@ -282,18 +302,15 @@ def _convert(gguf: Path, target: Path) -> None:
         # The weights are plain floats by now; save_pretrained refuses them while these say otherwise.
         model.hf_quantizer = None
         del model.config.quantization_config
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         source = {"file": gguf.name, "sha256": sha256_of(gguf)}
-        (scratch / "source.json").write_text(json.dumps(source) + "\n", encoding="utf-8")
-        scratch.rename(target)
+        (folder / "source.json").write_text(json.dumps(source) + "\n", encoding="utf-8")
     except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
         if isinstance(error, BackboneError):
             raise
         found = f"{gguf} can't be read as a GGUF model ({reason_of(error)})"
         raise BackboneError(f"{found}; expected a whole GGUF file of a causal LM.") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _from_pretrained(

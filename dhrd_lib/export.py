@@ -9,20 +9,13 @@ limits, format and precision. Tracing, the repair of what tracing breaks, and qu
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.export import Dim
-from transformers import AutoTokenizer
 from transformers.exporters import (
     HfExporter,
     OnnxConfig,
@@ -33,10 +26,11 @@ from transformers.exporters import (
     OpenVINOExporter,
 )
 
-from dhrd_lib.backbones import writing
+from dhrd_lib.backbones import load_tokenizer, locked, new_folder, writing
 from dhrd_lib.config import ConfigError
 from dhrd_lib.inference import EXPORT_KEY, RUNNERS, ExportConfig, model_folder, read_config
 from dhrd_lib.modeling import DHRDModel
+from dhrd_lib.runs import write_json
 from dhrd_lib.throughput import sequence_classifier
 
 
@@ -61,37 +55,19 @@ def export(source: str | Path, format: str, *, int8: bool = False, out: str | Pa
     out = Path(out or Path(source) / f"export-{format}{'-int8' if int8 else ''}")
     _refuse_there(out)
     model = _load(source)
-    with writing(out.parent, "out may name another folder"), _locked(out):
+    with writing(out.parent, "out may name another folder"), locked(Path(f"{out}.lock")):
         _refuse_there(out)
-        for stale in out.parent.glob(f"{out.name}.part-*"):
-            shutil.rmtree(stale)  # Of a process that was killed: the lock is ours.
-        _write(model, out, format, int8)
+        with new_folder(out) as scratch:
+            _WRITERS[format](model, scratch, int8)
+            model.tokenizer.save_pretrained(scratch)
+            _write_config(model, scratch, format, "int8" if int8 else "float32")
+            scratch.chmod(0o755)  # mkdtemp's is the owner's alone
     return out
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{out}.lock"):
-        yield
 
 
 def _refuse_there(out: Path) -> None:
     if out.exists():
         raise ConfigError(f"{out} exists already; expected a folder that doesn't.")
-
-
-def _write(model: DHRDModel, out: Path, format: str, int8: bool) -> None:
-    """Write the folder under another name and rename it, so that no half-made folder is ever read."""
-    scratch = Path(tempfile.mkdtemp(prefix=f"{out.name}.part-", dir=out.parent))
-    try:
-        _WRITERS[format](model, scratch, int8)
-        model.tokenizer.save_pretrained(scratch)
-        _write_config(model, scratch, format, "int8" if int8 else "float32")
-        scratch.chmod(0o755)  # mkdtemp's is the owner's alone
-        scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _load(source: str | Path) -> DHRDModel:
@@ -105,7 +81,7 @@ def _load(source: str | Path) -> DHRDModel:
     _merge_adapters(model.backbone)
     # What is set here is saved with it, an attribute set later isn't: inputs are cut as they were in training.
     cut = {"truncation_side": "left", "model_max_length": model.config.max_input_tokens}
-    model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **cut)
+    model.tokenizer = load_tokenizer(folder, str(folder), trust_remote_code=False, **cut)
     return model
 
 
@@ -135,9 +111,8 @@ def _write_config(model: DHRDModel, folder: Path, format: str, precision: str) -
         pad_token_id=model.tokenizer.pad_token_id,
     )
     path = folder / "config.json"
-    own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    own[EXPORT_KEY] = dataclasses.asdict(config)
-    path.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+    own = read_config(folder) if path.is_file() else {}
+    write_json(path, {**own, EXPORT_KEY: dataclasses.asdict(config)})
 
 
 class _Classify(nn.Module):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ from transformers import (
 from dhrd_lib.backbones import layers_of
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import Answers, CoT, Decoding, Written
-from dhrd_lib.inference import CPU_PART_TOKENS, length_sorted_batches
+from dhrd_lib.inference import CPU_PART_TOKENS, ExportedClassifier, length_sorted_batches
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.tasks import load_task
 
@@ -258,12 +257,22 @@ def ratio(of: Measured, to: Measured) -> dict[str, float]:
 # ---------------------------------------------------------------------- systems
 
 
-def pooled_system(name: str, model: DHRDModel, settings: tuple[int, ...] | None = None, **limits: int) -> System:
-    """A pooled classifier, as `DHRDModel.predict` runs it: length-sorted batches under a token budget.
+def pooled_system(
+    name: str,
+    model: DHRDModel | ExportedClassifier,
+    settings: tuple[int, ...] | None = None,
+    *,
+    device: torch.device | None = None,
+    weights: float | None = None,
+    **limits: int,
+) -> System:
+    """A pooled classifier, as its `predict` runs it: length-sorted batches under a token budget.
 
-    Without `settings`, budgets up to what `classify` takes at once on a CPU, and larger ones on a GPU.
+    Without `settings`, budgets up to what `classify` takes at once on a CPU, and larger ones on a GPU. An exported
+    classifier doesn't know its `device` and `weights` (in MiB); they must be given.
     """
-    settings = settings or (_CPU_BUDGETS if model.device.type == "cpu" else _GPU_BUDGETS)
+    device = device or model.device
+    settings = settings or (_CPU_BUDGETS if device.type == "cpu" else _GPU_BUDGETS)
 
     def answer(texts: Sequence[str], max_batch_tokens: int) -> np.ndarray:
         return model.classify_rows(model.encode_texts(texts), max_batch_tokens)
@@ -273,8 +282,8 @@ def pooled_system(name: str, model: DHRDModel, settings: tuple[int, ...] | None 
         batches = length_sorted_batches(lengths, max_batch_tokens)
         return Tokens(sum(lengths), sum(len(places) * lengths[places[0]] for places in batches))
 
-    weights = weights_mib(model)
-    return System(name, answer, model.encode_texts, count, settings, "tokens", model.device, weights, **limits)
+    weights = weights_mib(model) if weights is None else weights
+    return System(name, answer, model.encode_texts, count, settings, "tokens", device, weights, **limits)
 
 
 def pipeline_system(name: str, model: DHRDModel, settings: tuple[int, ...] = (1, 8, 16), **limits: int) -> System:
@@ -494,6 +503,8 @@ def peak_memory_mib(device: torch.device) -> float:
     """The most memory that this process has held: on the GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
+    import resource  # not on Windows, where all else here works
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / MIB if sys.platform == "darwin" else most / 1024
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from torch import nn
 from tqdm.auto import tqdm
 
-from dhrd_lib.backbones import cache_dir, decoder_of, layers_of, writing_cache
+from dhrd_lib.backbones import cache_dir, decoder_of, layers_of, locked, writing_cache
 from dhrd_lib.inference import length_sorted_batches
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import write_json
@@ -52,20 +50,13 @@ def cached_trunk_states(
     """
     folder = cache_dir() / "trunk" / _key(model, trunk_layers)
     names = [_hash(row["input_ids"]) for row in rows]
-    with writing_cache(folder), _locked(folder):
+    with writing_cache(folder), locked(folder / "lock"):
         index = _read_index(folder)
         missing = {name: row for name, row in zip(names, rows, strict=True) if name not in index}
         if missing:
             _compute(model, list(missing.values()), trunk_layers, max_batch_tokens, folder)
             index = _read_index(folder)
     return TrunkStates(folder, [index[name] for name in names])
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        yield
 
 
 def _key(model: DHRDModel, trunk_layers: int) -> str:

@@ -19,7 +19,7 @@ from dhrd_lib.config import RunConfig, WorkbenchError
 from dhrd_lib.rationale_store import RationaleStore
 from dhrd_lib.training import DHRDTrainer, train
 
-resource = pytest.importorskip("resource")
+resource = pytest.importorskip("resource", reason="limits on the size of a file are a Unix system's")
 SENTENCE = r"can't be written \(.*\); expected room there and the right to write; [^\n]*\.$"
 
 
