@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig, read_json
 from dhrd_lib.runs import is_finished, load_runs
-from dhrd_lib.training import train
+from dhrd_lib.training import drop_checkpoints, train
 
 HEARTBEAT_SECONDS = 20
 # A cell counts as killed when its process hasn't been heard of for so many heartbeats.
@@ -301,7 +301,11 @@ def _work(grid: Grid, root: Path, url: str, threads: int | None = None) -> None:
         elif "running" in states:
             time.sleep(1)
         else:
-            return
+            break
+    for run in grid.cells:
+        # Killed after its last file, a run is finished and isn't trained again, which would remove them.
+        if _is_done(grid, run, root):
+            drop_checkpoints(root / run)
 
 
 def _train_cell(grid: Grid, root: Path, trial: optuna.Trial, run: str) -> float:

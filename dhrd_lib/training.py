@@ -301,8 +301,13 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
         if not is_finished(folder):
             _train(config, folder, callbacks)
         # Here, so that those of a run that was killed between its last file and this go too.
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        drop_checkpoints(folder)
     return load_run(folder)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a finished run, which nothing reads any more."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _train(config: RunConfig, folder: Path, callbacks: Sequence[TrainerCallback]) -> None:

@@ -146,6 +146,17 @@ def test_finished_runs_are_taken_as_they_are(tmp_path, monkeypatch):
     assert (tmp_path / "g" / "metrics.json").stat().st_mtime_ns == written
 
 
+def test_checkpoints_of_a_cell_that_was_killed_after_its_last_file_are_removed(tmp_path, monkeypatch):
+    grid = a_grid(training__alpha=[0, 1])
+    sweep(grid, tmp_path)
+    left = tmp_path / "g" / "checkpoints" / "checkpoint-3"
+    left.mkdir(parents=True)
+    begun = record_trained(monkeypatch)
+    assert set(sweep(grid, tmp_path)["state"]) == {"finished"}
+    assert begun == []
+    assert not left.parent.exists()
+
+
 def test_a_cell_that_fails_is_listed_with_its_reason_and_the_rest_go_on(tmp_path, monkeypatch):
     called = record_trained(monkeypatch)
     grid = a_grid(model__freeze_layers=[99, 1])
