@@ -12,7 +12,7 @@ from app.card import model_card
 from app.events import QUIET
 from app.settings import Settings
 from dhrd_lib.config import WorkbenchError
-from dhrd_lib.runs import find_runs
+from dhrd_lib.runs import find_runs, read_runs
 
 _EMPTY = "No finished run is stored here yet."
 
@@ -50,13 +50,16 @@ class RunsTab:
         self.ablation.change(self._on_ablation, self.ablation, told, **QUIET)
 
     def _read(self, picked: str | None) -> list[Any]:
-        names = [run.name for run in find_runs(self.settings.runs)]
-        status = views.notice(f"{_EMPTY} Train one with `make run`, or with the button above.", "empty")
+        runs, broken = read_runs(self.settings.runs)
+        names = [run.name for run in runs]
+        status = "".join(views.notice(sentence, "error") for sentence in broken)
+        if not names:
+            status += views.notice(f"{_EMPTY} Train one with `make run`, or with the button above.", "empty")
         picked = picked if picked in names else next(iter(names), None)
         ablations = stored.ablation_files(self.settings.results)
         missing = "" if ablations else views.notice("No ablation's results are stored here yet.", "empty")
         return [
-            "" if names else status,
+            status,
             gr.Dataframe(stored.runs_table(self.settings.runs), visible=bool(names)),
             gr.Dropdown(choices=names, value=picked, visible=bool(names)),
             gr.Dropdown(choices=ablations, value=next(iter(ablations), None), visible=bool(ablations)),

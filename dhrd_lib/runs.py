@@ -1,6 +1,7 @@
 """Run folders: what a run was, what it gave, and all of them as one table.
 
 runs/NAME/config.json          the resolved configuration
+          rows.json            a hash of each split's encoded rows, to which a run that goes on is held
           environment.json     package versions, hardware, git commit
           history.jsonl        the training log, a line a step that was logged
           predictions_*.jsonl  a line a row, for every split that was predicted
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import subprocess
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from dhrd_lib.config import RunConfig, read_json
+from dhrd_lib.config import ConfigError, RunConfig, read_json, reason_of
 
 PACKAGES = (
     "torch",
@@ -63,15 +65,22 @@ class Run:
     @property
     def history(self) -> pd.DataFrame:
         """The training log, a row a logged step: every loss term, alpha, learning rate, dev metrics."""
-        return pd.read_json(self.folder / "history.jsonl", lines=True)
+        return _read_lines(self.folder / "history.jsonl")
 
     def predictions(self, split: str) -> pd.DataFrame:
         """One row an example: idx, input_text, label, prediction, probabilities, group, rationale."""
-        return pd.read_json(self.predictions_path(split), lines=True, dtype={"idx": str, "group": object})
+        return _read_lines(self.predictions_path(split), dtype={"idx": str, "group": object})
 
     def predictions_path(self, split: str) -> Path:
         """The file of a split's predictions."""
         return self.folder / f"predictions_{split}.jsonl"
+
+
+def _read_lines(path: Path, **types: Any) -> pd.DataFrame:
+    try:
+        return pd.read_json(path, lines=True, **types)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON lines: {reason_of(error)}; expected what training wrote.") from error
 
 
 def is_finished(folder: Path) -> bool:
@@ -80,21 +89,42 @@ def is_finished(folder: Path) -> bool:
 
 
 def load_run(folder: str | Path) -> Run:
-    """Read a finished run; raises `FileNotFoundError` where the folder holds none."""
+    """Read a finished run.
+
+    Raises `FileNotFoundError` where the folder holds none, and `ConfigError` where one of its files says something
+    else than a run's.
+    """
     folder = Path(folder)
     if not is_finished(folder):
         raise FileNotFoundError(f"{folder} holds no finished run (no metrics.json); expected a run's folder.")
+    metrics = read_json(folder / "metrics.json")
+    if not (isinstance(metrics, dict) and isinstance(metrics.get("splits"), dict)):
+        raise ConfigError(f"{folder / 'metrics.json'} has no metrics of splits; expected what training wrote.")
     return Run(
         folder=folder,
         config=RunConfig.load(folder / "config.json"),
-        metrics=read_json(folder / "metrics.json"),
+        metrics=metrics,
         environment=read_json(folder / "environment.json"),
     )
 
 
+def read_runs(root: str | Path = "runs") -> tuple[list[Run], list[str]]:
+    """All finished runs below a folder, by name, and a sentence for each that can't be read."""
+    runs, broken = [], []
+    for path in sorted(Path(root).glob("*/metrics.json")):
+        try:
+            runs.append(load_run(path.parent))
+        except ConfigError as error:
+            broken.append(str(error))
+    return runs, broken
+
+
 def find_runs(root: str | Path = "runs") -> list[Run]:
-    """All finished runs below a folder, by name."""
-    return [load_run(path.parent) for path in sorted(Path(root).glob("*/metrics.json"))]
+    """All finished runs below a folder, by name; it warns of those that can't be read, and leaves them out."""
+    runs, broken = read_runs(root)
+    for sentence in broken:
+        warnings.warn(f"{sentence} The run is left out.", stacklevel=2)
+    return runs
 
 
 def load_runs(root: str | Path = "runs") -> pd.DataFrame:

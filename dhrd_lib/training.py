@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
 import time
@@ -324,6 +326,9 @@ def _train(config: RunConfig, folder: Path, callbacks: Sequence[TrainerCallback]
     checkpoint = _last_checkpoint(folder / "checkpoints")
     if checkpoint:
         _check_labels(checkpoint, prepared.task)
+        _check_rows(folder / "rows.json", prepared.rows)
+    elif trainer.is_world_process_zero():
+        write_json(folder / "rows.json", _digests(prepared.rows))
     outcome = _run(trainer, prepared, checkpoint)
     if trainer.is_world_process_zero():
         _store(config, prepared, trainer, folder, outcome)
@@ -407,6 +412,28 @@ def _check_labels(checkpoint: Path, task: Task) -> None:
     if saved != list(task.label_names):
         there, now = (", ".join(map(repr, labels)) for labels in (saved, task.label_names))
         raise ConfigError(f"{checkpoint} has the labels {there}; expected those of the data, {now}.")
+
+
+def _check_rows(path: Path, rows: Mapping[str, Rows]) -> None:
+    """Refuse to go on with other rows than those that the run was begun with."""
+    begun, now = read_json(path), _digests(rows)
+    changed = [split for split in now if now[split] != begun.get(split)]
+    if changed:
+        raise ConfigError(
+            f"{path.parent} was begun with other rows in {', '.join(changed)} than the data has now; expected the "
+            "same rows and tokenizer, or that folder removed."
+        )
+
+
+def _digests(rows: Mapping[str, Rows]) -> dict[str, str]:
+    """For each split a hash of its encoded rows."""
+    found = {}
+    for split, own in rows.items():
+        digest = hashlib.sha256()
+        for batch in own.rows.iter(1000):
+            digest.update(json.dumps(batch, sort_keys=True).encode())
+        found[split] = digest.hexdigest()
+    return found
 
 
 def load_rows(data: DataConfig) -> tuple[Task, DatasetDict]:

@@ -75,10 +75,19 @@ def _hash(ids: Sequence[int]) -> str:
 
 
 def _read_index(folder: Path) -> dict[str, tuple[str, int, int]]:
-    """For each hash of token ids: the file that has its states, and where; a file counts with its index."""
+    """For each hash of token ids: the file that has its states, and where; a file counts with its index.
+
+    What a full disk or a broken copy cut short doesn't count, and its rows are computed again.
+    """
     index = {}
     for path in sorted(folder.glob("*.json")):
-        for name, (start, length) in json.loads(path.read_text(encoding="utf-8")).items():
+        try:
+            np.load(path.with_suffix(".npy"), mmap_mode="r")  # It compares the file's size with its header.
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            path.unlink()  # `_compute` removes the states, which have no index now: the lock is ours.
+            continue
+        for name, (start, length) in found.items():
             index[name] = (path.stem, start, length)
     return index
 

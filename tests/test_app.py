@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from app.backend import ZERO_SHOT, Backend
 from app.compare import Question, compare
 from app.compare_tab import CompareTab
 from app.events import Session
+from app.runs_tab import RunsTab
 from app.settings import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_ROWS, MAX_WAITING, Settings
 from app.views import Asked, Comparison, Shown
 from dhrd_lib import ablations
@@ -412,6 +414,17 @@ class TestStored:
             file.unlink()
         assert stored.usable_runs(root) == []
         assert len(stored.runs_table(root)) == 2
+
+    def test_a_run_that_cannot_be_read_is_named_and_the_others_are_shown(self, tmp_path):
+        import gradio as gr
+
+        root = store_runs(tmp_path, DHRD)
+        shutil.copytree(root / DHRD, root / "torn")
+        (root / "torn" / "config.json").write_text("{")
+        with gr.Blocks(), pytest.warns(UserWarning, match="The run is left out"):
+            status, _, picker, *_ = RunsTab(Settings(runs=root, backbone="tiny"))._read(None)
+        assert "torn/config.json is not JSON" in status
+        assert picker.choices == [(DHRD, DHRD)]
 
     def test_examples_take_the_labels_in_turn(self, root):
         found = stored.examples(root, "support_triage")

@@ -888,7 +888,7 @@ def finished_run(name: str, content: str) -> Callable[[Path], Path]:
         (folder / "run").mkdir()
         RunConfig().save(folder / "run" / "config.json")
         for other in ("metrics.json", "environment.json"):
-            write(folder / "run" / other, "{}")
+            write(folder / "run" / other, '{"splits": {}}')
         write(folder / "run" / name, content)
         return folder / "run"
 
@@ -945,6 +945,19 @@ RUNS = [
         finished_run("metrics.json", "{"),
         load_run,
         f"{{path}}/metrics.json is not JSON: {NO_KEY}.",
+    ),
+    Case(
+        "metrics-of-no-split",
+        finished_run("metrics.json", "{}"),
+        load_run,
+        "{path}/metrics.json has no metrics of splits; expected what training wrote.",
+    ),
+    Case(
+        "torn-predictions",
+        finished_run("predictions_test.jsonl", '{"idx": "0"}\n{"idx": '),
+        lambda path: load_run(path).predictions("test"),
+        "{path}/predictions_test.jsonl is not JSON lines: Expected object or value at position 20; expected what "
+        "training wrote.",
     ),
     Case(
         "a-newer-runs-config",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from dhrd_lib.backbones import BackboneError
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
@@ -142,6 +145,15 @@ def test_a_folder_without_a_finished_run_is_named(tmp_path):
         load_run(tmp_path)
 
 
+def test_a_run_that_cannot_be_read_is_left_out_of_the_table_with_a_warning_that_names_it(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "good")
+    shutil.copytree(finished.folder, tmp_path / "torn")
+    (tmp_path / "torn" / "metrics.json").write_text('{"splits": {')
+    with pytest.warns(UserWarning, match=r"torn/metrics\.json is not JSON: .*\. The run is left out\."):
+        frame = load_runs(tmp_path)
+    assert len(frame) == 2
+
+
 # ---------------------------------------------------------------------------- the fixed rules
 
 
@@ -231,6 +243,30 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(table, tmp_path, al
     terms = ("loss", "class_loss", "lm_loss", "alpha")
     assert logged(resumed, *terms) == logged(straight, *terms)
     assert_same_weights(resumed, straight)
+
+
+@pytest.mark.parametrize("changed", ["a text", "nothing"])
+def test_a_stopped_run_goes_on_with_the_rows_it_was_begun_with_and_no_others(table, tmp_path, changed):
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    rows = shutil.copy(table, tmp_path / "rows.jsonl")
+    own = config(rows, training__eval_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(own, tmp_path, callbacks=[Stop()])
+    if changed == "nothing":
+        assert train(own, tmp_path).metrics["resumed_from_step"] == 2
+    else:
+        rows.write_text(rows.read_text().replace("money", "coins", 1))
+        sentence = (
+            f"{tmp_path / 'run'} was begun with other rows in train than the data has now; expected the same rows "
+            "and tokenizer, or that folder removed."
+        )
+        with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+            train(own, tmp_path)
+        assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_the_trunk_cache_changes_no_loss_and_no_weight(table, tmp_path):

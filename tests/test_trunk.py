@@ -81,3 +81,17 @@ def test_an_interrupted_computation_is_not_read_and_is_made_again(task, monkeypa
     states = cached_trunk_states(model, made, 2)
     assert np.abs(states[1]).sum() > 0
     assert len(list(tmp_path.rglob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize("file", ["*.npy", "*.json"])
+def test_states_that_were_cut_short_are_computed_again(task, monkeypatch, tmp_path, file):
+    model = tiny_model(task)
+    made = rows(model)
+    whole = [states.copy() for states in cached_trunk_states(model, made, 2)]
+    (path,) = tmp_path.rglob(file)
+    with path.open("r+b") as opened:
+        opened.truncate(path.stat().st_size - 8)
+    seen = computed(model, monkeypatch)
+    for states, expected in zip(cached_trunk_states(model, made, 2), whole, strict=True):
+        assert np.array_equal(states, expected)
+    assert sum(seen) == 3

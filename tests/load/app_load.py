@@ -1,10 +1,11 @@
 """Load on the app: many users on loopback, each asking one thing after another.
 
     python tests/load/app_load.py http://127.0.0.1:7860 --users 50 --seconds 60 --server-pid 1234
+    python tests/load/app_load.py http://127.0.0.1:7860 --users 2 --pause 1 --seconds 7200 --server-pid 1234
 
-A user classifies a text by a stored DHRD run, and every fourth time asks for a CoT of `--cot-tokens` instead. Says
-how many calls were answered, told that the app is busy, and failed otherwise; latencies as a user has them, line
-included; and the server's memory from start to end.
+The second line is a long watch of its memory at a steady rate. A user classifies a text by a stored DHRD run, and
+every fourth time asks for a CoT of `--cot-tokens` instead. Says how many calls were answered, told that the app is
+busy, and failed otherwise; latencies as a user has them, line included; and the server's memory from start to end.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ async def call(client: httpx.AsyncClient, name: str, data: list) -> str:
     return "answered" if event == "complete" else f"ended with {event!r}"
 
 
-async def user(number: int, client: httpx.AsyncClient, run: dict, until: float, tokens: int, told: Told) -> None:
-    """Ask until the time is up; who is told that the app is busy waits for half a second."""
+async def user(
+    number: int, client: httpx.AsyncClient, run: dict, until: float, tokens: int, pause: float, told: Told
+) -> None:
+    """Ask until the time is up, with a pause after each; who is told that the app is busy waits half a second."""
     asked = number
     while time.perf_counter() < until:
         asked += 1
@@ -64,8 +67,7 @@ async def user(number: int, client: httpx.AsyncClient, run: dict, until: float, 
         told.ended[ended] += 1
         if ended == "answered":
             told.seconds[name].append(time.perf_counter() - started)
-        elif ended == "busy":
-            await asyncio.sleep(0.5)
+        await asyncio.sleep(0.5 if ended == "busy" else pause)
 
 
 async def watch(pid: int, until: float, told: Told) -> None:
@@ -76,7 +78,7 @@ async def watch(pid: int, until: float, told: Told) -> None:
         await asyncio.sleep(0.5)
 
 
-async def load(address: str, users: int, seconds: float, tokens: int, pid: int) -> dict:
+async def load(address: str, users: int, seconds: float, tokens: int, pause: float, pid: int) -> dict:
     """Warm up, let the users ask, and sum up."""
     told, limits = Told(), httpx.Limits(max_connections=2 * users)
     async with httpx.AsyncClient(base_url=address, timeout=300, limits=limits) as client:
@@ -89,7 +91,7 @@ async def load(address: str, users: int, seconds: float, tokens: int, pid: int) 
         ):
             assert await call(client, name, data) == "answered"
         until = time.perf_counter() + seconds
-        asking = [user(number, client, run, until, tokens, told) for number in range(users)]
+        asking = [user(number, client, run, until, tokens, pause, told) for number in range(users)]
         await asyncio.gather(watch(pid, until, told), *asking)
     return summary(told)
 
@@ -109,6 +111,7 @@ def summary(told: Told) -> dict:
         "ended": dict(told.ended),
         **latencies,
         "memory_mib": {"start": round(memory[0]), "end": round(memory[-1]), "most": round(max(memory))},
+        "memory_by_tenth_mib": [round(float(part.mean()), 1) for part in np.array_split(memory, 10)],
         "growth_from_middle_to_last_third_mib": round(float(growth), 1),
     }
 
@@ -119,9 +122,10 @@ def main(
     users: int = 50,
     seconds: float = 60,
     cot_tokens: int = 16,
+    pause: Annotated[float, typer.Option(help="Seconds of a user between two calls.")] = 0.0,
 ) -> None:
     """Load the app at an address, and print the summary as JSON."""
-    print(json.dumps(asyncio.run(load(address, users, seconds, cot_tokens, server_pid)), indent=2))
+    print(json.dumps(asyncio.run(load(address, users, seconds, cot_tokens, pause, server_pid)), indent=2))
 
 
 if __name__ == "__main__":
