@@ -3,9 +3,9 @@
     python benchmarks/growth.py [--backbone tiny] [--out runs/bench]
 
 Rows and labels are synthetic, on a tiny random backbone, so that what is measured is the library's handling of
-them; `--backbone` is that of the lengths. Each point is measured in a process of its own, which makes its peak
-memory its own: the memory added is that peak less what the process held just before. Writes OUT/growth.json and
-OUT/growth.html, on log axes, with each line's slope.
+them; `--backbone` is that of the lengths. Each point is measured in a process of its own; the memory added is the
+most that the process held meanwhile, looked at every 20 ms, less what it held just before. Writes OUT/growth.json
+and OUT/growth.html, on log axes, with each line's slope.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import environment, write_json
 from dhrd_lib.sequences import encode_split
 from dhrd_lib.tasks import load_task, read_rows
-from dhrd_lib.throughput import peak_memory_mib, synchronise
+from dhrd_lib.throughput import memory_added, synchronise
 from dhrd_lib.training import load_rows, train
 
 WORDS = [first + second for first in "bdfgklmnprst" for second in ("ale", "ime", "one", "ute", "art")]
@@ -118,16 +118,16 @@ def measure(point: Point, backbone: str) -> dict[str, Any]:
 
 
 def timed(call: Callable[[], Any], repeats: int = 1, warm_up: bool = False) -> tuple[float, float]:
-    """Median seconds of a call, and the peak memory in MiB that it and its warm-up added."""
-    device = resolve_device(None)
-    before, seconds = peak_memory_mib(device), []
-    for _ in range(repeats + warm_up):
-        synchronise(device)
-        started = time.perf_counter()
-        call()
-        synchronise(device)
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[warm_up:])), peak_memory_mib(device) - before
+    """Median seconds of a call, and the most memory that it and its warm-up held above the start's, in MiB."""
+    device, seconds = resolve_device(None), []
+    with memory_added(device) as added_mib:
+        for _ in range(repeats + warm_up):
+            synchronise(device)
+            started = time.perf_counter()
+            call()
+            synchronise(device)
+            seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[warm_up:])), added_mib[0]
 
 
 # ---------------------------------------------------------------------- rows and labels

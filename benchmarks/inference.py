@@ -30,7 +30,7 @@ from dhrd_lib.backbones import layers_of
 from dhrd_lib.config import ModelConfig
 from dhrd_lib.evaluation import paired_comparison
 from dhrd_lib.export import export
-from dhrd_lib.inference import CPU_PART_TOKENS, load_classifier
+from dhrd_lib.inference import CPU_PART_TOKENS, load_classifier, model_folder
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import environment, load_run, write_json
 from dhrd_lib.tasks import load_task
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> dict:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         source, rows, labels = trained(options) if options.run else untrained(Path(scratch), options)
-        folders = {"torch": source}
+        folders = {"torch": model_folder(source)}
         for name, (format, int8) in EXPORTS.items():
             folders[name] = export(source, format, int8=int8, out=Path(scratch) / f"{format}-{int8}")
         classifiers = {name: load_classifier(folder) for name, folder in folders.items()}

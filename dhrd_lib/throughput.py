@@ -170,7 +170,7 @@ def _rotated(found: list[Measured], number: int) -> list[Measured]:
 def _round(one: Measured, texts: Sequence[str]) -> None:
     system = one.system
     texts = texts[: system.queries_per_round]
-    with _memory(system.device) as added_mib:
+    with memory_added(system.device) as added_mib:
         seconds, answers = _timed(system, system.answer, texts, one.setting)
     encode_seconds, _ = _timed(system, system.encode, texts)
     one.seconds.append(seconds)
@@ -208,7 +208,7 @@ def synchronise(device: torch.device) -> None:
 
 
 @contextmanager
-def _memory(device: torch.device) -> Iterator[list[float]]:
+def memory_added(device: torch.device) -> Iterator[list[float]]:
     """The most memory that the block holds above what was held before, in MiB, in a list of one."""
     added = [0.0]
     if device.type == "cuda":

@@ -160,7 +160,7 @@ class TestMeasure:
             measure([], TEXTS[:2])
 
     def test_memory_is_what_a_system_holds_above_what_was_held(self):
-        with throughput._memory(torch.device("cpu")) as added_mib:
+        with throughput.memory_added(torch.device("cpu")) as added_mib:
             block = torch.ones(40 * throughput.MIB // 4)
             throughput.time.sleep(0.1)
         del block
