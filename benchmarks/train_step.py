@@ -193,7 +193,9 @@ def train_plain(
     lm = backbone.model
     if way.finetune == "lora":
         lora = ModelConfig()
-        adapters = LoraConfig(r=lora.lora_r, lora_alpha=lora.lora_alpha, target_modules="all-linear")
+        adapters = LoraConfig(
+            r=lora.lora_r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, target_modules="all-linear"
+        )
         lm = get_peft_model(lm, adapters)
     model = TwoHeads(lm, backbone.model.config.hidden_size, n_labels)
     arguments = TrainingArguments(

@@ -279,6 +279,23 @@ def test_the_documented_bytes_of_activations_are_what_autograd_keeps():
 # ---------------------------------------------------------------------- benchmarks/growth.py
 
 
+def test_the_documented_growth_is_the_stored_one():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "growth.json").read_text())
+    for slope in stored["slopes"]:
+        line = [p for p in stored["points"] if (p["factor"], p["what"]) == (slope["factor"], slope["what"])]
+        sizes, seconds, memory = (
+            " … ".join(told(line[place][name]) for place in (0, -1))
+            for name, told in (
+                ("size", "{:,}".format),
+                ("seconds", "{:.3g}".format),
+                ("added_mib", lambda mib: "< 1" if mib is None else f"{mib:.3g}"),
+            )
+        )
+        powers = [f"{round(slope[name], 2) + 0:.2f}" for name in ("seconds_slope", "added_mib_slope")]
+        row = f"| {slope['what']} | {sizes} {slope['factor']} | {seconds} | {powers[0]} | {memory} | {powers[1]} |"
+        assert row in SCALING
+
+
 @pytest.mark.timeout(300)
 def test_the_growth_benchmark_writes_its_points_slopes_and_page(tmp_path):
     sizes = {"rows": (40, 80), "lengths": (16, 32), "labels": (2, 4)}
