@@ -225,6 +225,20 @@ def test_the_documented_throughput_is_the_models_and_the_stored_benchmarks():
     assert f"| DHRD / CoT (budget 500), by operations | {room:.1f} | {ratio:.0f} |" in SCALING
 
 
+def test_the_documented_gain_of_the_trunk_cache_is_the_stored_one():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "trunk_cache.json").read_text())
+    for way in stored["ways"]:
+        gains = ["faster_than_full", "room_over_full", "faster_than_no_cache", "room_over_no_cache"]
+        told = " | ".join(f"{way[name]:.2f}" for name in gains) if way["way"].endswith(", cache") else " | | |"
+        row = f"| {way['way']} | {way['step_seconds']:.0f} | {way['wall_seconds']:.0f} | {told} |"
+        assert row.replace("|  |", "| |") in SCALING
+        if way["way"].endswith(", cache"):
+            assert min(way["share_of_room_over_full"], way["share_of_room_over_no_cache"]) > 0.9
+            assert way["same_answers"]
+    whole = stored["whole_grid"]
+    assert f"All {whole['cells']} cells ({whole['way']}) take {whole['wall_seconds']:.0f} s" in SCALING
+
+
 def test_the_documented_training_ratio_is_the_models_and_the_stored_runs():
     stored = json.loads((ROOT / "notebooks" / "results" / "quick_two_seeds.json").read_text())
     seconds = {run["run"]: run["train_seconds"] for run in stored["by_seed"]}
