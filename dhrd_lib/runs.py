@@ -54,8 +54,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name, below the folder of runs."""
-        return self.config.name
+        """The folder's name, below the folder of runs: a run that was moved or copied goes by its new one."""
+        return os.path.basename(os.path.abspath(self.folder))  # "." has a name, too, and a link keeps its own
 
     @property
     def test_splits(self) -> list[str]:
@@ -132,7 +132,8 @@ def load_runs(root: str | Path = "runs") -> pd.DataFrame:
     rows = []
     for run in find_runs(root):
         config = run.config.to_dict()
-        fields = {"run": config.pop("name"), "setting": run.config.training.setting}
+        del config["name"]  # the run's own is its folder's
+        fields = {"run": run.name, "setting": run.config.training.setting}
         for section in config.values():
             fields |= section
         totals = {key: value for key, value in run.metrics.items() if isinstance(value, (int, float))}

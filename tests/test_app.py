@@ -415,6 +415,19 @@ class TestStored:
         assert stored.usable_runs(root) == []
         assert len(stored.runs_table(root)) == 2
 
+    def test_a_run_whose_folder_was_renamed_and_trained_anew_are_two_runs_with_their_own_weights(self, tmp_path):
+        root = store_runs(tmp_path, DHRD)
+        (root / DHRD).rename(root / "first")
+        store_runs(root, BASELINE, DHRD)  # a DHRD run of another seed
+        names = ["first", BASELINE, DHRD]
+        assert [run.name for run in stored.usable_runs(root)] == names
+        assert stored.runs_of(stored.usable_runs(root), "support_triage", "DHRD") == ["first", DHRD]
+        backend = Backend(Settings(runs=root, backbone="tiny"))
+        for name in names:
+            expected = DHRDModel.from_pretrained(root / name / "model").predict([TEXTS]).probabilities[0]
+            found = list(backend.classify(name, TEXTS).probabilities.values())
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+
     def test_a_run_that_cannot_be_read_is_named_and_the_others_are_shown(self, tmp_path):
         import gradio as gr
 

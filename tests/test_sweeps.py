@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,13 @@ def test_finished_runs_are_taken_as_they_are(tmp_path, monkeypatch):
     written = (tmp_path / "g" / "metrics.json").stat().st_mtime_ns
     sweep(grid, tmp_path)
     assert (tmp_path / "g" / "metrics.json").stat().st_mtime_ns == written
+
+
+def test_a_copy_of_a_cells_run_under_another_name_adds_nothing_to_the_cell(tmp_path):
+    grid = a_grid(training__alpha=[0])
+    table = sweep(grid, tmp_path)
+    shutil.copytree(tmp_path / "g-alpha0", tmp_path / "kept")
+    assert cells(grid, tmp_path).equals(table)
 
 
 def test_checkpoints_of_a_cell_that_was_killed_after_its_last_file_are_removed(tmp_path, monkeypatch):

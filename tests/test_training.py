@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from dhrd_lib.backbones import BackboneError
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import DHRDModel
-from dhrd_lib.runs import Run, load_run, load_runs
+from dhrd_lib.runs import Run, find_runs, load_run, load_runs
 from dhrd_lib.training import LengthGroupedSampler, scheduled_alpha, train
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -138,6 +138,16 @@ def test_load_runs_gives_a_row_a_run_and_split_with_every_field(finished):
     assert row["primary"] == finished.metrics["splits"]["test"]["primary"]
     fields = {f.name for part in (ModelConfig, DataConfig, TrainingConfig) for f in dataclasses.fields(part)}
     assert fields <= set(frame.columns)
+
+
+def test_a_run_goes_by_the_name_of_its_folder_wherever_that_came_from(finished, tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        shutil.copytree(finished.folder, tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "second", target_is_directory=True)
+    assert [run.name for run in find_runs(tmp_path)] == ["first", "link", "second"]
+    assert load_runs(tmp_path)["run"].unique().tolist() == ["first", "link", "second"]
+    monkeypatch.chdir(tmp_path / "first")
+    assert load_run(".").name == "first"
 
 
 def test_a_folder_without_a_finished_run_is_named(tmp_path):
