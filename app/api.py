@@ -59,7 +59,7 @@ class Api:
         """
         try:
             batch.check_rows(rows, "The list")
-            task = stored.find_task(self.root, stored.find_run(self.root, run).config.data.task)
+            task = stored.task_of(stored.find_run(self.root, run))
             runs = {"run": run}
             steps = batch.classify(self.backend, task, Inputs(rows, None), runs, lambda: False)
             for _, done, result in steps:  # noqa: B007 (the last one has the result)

@@ -69,10 +69,10 @@ class Backend:
         self._models: OrderedDict[tuple[str, str], DHRDModel | Backbone] = OrderedDict()
         self._computing = Lock()
 
-    def load(self, run: str, task: str) -> None:
+    def load(self, run: str, task: str, beside: Sequence[str | None] = ()) -> None:
         """Load and warm up what answers for a run, or for zero-shot CoT on a task, if it isn't in memory."""
         with self._computing:
-            self._cot(task, run)
+            self._cot(task, run, beside)
 
     def classify(self, run: str, texts: Texts) -> Answer:
         """One input by a run's pooled classifier; the LM head isn't computed."""
@@ -116,17 +116,23 @@ class Backend:
                         return
 
     def cot(
-        self, task: str, run: str, texts: Texts, max_new_tokens: int, is_stopped: Callable[[], bool]
+        self,
+        task: str,
+        run: str,
+        texts: Texts,
+        max_new_tokens: int,
+        is_stopped: Callable[[], bool],
+        beside: Sequence[str | None] = (),
     ) -> Iterator[Stream]:
         """CoT decoding token by token; the last one brings the answer, unless it was stopped.
 
         The label is read from what was written. The probabilities are the LM head's, of each label after what
-        was written, and aren't timed.
+        was written, and aren't timed. Zero-shot, the labels are those of the runs that it stands `beside`.
         """
         if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
             raise ConfigError(f"The token budget is {max_new_tokens}; expected 1 to {MAX_NEW_TOKENS}.")
         with self._computing:
-            cot = self._cot(task, run)
+            cot = self._cot(task, run, beside)
             _check(texts, cot.template)
             elapsed_ms = _clock(cot.lm.device)
             tokens_read = len(cot.encode_prompt(render(cot.template, texts)))
@@ -143,12 +149,12 @@ class Backend:
     def _model(self, run: str) -> DHRDModel:
         return self._kept(("run", run), lambda: self._load_run(run))
 
-    def _cot(self, task: str, run: str) -> CoT:
+    def _cot(self, task: str, run: str, beside: Sequence[str | None]) -> CoT:
         if run != ZERO_SHOT:
             return cots.fine_tuned(self._model(run))
         runs = stored.usable_runs(self.settings.runs)
         name = stored.backbone_of(runs, task, self.settings.backbone)
-        known = stored.find_task(self.settings.runs, task)
+        known = stored.shared_task(self.settings.runs, task, beside)
         return cots.zero_shot(self._kept(("backbone", name), lambda: _load_backbone(name, known)), known)
 
     def _kept(self, key: tuple[str, str], load: Callable[[], DHRDModel | Backbone]) -> DHRDModel | Backbone:

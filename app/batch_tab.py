@@ -31,6 +31,7 @@ class BatchTab:
         self.backend, self.root = backend, backend.settings.runs
         self.task, self.picked = compare.task, [compare.runs["pooled baseline"], compare.runs["DHRD"]]
         self.session, self.table, self.result = gr.State(None), gr.State(None), gr.State(None)
+        self.fields = gr.State(())  # those that the columns are chosen for
         gr.Markdown(
             f"Task and runs are those picked under **Compare**. A file of at most {MAX_ROWS:,} rows and "
             f"{MAX_FILE_MIB} MiB, {MAX_CHARACTERS:,} characters a text: CSV and TSV with a header, JSONL, Parquet.",
@@ -65,10 +66,12 @@ class BatchTab:
         gr.on(
             [self.file.change, self.task.change],
             self._on_file,
-            [self.file, self.task],
-            [self.table, self.status, self.found, self.run, *mapping],
+            [self.file, self.task, *self.picked],
+            [self.table, self.status, self.found, self.run, self.fields, *mapping],
             **QUIET,
         )
+        asked = [self.table, self.fields, self.task, *self.picked]
+        gr.on([run.change for run in self.picked], self._on_picked, asked, [self.fields, *mapping], **QUIET)
         buttons = [self.run, self.stop]
         self.run.click(started, self.session, [self.session, *buttons], **QUIET).then(
             self._on_run,
@@ -82,32 +85,28 @@ class BatchTab:
         self.stop.click(stop, self.session, self.stop, **QUIET)
         self.only.input(_filtered, [self.result, self.only], self.rows, **QUIET)
 
-    def _on_file(self, path: str | None, task_name: str) -> list[Any]:
+    def _on_file(self, path: str | None, task_name: str, *picked: str | None) -> list[Any]:
         hidden = [gr.Dropdown(choices=[], value=None, visible=False)] * (MAX_FIELDS + 1)
-        nothing = [gr.Column(visible=False), gr.Button(interactive=False), *hidden]
+        nothing = [gr.Column(visible=False), gr.Button(interactive=False), (), *hidden]
         if path is None:
             return [None, views.notice("No file yet.", "empty"), *nothing]
         try:
             table = batch.read_table(path)
+            fields = stored.picked_task(self.root, task_name, picked).fields
         except (WorkbenchError, OSError) as error:
             return [None, views.notice(str(error), "error"), *nothing]
         told = f"{table.name}: {len(table.rows):,} rows, columns {', '.join(table.columns)}."
         status, ready = views.notice(told), gr.Button(interactive=True)
-        return [table, status, gr.Column(visible=False), ready, *self._mapping(table, task_name)]
+        return [table, status, gr.Column(visible=False), ready, fields, *_mapping(table, fields)]
 
-    def _mapping(self, table: Table, task_name: str) -> list[gr.Dropdown]:
-        fields = stored.find_task(self.root, task_name).fields
-        mapping = []
-        for place in range(MAX_FIELDS):
-            if place >= len(fields):
-                mapping.append(gr.Dropdown(choices=[], value=None, visible=False))
-                continue
-            name = fields[place]
-            guess = name if name in table.columns else table.columns[min(place, len(table.columns) - 1)]
-            label = f"Column of {name}"
-            mapping.append(gr.Dropdown(choices=table.columns, value=guess, label=label, visible=True))
-        guess = "label" if "label" in table.columns else _NO_LABEL
-        return [*mapping, gr.Dropdown(choices=[_NO_LABEL, *table.columns], value=guess, visible=True)]
+    def _on_picked(
+        self, table: Table | None, shown: tuple[str, ...], task_name: str, *picked: str | None
+    ) -> list[Any]:
+        """Another run may read other texts; where it reads the same, the columns that were chosen stay."""
+        fields = stored.picked_task(self.root, task_name, picked).fields if table else shown
+        if fields == shown:
+            return [gr.skip()] * (MAX_FIELDS + 2)
+        return [fields, *_mapping(table, fields)]
 
     def _on_run(
         self,
@@ -120,7 +119,7 @@ class BatchTab:
     ) -> Iterator[list[Any]]:
         rest = [gr.skip()] * 8
         try:
-            task = stored.find_task(self.root, task_name)
+            task = stored.shared_task(self.root, task_name, [baseline, dhrd])
             columns = dict(zip(task.fields, mapping, strict=False))
             label = None if mapping[-1] == _NO_LABEL else mapping[-1]
             inputs = batch.mapped(table, task, columns, label)
@@ -135,6 +134,20 @@ class BatchTab:
             yield [views.notice("Stopped: nothing was kept."), *rest]
             return
         yield [views.notice(f"{len(inputs.texts):,} rows classified."), *_outcome(result)]
+
+
+def _mapping(table: Table, fields: tuple[str, ...]) -> list[gr.Dropdown]:
+    mapping = []
+    for place in range(MAX_FIELDS):
+        if place >= len(fields):
+            mapping.append(gr.Dropdown(choices=[], value=None, visible=False))
+            continue
+        name = fields[place]
+        guess = name if name in table.columns else table.columns[min(place, len(table.columns) - 1)]
+        label = f"Column of {name}"
+        mapping.append(gr.Dropdown(choices=table.columns, value=guess, label=label, visible=True))
+    guess = "label" if "label" in table.columns else _NO_LABEL
+    return [*mapping, gr.Dropdown(choices=[_NO_LABEL, *table.columns], value=guess, visible=True)]
 
 
 def _outcome(result: Result) -> list[Any]:

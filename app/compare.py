@@ -72,15 +72,15 @@ def _pooled(backend: Backend, question: Question, shown: Comparison, name: str) 
     run, one = question.runs[name], shown.systems[name]
     if not run:
         return
-    yield from _loading(backend, run, question.task, shown, one)
+    yield from _loading(backend, run, question, shown, one)
     one.answer, one.state = backend.classify(run, question.texts), "done"
     yield shown
 
 
-def _loading(backend: Backend, run: str, task: str, shown: Comparison, one: Shown) -> Iterator[Comparison]:
+def _loading(backend: Backend, run: str, question: Question, shown: Comparison, one: Shown) -> Iterator[Comparison]:
     one.state, one.note = "working", "Loading the model and warming it up (once) …"
     yield shown
-    backend.load(run, task)
+    backend.load(run, question.task, list(question.runs.values()))
     one.note = "Working …"
     yield shown
 
@@ -101,9 +101,9 @@ def _cot(backend: Backend, question: Question, shown: Comparison, session: Sessi
     if session.stopped.is_set():
         one.state = "stopped"
         return
-    yield from _loading(backend, run, question.task, shown, one)
+    yield from _loading(backend, run, question, shown, one)
     asked = (question.task, run, question.texts, question.max_new_tokens, session.stopped.is_set)
-    with closing(backend.cot(*asked)) as steps:
+    with closing(backend.cot(*asked, list(question.runs.values()))) as steps:
         for step in _seldom(steps):
             one.stream = step
             yield shown

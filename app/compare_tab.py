@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -13,6 +13,7 @@ from app.compare import Question, compare
 from app.events import COMPUTE, QUIET, Session, ended, started, stop
 from app.settings import MAX_CHARACTERS, MAX_FIELDS, MAX_NEW_TOKENS
 from app.views import Comparison
+from dhrd_lib.config import WorkbenchError
 from dhrd_lib.runs import Run
 from dhrd_lib.tasks import Task
 
@@ -26,14 +27,17 @@ class CompareTab:
         self.backend, self.root = backend, backend.settings.runs
         runs = stored.usable_runs(self.root)
         task = stored.tasks_of(runs)[0]
+        pickers = self._pickers(runs, task)
+        picked = _values(pickers)
         self.session, self.gold = gr.State(None), gr.State(None)
         with gr.Row():
             self.task = gr.Dropdown(stored.tasks_of(runs), value=task, label="Task", scale=1, filterable=False)
+            examples = self._examples(task, picked)
             self.example = gr.Dropdown(
-                **self._examples(task), label="Example of the test split (gold: text)", scale=3, min_width=260
+                **examples, label="Example of the test split (gold: text)", scale=3, min_width=260
             )
-        found = stored.find_task(self.root, task)
-        self.texts = [gr.Textbox(**box, max_lines=12, interactive=True) for box in _boxes(found)]
+        boxes = _boxes(stored.picked_task(self.root, task, picked))
+        self.texts = [gr.Textbox(**box, value="", lines=2, max_lines=12, interactive=True) for box in boxes]
         gr.Markdown(f"At most {MAX_CHARACTERS:,} characters a text.", elem_classes="limits")
         with gr.Row(elem_classes="actions"):
             self.rationale = gr.Checkbox(label="Show the reasoning head's rationale", scale=2, min_width=260)
@@ -43,7 +47,6 @@ class CompareTab:
             self.stop = gr.Button("Stop", variant="stop", interactive=False, min_width=100)
             self.compare = gr.Button("Compare", variant="primary", min_width=100)
         with gr.Accordion("Which runs answer", open=False), gr.Row():
-            pickers = self._pickers(runs, task)
             self.runs = {name: gr.Dropdown(**picker, label=f"{name}: run") for name, picker in pickers.items()}
         self.result = gr.HTML(views.comparison(Comparison()), elem_id="comparison")
         with gr.Accordion("This session so far", open=True):
@@ -65,7 +68,11 @@ class CompareTab:
     def _connect(self) -> None:
         on_task = [self.example, self.gold, *self.texts, *self.runs.values()]
         self.task.input(self._on_task, self.task, on_task, **QUIET)
-        self.example.input(self._on_example, [self.task, self.example], [self.gold, *self.texts], **QUIET)
+        picked = [*self.runs.values()]
+        self.example.input(self._on_example, [self.task, self.example, *picked], [self.gold, *self.texts], **QUIET)
+        shown = [self.example, self.gold, *self.texts]
+        for picker in picked:
+            picker.input(self._on_picked, [self.task, self.example, self.gold, *picked], shown, **QUIET)
         for box in self.texts:
             box.input(lambda: (None, None), None, [self.gold, self.example], **QUIET)
         buttons = [self.compare, self.stop]
@@ -87,15 +94,24 @@ class CompareTab:
         self.stop.click(stop, self.session, self.stop, **QUIET)
 
     def _on_task(self, name: str) -> list[Any]:
-        task, runs = stored.find_task(self.root, name), stored.usable_runs(self.root)
-        boxes = [gr.Textbox(**box) for box in _boxes(task)]
-        pickers = [gr.Dropdown(**picker) for picker in self._pickers(runs, name).values()]
-        return [gr.Dropdown(**self._examples(name)), None, *boxes, *pickers]
+        pickers = self._pickers(stored.usable_runs(self.root), name)
+        picked = _values(pickers)
+        boxes = [gr.Textbox(**box, value="") for box in _boxes(stored.picked_task(self.root, name, picked))]
+        dropdowns = [gr.Dropdown(**picker) for picker in pickers.values()]
+        return [gr.Dropdown(**self._examples(name, picked)), None, *boxes, *dropdowns]
 
-    def _on_example(self, task: str, place: int | None) -> list[Any]:
+    def _on_picked(self, task: str, place: int | None, gold: str | None, *picked: str | None) -> list[Any]:
+        """Another run may read other texts and labels; what stands in the boxes stays there."""
+        found = stored.examples(self.root, task, picked)
+        if place is None or place >= len(found) or found[place].gold != gold:
+            place = gold = None
+        boxes = [gr.Textbox(**box) for box in _boxes(stored.picked_task(self.root, task, picked))]
+        return [gr.Dropdown(**{**self._examples(task, picked), "value": place}), gold, *boxes]
+
+    def _on_example(self, task: str, place: int | None, *picked: str | None) -> list[Any]:
         if place is None:
             return [gr.skip()] * (1 + MAX_FIELDS)
-        example = stored.examples(self.root, task)[place]
+        example = stored.examples(self.root, task, picked)[place]
         texts = list(example.texts.values())
         return [example.gold, *texts, *[""] * (MAX_FIELDS - len(texts))]
 
@@ -111,7 +127,11 @@ class CompareTab:
         cot: str,
         *texts: str,
     ) -> Iterator[tuple[str, Any]]:
-        fields = stored.find_task(self.root, task).fields
+        try:
+            fields = stored.shared_task(self.root, task, [baseline, dhrd, cot]).fields
+        except WorkbenchError as error:
+            yield views.notice(str(error), "error"), gr.skip()
+            return
         question = Question(
             task=task,
             texts=dict(zip(fields, texts, strict=False)),
@@ -124,8 +144,9 @@ class CompareTab:
             yield views.comparison(shown), gr.skip()
         yield gr.skip(), views.tally(session.asked)
 
-    def _examples(self, task: str) -> dict[str, Any]:
-        titles = [(example.title, place) for place, example in enumerate(stored.examples(self.root, task))]
+    def _examples(self, task: str, picked: Sequence[str | None]) -> dict[str, Any]:
+        found = stored.examples(self.root, task, tuple(picked))
+        titles = [(example.title, place) for place, example in enumerate(found)]
         info = None if titles else "The task's data can't be had here; type a text."
         return {"choices": titles, "value": None, "info": info}
 
@@ -139,6 +160,10 @@ class CompareTab:
         return pickers
 
 
+def _values(pickers: Mapping[str, Mapping[str, Any]]) -> list[str | None]:
+    return [picker["value"] for picker in pickers.values()]
+
+
 def _boxes(task: Task) -> list[dict[str, Any]]:
-    shown = [{"label": name, "value": "", "visible": True, "lines": 2} for name in task.fields]
-    return shown + [{"label": "", "value": "", "visible": False, "lines": 2}] * (MAX_FIELDS - len(shown))
+    shown = [{"label": name, "visible": True} for name in task.fields]
+    return shown + [{"label": "", "visible": False}] * (MAX_FIELDS - len(shown))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -77,25 +79,66 @@ def backbone_of(runs: list[Run], task: str, otherwise: str = EMBEDDED) -> str:
 
 
 def find_task(root: Path, name: str) -> Task:
-    """A task by name, or as a run's saved model knows it (a user's own file, which may be gone by now)."""
+    """A task by name: one of the library's, or a user's file as the first run on it knows it."""
     if name in TASKS:
         return TASKS[name]
     run = next((run for run in usable_runs(root) if run.config.data.task == name), None)
     if run is None:
         raise ConfigError(f"There is no task {name!r}; expected {', '.join(EMBEDDED_TASKS)}, or one with a run.")
+    return task_of(run)
+
+
+def task_of(run: Run) -> Task:
+    """The task as a run and its saved model know it.
+
+    A user's file may be gone by now, and another run may read other labels or texts from the same one.
+    """
     config = read_config(run.folder / "model")
     labels = tuple(run.metrics["label_names"])
     metrics, splits = tuple(run.metrics["task_metrics"]), tuple(run.test_splits)
-    return Task(name, config["template"], labels, tuple(config["verbalizers"]), metrics, splits)
+    return Task(run.config.data.task, config["template"], labels, tuple(config["verbalizers"]), metrics, splits)
+
+
+def picked_task(root: Path, name: str, picked: Iterable[str | None]) -> Task:
+    """The task as the first of the picked runs knows it, or by its name where none is picked."""
+    return next(iter(_tasks(root, picked).values()), None) or find_task(root, name)
+
+
+def shared_task(root: Path, name: str, picked: Iterable[str | None]) -> Task:
+    """As `picked_task`; raises `ConfigError` where the picked runs have other labels or fields than each other."""
+    tasks = _tasks(root, picked)
+    for (one, a), (other, b) in pairwise(tasks.items()):
+        for what, of_one, of_other in (
+            ("labels", a.label_names, b.label_names),
+            ("fields", sorted(a.fields), sorted(b.fields)),
+        ):
+            if of_one != of_other:
+                found = f"Run {one!r} has the {what} {_listed(of_one)}, and run {other!r} {_listed(of_other)}"
+                raise ConfigError(f"{found}; expected runs with the same {what}, to compare them.")
+    return next(iter(tasks.values()), None) or find_task(root, name)
+
+
+def _tasks(root: Path, picked: Iterable[str | None]) -> dict[str, Task]:
+    """The tasks of the picked runs by name; what is no run, or none any more, is passed over."""
+    runs = {run.name: run for run in usable_runs(root)}
+    return {name: task_of(runs[name]) for name in picked if name in runs}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 @lru_cache(maxsize=8)
-def examples(root: Path, name: str) -> tuple[Example, ...]:
-    """Rows of the task's first final split, the labels in turn; none where its data can't be had any more."""
+def examples(root: Path, name: str, picked: tuple[str | None, ...] = ()) -> tuple[Example, ...]:
+    """Rows of the task's first final split, the labels in turn; none where its data can't be had any more.
+
+    Labels and texts are those of the first of the picked runs, or of the first stored one.
+    """
     runs = usable_runs(root)
     if name not in tasks_of(runs):  # A path would be a file of the server's.
         return ()
-    run = next((run for run in runs if run.config.data.task == name), None)
+    own = {run.name: run for run in runs if run.config.data.task == name}
+    run = next((own[one] for one in (*picked, *own) if one in own), None)
     try:
         task, splits = load_rows(run.config.data if run else DataConfig(task=name))
     except (WorkbenchError, OSError):

@@ -13,7 +13,7 @@ from conftest import tiny_backbone
 from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import build_model
 from dhrd_lib.runs import environment, write_json
-from dhrd_lib.tasks import TASKS
+from dhrd_lib.tasks import TASKS, Task
 
 TASK = TASKS["support_triage"]
 BASELINE, DHRD, REASONING = "tiny-baseline", "tiny-dhrd", "tiny-reasoning"
@@ -24,22 +24,26 @@ _HISTORY = [{"step": 1, "loss": 2.0, "class_loss": 1.6, "lm_loss": 4.0}, {"step"
 def store_runs(root: Path, *names: str) -> Path:
     """Store the named runs (all three by default) in a folder, and return it."""
     for seed, name in enumerate(names or _WEIGHTS):
-        _store(root / name, name, seed)
+        store_run(root / name, _WEIGHTS[name], seed)
     return root
 
 
-def _store(folder: Path, name: str, seed: int) -> None:
-    alpha, beta = _WEIGHTS[name]
+def store_run(
+    folder: Path, weights: tuple[float, float] = (1.0, 1.0), seed: int = 0, known: Task = TASK, **data: object
+) -> None:
+    """Store a run with its alpha and beta that knows its task as `known`; `data` are fields of its `DataConfig`."""
+    alpha, beta = weights
+    limits = {"max_input_tokens": 64, "max_rationale_tokens": 24}
     config = RunConfig(
-        name=name,
+        name=folder.name,
         model=ModelConfig(backbone="tiny", device="cpu"),
-        data=DataConfig(max_input_tokens=64, max_rationale_tokens=24),
+        data=DataConfig(**limits, **data),
         training=TrainingConfig(alpha=alpha, beta=beta),
     )
-    limits = {"max_input_tokens": 64, "max_rationale_tokens": 24}
-    model = build_model(config.model, TASK, backbone=tiny_backbone("llama"), seed=seed, **limits)
+    model = build_model(config.model, known, backbone=tiny_backbone("llama"), seed=seed, **limits)
     # An untrained head says one label for all; with its mean taken off, its labels differ by the text.
-    texts = [f"My {word} broke{' again' * n}." for n, word in enumerate(("lamp", "kettle", "train", "bill") * 5)]
+    words = ("lamp", "kettle", "train", "bill") * 5
+    texts = [dict.fromkeys(known.fields, f"My {word} broke{' again' * n}.") for n, word in enumerate(words)]
     mean = model.classify_rows(model.encode_texts(texts)).mean(0)
     model.classifier[-1].bias.data -= torch.tensor(mean)
     model.save_pretrained(folder / "model")
@@ -51,7 +55,7 @@ def _store(folder: Path, name: str, seed: int) -> None:
     splits = {split: {"accuracy": 0.5, "primary": 0.5} for split in ("dev", "test")}
     totals = {"steps": 2, "best_step": 2, "train_seconds": 1.0, "train_tokens": 10, "tokens_per_second": 10.0}
     sequences = {"train": {"rows": 8}}
-    told = {"task_metrics": ["accuracy"], "label_names": list(TASK.label_names), "splits": splits}
+    told = {"task_metrics": ["accuracy"], "label_names": list(known.label_names), "splits": splits}
     (folder / "metrics.json").write_text(json.dumps({**told, **totals, "sequences": sequences}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import subprocess
@@ -12,23 +13,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from app_runs import BASELINE, DHRD, REASONING, TASK, store_runs
+from app_runs import BASELINE, DHRD, REASONING, TASK, store_run, store_runs
 
 from app import batch, card, quick, stored, views
 from app import compare as comparing
+from app.api import Api
 from app.app import build
 from app.backend import ZERO_SHOT, Backend
+from app.batch_tab import BatchTab
 from app.compare import Question, compare
 from app.compare_tab import CompareTab
 from app.events import Session
 from app.runs_tab import RunsTab
-from app.settings import MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_ROWS, MAX_WAITING, Settings
+from app.settings import MAX_CHARACTERS, MAX_FIELDS, MAX_NEW_TOKENS, MAX_ROWS, MAX_WAITING, Settings
 from app.views import Asked, Comparison, Shown
 from dhrd_lib import ablations
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import find_runs
-from dhrd_lib.tasks import TaskError
+from dhrd_lib.tasks import TaskError, load_task
 
 TEXTS = {"text": "My lamp broke on the second day."}
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -400,6 +403,102 @@ class TestBatch:
         inputs = batch.mapped(table, TASK, {"text": "body"}, None)
         with pytest.raises(ConfigError, match="There is no trained run for support_triage"):
             next(batch.classify(backend, TASK, inputs, {"DHRD": None}, never))
+
+
+class TestTwoLabelColumnsOfOneFile:
+    """Runs trained on one file: two that read its queue, one its mood, one the queue with the title too."""
+
+    @pytest.fixture(scope="class")
+    def shop(self, tmp_path_factory) -> Path:
+        words = ("lamp", "kettle", "train", "bill")
+        rows = {
+            "title": [f"Case {number}" for number in range(60)],
+            "body": [f"My {words[number % 4]} broke{' again' * (number % 20)}." for number in range(60)],
+            "queue": [("goods", "money")[number % 2] for number in range(60)],
+            "mood": [("angry", "calm", "glad")[number % 3] for number in range(60)],
+        }
+        path = tmp_path_factory.mktemp("data") / "shop.csv"
+        pd.DataFrame(rows).to_csv(path, index=False)
+        return path
+
+    @pytest.fixture(scope="class")
+    def backend(self, shop, tmp_path_factory) -> Backend:
+        root = tmp_path_factory.mktemp("runs")
+        for name, weights, text, label in (
+            ("a-queue", (0.0, 1.0), ("body",), "queue"),
+            ("b-queue", (1.0, 1.0), ("body",), "queue"),
+            ("c-mood", (1.0, 1.0), ("body",), "mood"),
+            ("d-titles", (1.0, 1.0), ("title", "body"), "queue"),
+        ):
+            task, _ = load_task(str(shop), text=text, label=label)
+            store_run(root / name, weights, known=task, task=str(shop), text=text, label=label)
+        return Backend(Settings(runs=root, backbone="tiny"))
+
+    @pytest.fixture(scope="class")
+    def tabs(self, backend) -> tuple[CompareTab, BatchTab]:
+        import gradio as gr
+
+        with gr.Blocks():
+            compare_tab = CompareTab(backend)
+            return compare_tab, BatchTab(backend, compare_tab)
+
+    @pytest.fixture(scope="class")
+    def table(self, shop) -> batch.Table:
+        return batch.read_table(shop)
+
+    def test_rows_are_answered_with_the_labels_of_the_run_that_is_asked(self, backend, table):
+        rows = [{"body": row["body"]} for row in table.rows]
+        said = last(Api(backend).classify_rows("c-mood", rows))["labels"]
+        assert said == [backend.classify("c-mood", row).label for row in rows]
+        assert len(set(said)) > 1
+
+    def test_a_batch_has_the_labels_and_the_metric_of_the_run_that_answers(self, tabs, shop, table):
+        _, tab = tabs
+        mapping = ["body", *[None] * (MAX_FIELDS - 1), "mood"]
+        status, _, result, figures, *_ = last(tab._on_run(Session(), table, str(shop), None, "c-mood", *mapping))
+        assert "60 rows classified" in status
+        assert result.task.label_names == ("angry", "calm", "glad")
+        assert set(batch.frame(result)["gold"]) == {"angry", "calm", "glad"}
+        assert "accuracy [95% interval]" in figures
+
+    @pytest.mark.parametrize(
+        ("other", "told"),
+        [
+            ("c-mood", "labels 'goods', 'money', and run 'c-mood' 'angry', 'calm', 'glad'; expected runs with the"),
+            ("d-titles", "fields 'body', and run 'd-titles' 'body', 'title'; expected runs with the same fields"),
+        ],
+    )
+    def test_runs_with_other_labels_or_fields_are_not_compared(self, tabs, shop, table, other, told):
+        compare_tab, tab = tabs
+        mapping = ["body", *[None] * (MAX_FIELDS - 1), "queue"]
+        steps = list(tab._on_run(Session(), table, str(shop), "a-queue", other, *mapping))
+        assert told in html.unescape(steps[-1][0])
+        asked = (Session(), str(shop), None, False, 8, "a-queue", other, ZERO_SHOT, "My lamp broke.")
+        ((shown, _),) = compare_tab._on_compare(*asked)
+        assert told in html.unescape(shown)
+
+    def test_texts_examples_and_columns_follow_the_run_that_is_picked(self, tabs, shop, table):
+        compare_tab, tab = tabs
+        example, _, *boxes = compare_tab._on_picked(str(shop), None, None, None, "d-titles", ZERO_SHOT)
+        assert [box.label for box in boxes if box.visible] == ["title", "body"]
+        assert {title.partition(":")[0] for title, _ in example.choices} == {"goods", "money"}
+        example, *_ = compare_tab._on_picked(str(shop), None, None, None, "c-mood", ZERO_SHOT)
+        assert {title.partition(":")[0] for title, _ in example.choices} == {"angry", "calm", "glad"}
+        fields, *columns = tab._on_picked(table, ("body",), str(shop), None, "d-titles")
+        assert fields == ("title", "body")
+        assert [column.value for column in columns if column.visible] == ["title", "body", "(none)"]
+
+    def test_an_example_keeps_its_gold_label_where_the_next_run_reads_the_same(self, tabs, shop):
+        compare_tab, _ = tabs
+        example, gold, *_ = compare_tab._on_picked(str(shop), 0, "goods", "a-queue", "b-queue", ZERO_SHOT)
+        assert (example.value, gold) == (0, "goods")
+        example, gold, *_ = compare_tab._on_picked(str(shop), 0, "goods", None, "c-mood", ZERO_SHOT)
+        assert (example.value, gold) == (None, None)
+
+    def test_zero_shot_cot_chooses_among_the_labels_of_the_run_beside_it(self, backend, shop):
+        texts = {"body": "My lamp broke."}
+        shown = last(backend.cot(str(shop), ZERO_SHOT, texts, 4, never, [None, "c-mood", ZERO_SHOT]))
+        assert set(shown.answer.probabilities) == {"angry", "calm", "glad"}
 
 
 class TestStored:

@@ -482,7 +482,7 @@ def file_data(path: object, **more: str) -> dict:
 
 def test_a_path_that_was_not_uploaded_is_not_read(page, address, settings):
     for path in (settings.runs.parent / "private.csv", settings.runs / BASELINE / "predictions_test.jsonl"):
-        answer = call(page, address, "_on_file", file_data(path), "support_triage")
+        answer = call(page, address, "_on_file", file_data(path), "support_triage", None, None)
         assert answer.status_code == 500
         assert "was not uploaded" in answer.text
         assert "secret" not in answer.text
@@ -490,7 +490,8 @@ def test_a_path_that_was_not_uploaded_is_not_read(page, address, settings):
 
 def test_a_path_in_place_of_a_task_is_not_read(page, address, settings):
     path = str(settings.runs.parent / "private.csv")
-    for answer in (call(page, address, "_on_example", path, 0), call(page, address, "_on_task", path)):
+    for function, *more in (("_on_example", 0, None, None, None), ("_on_task",)):
+        answer = call(page, address, function, path, *more)
         assert answer.status_code == 500
         assert "secret" not in answer.text
 
@@ -509,7 +510,7 @@ def test_the_app_fetches_nothing_from_the_network_for_a_visitor(page, address):
     url = f"http://127.0.0.1:{server.server_port}/rows.csv"
     try:
         for data in (file_data(url), file_data("rows.csv", url=url)):
-            assert call(page, address, "_on_file", data, "support_triage").status_code == 500
+            assert call(page, address, "_on_file", data, "support_triage", None, None).status_code == 500
         for path in (f"proxy={url}", f"file={url}"):
             assert httpx.get(f"{address}/gradio_api/{path}").status_code in (400, 403, 404)
     finally:
