@@ -133,7 +133,9 @@ class BatchTab:
         if result is None:
             yield [views.notice("Stopped: nothing was kept."), *rest]
             return
-        yield [views.notice(f"{len(inputs.texts):,} rows classified."), *_outcome(result)]
+        # Gradio copies the files to its own cache, which it clears, before it asks for what comes after them.
+        with tempfile.TemporaryDirectory(prefix="dhrd-app-") as folder:
+            yield [views.notice(f"{len(inputs.texts):,} rows classified."), *_outcome(result, Path(folder))]
 
 
 def _mapping(table: Table, fields: tuple[str, ...]) -> list[gr.Dropdown]:
@@ -150,16 +152,12 @@ def _mapping(table: Table, fields: tuple[str, ...]) -> list[gr.Dropdown]:
     return [*mapping, gr.Dropdown(choices=[_NO_LABEL, *table.columns], value=guess, visible=True)]
 
 
-def _outcome(result: Result) -> list[Any]:
+def _outcome(result: Result, folder: Path) -> list[Any]:
     figures = views.table(batch.figures_of(result)) + f"<p>{html.escape(batch.difference_in_words(result))}</p>"
-    # Gradio copies the files to its own cache, and the folder goes with the process.
-    csv, jsonl = batch.save(result, Path(tempfile.mkdtemp(dir=_DOWNLOADS.name)))
+    csv, jsonl = batch.save(result, folder)
     plots = [gr.Plot(figure, visible=True) for figure in batch.confusion_figures(result)]
     plots += [gr.Plot(visible=False)] * (2 - len(plots))
     return [gr.Column(visible=True), result, figures, gr.skip(), str(csv), str(jsonl), *plots]
-
-
-_DOWNLOADS = tempfile.TemporaryDirectory(prefix="dhrd-app-")
 
 
 def _filtered(result: Result | None, only_disagreements: bool) -> gr.Dataframe:

@@ -394,6 +394,19 @@ class TestBatch:
             shares = rows[[f"DHRD p({name})" for name in TASK.label_names]]
             np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-4)
 
+    @pytest.mark.parametrize("end", [lambda steps: next(steps, None), lambda steps: steps.close()])
+    def test_the_files_are_there_until_the_page_has_taken_them_and_no_longer(self, backend, table, end):
+        import gradio as gr
+
+        with gr.Blocks():
+            tab = BatchTab(backend, CompareTab(backend))
+        mapping = ["body", *[None] * (MAX_FIELDS - 1), "queue"]
+        steps = tab._on_run(Session(), table, "support_triage", BASELINE, DHRD, *mapping)
+        files = next(shown[5:7] for shown in steps if "rows classified" in shown[0])
+        assert [len(Path(file).read_text().splitlines()) for file in files] == [31, 30]
+        end(steps)
+        assert [file for file in files if Path(file).parent.exists()] == []
+
     def test_stopped_it_keeps_nothing(self, backend, table):
         inputs = batch.mapped(table, TASK, {"text": "body"}, None)
         steps = list(batch.classify(backend, TASK, inputs, {"DHRD": DHRD}, lambda: True))

@@ -11,6 +11,7 @@ import http.server
 import json
 import os
 import shutil
+import tempfile
 import threading
 import tracemalloc
 from pathlib import Path
@@ -27,7 +28,7 @@ from typer.testing import CliRunner
 
 from app import batch, stored
 from app.app import build, launch
-from app.settings import MAX_FILE_MIB, MAX_ROWS, Settings
+from app.settings import MAX_FIELDS, MAX_FILE_MIB, MAX_ROWS, Settings
 from dhrd_lib import __main__ as cli
 from dhrd_lib import tasks
 from dhrd_lib.ablations import load_results
@@ -526,6 +527,41 @@ def test_an_uploads_name_leads_nowhere_and_its_content_is_never_a_page(address):
     answer = httpx.get(f"{address}/gradio_api/file={path}")
     assert answer.headers["content-disposition"].startswith("attachment")
     assert "html" not in answer.headers["content-type"]
+
+
+def streamed(address: str, number: int, *data: object) -> list:
+    """What an event that stands in the line gives at its end."""
+    body = {"data": list(data), "fn_index": number, "session_hash": "crafted"}
+    httpx.post(f"{address}/gradio_api/queue/join", json=body).raise_for_status()
+    url = f"{address}/gradio_api/queue/data?session_hash=crafted"
+    with httpx.stream("GET", url, timeout=60) as answer:
+        for line in filter(None, answer.iter_lines()):
+            told = json.loads(line.removeprefix("data: "))
+            if told["msg"] == "process_completed":
+                return told["output"]["data"]
+    pytest.fail("the stream ended early")
+
+
+def test_predictions_come_down_from_the_apps_cache_and_lie_nowhere_else(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    page = build(settings)
+    address = launch(page, settings, prevent_thread_lock=True)[1].rstrip("/")
+    try:
+        files = {"files": ("rows.csv", b"text,label\nMy lamp broke.,fix\n")}
+        (path,) = httpx.post(f"{address}/gradio_api/upload", files=files).json()
+        assert call(page, address, "_on_file", file_data(path), "support_triage", None, None).status_code == 200
+        names = {number: getattr(one.fn, "__qualname__", "") for number, one in page.fns.items()}
+        batch_run = next(number for number, name in names.items() if name == "BatchTab._on_run")
+        streamed(address, batch_run - 1, None)  # the session's start, which comes before it
+        mapping = ["text", *[None] * (MAX_FIELDS - 1), "label"]
+        asked = [None, None, "support_triage", BASELINE, None, *mapping]
+        csv = streamed(address, batch_run, *asked)[5]
+        assert "My lamp broke." in httpx.get(csv["url"]).text
+        left = list(tmp_path.rglob("predictions.*"))
+        assert len(left) == 2
+        assert {file.relative_to(tmp_path).parts[0] for file in left} == {"gradio"}
+    finally:
+        page.close()
 
 
 def test_an_upload_beyond_the_limit_is_refused(address):
