@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -57,16 +58,30 @@ class Stream:
     answer: Answer | None = None
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """A model in memory; a run's with its folder, and when the files there were written that it was read from."""
+
+    model: DHRDModel | Backbone
+    folder: Path | None = None
+    written: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def is_current(self) -> bool:
+        return self.folder is None or stored.written(self.folder) == self.written
+
+
 class Backend:
     """Answers of stored runs and of CoT; made once for all visitors.
 
-    The `KEPT_MODELS` models last used stay in memory. What a visitor can mend raises a `WorkbenchError`. Streams
-    end early where `is_stopped()` says so, and stop computing when they are closed.
+    The `KEPT_MODELS` models last used stay in memory, those of a run until its folder is written anew. What a
+    visitor can mend raises a `WorkbenchError`. Streams end early where `is_stopped()` says so, and stop computing
+    when they are closed.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._models: OrderedDict[tuple[str, str], DHRDModel | Backbone] = OrderedDict()
+        self._models: OrderedDict[tuple[str, str], _Loaded] = OrderedDict()
         self._computing = Lock()
 
     def load(self, run: str, task: str, beside: Sequence[str | None] = ()) -> None:
@@ -157,27 +172,30 @@ class Backend:
         known = stored.shared_task(self.settings.runs, task, beside)
         return cots.zero_shot(self._kept(("backbone", name), lambda: _load_backbone(name, known)), known)
 
-    def _kept(self, key: tuple[str, str], load: Callable[[], DHRDModel | Backbone]) -> DHRDModel | Backbone:
+    def _kept(self, key: tuple[str, str], load: Callable[[], _Loaded]) -> DHRDModel | Backbone:
+        if key in self._models and not self._models[key].is_current:
+            del self._models[key]
         if key not in self._models:
             while len(self._models) >= KEPT_MODELS:  # before loading, or both would be in memory
                 self._models.popitem(last=False)
             self._models[key] = load()
         self._models.move_to_end(key)
-        return self._models[key]
+        return self._models[key].model
 
-    def _load_run(self, name: str) -> DHRDModel:
+    def _load_run(self, name: str) -> _Loaded:
         run = stored.find_run(self.settings.runs, name)
+        written = stored.written(run.folder)  # before it is read, so that what is written meanwhile is newer
         model = DHRDModel.from_pretrained(run.folder / "model").to(resolve_device(None))
         _warm_up(cots.fine_tuned(model))
         for text in _WARM_UP:
             model.predict([dict.fromkeys(template_fields(model.config.template), text)])
-        return model
+        return _Loaded(model, run.folder, written)
 
 
-def _load_backbone(name: str, task: stored.Task) -> Backbone:
+def _load_backbone(name: str, task: stored.Task) -> _Loaded:
     backbone = load_backbone(name)
     _warm_up(cots.zero_shot(backbone, task))
-    return backbone
+    return _Loaded(backbone)
 
 
 def _warm_up(cot: CoT) -> None:

@@ -109,9 +109,10 @@ class CompareTab:
         return [gr.Dropdown(**{**self._examples(task, picked), "value": place}), gold, *boxes]
 
     def _on_example(self, task: str, place: int | None, *picked: str | None) -> list[Any]:
-        if place is None:
+        found = stored.examples(self.root, task, picked)
+        if place is None or place >= len(found):  # the data may have changed since the page was made
             return [gr.skip()] * (1 + MAX_FIELDS)
-        example = stored.examples(self.root, task, picked)[place]
+        example = found[place]
         texts = list(example.texts.values())
         return [example.gold, *texts, *[""] * (MAX_FIELDS - len(texts))]
 

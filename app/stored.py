@@ -73,6 +73,19 @@ def find_run(root: Path, name: str) -> Run:
     return runs[name]
 
 
+def written(folder: Path) -> tuple[tuple[str, int], ...]:
+    """When a run's metrics and its model's files were last written, which tells a run trained anew from the old."""
+    return tuple((file.name, _mtime(file)) for file in (folder / "metrics.json", *sorted(folder.glob("model/*"))))
+
+
+def _mtime(path: Path) -> int:
+    """When a file was last written, in ns; 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def backbone_of(runs: list[Run], task: str, otherwise: str = EMBEDDED) -> str:
     """The backbone that a task's runs were trained from, for zero-shot CoT beside them."""
     return next((run.config.model.backbone for run in runs if run.config.data.task == task), otherwise)
@@ -128,7 +141,6 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-@lru_cache(maxsize=8)
 def examples(root: Path, name: str, picked: tuple[str | None, ...] = ()) -> tuple[Example, ...]:
     """Rows of the task's first final split, the labels in turn; none where its data can't be had any more.
 
@@ -139,10 +151,24 @@ def examples(root: Path, name: str, picked: tuple[str | None, ...] = ()) -> tupl
         return ()
     own = {run.name: run for run in runs if run.config.data.task == name}
     run = next((own[one] for one in (*picked, *own) if one in own), None)
+    data = run.config.data if run else DataConfig(task=name)
     try:
-        task, splits = load_rows(run.config.data if run else DataConfig(task=name))
+        return _examples(data, _data_written(data))
     except (WorkbenchError, OSError):
         return ()
+
+
+def _data_written(data: DataConfig) -> tuple[tuple[str, int], ...]:
+    """When a user's file, or those of a folder, were last written; the library's own tasks stay as they are."""
+    if data.task in TASKS:
+        return ()
+    path = Path(data.task).expanduser()
+    return tuple((file.name, _mtime(file)) for file in (sorted(path.iterdir()) if path.is_dir() else [path]))
+
+
+@lru_cache(maxsize=8)  # what raises isn't kept: the data may come
+def _examples(data: DataConfig, written: tuple[tuple[str, int], ...]) -> tuple[Example, ...]:
+    task, splits = load_rows(data)
     rows = splits[task.test_splits[0]].to_pandas()
     turns = rows.groupby("label").cumcount()
     rows = rows.assign(turn=turns).sort_values(["turn", "label"], kind="stable").head(EXAMPLES)
@@ -173,11 +199,16 @@ def ablation_files(results: Path) -> list[str]:
     return [path.stem.removeprefix("ablation_") for path in sorted(results.glob("ablation_*.json"))]
 
 
-@lru_cache(maxsize=16)
 def _ablation(results: Path, name: str) -> pd.DataFrame:
     if name not in ablation_files(results):
         raise ConfigError(f"There is no stored ablation {name!r}; expected one of {ablation_files(results)}.")
-    return load_results(results / f"ablation_{name}.json")
+    path = results / f"ablation_{name}.json"
+    return _results(path, _mtime(path))
+
+
+@lru_cache(maxsize=16)
+def _results(path: Path, written: int) -> pd.DataFrame:
+    return load_results(path)
 
 
 def ablation_figure(results: Path, name: str) -> go.Figure:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import html
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +145,32 @@ class TestBackend:
         last(backend.cot("support_triage", ZERO_SHOT, TEXTS, 2, never))
         assert len(backend._models) == 3
         assert ("run", REASONING) not in backend._models
+
+    def test_a_run_that_is_trained_anew_answers_with_its_new_weights_and_the_old_ones_leave_memory(self, tmp_path):
+        root = store_runs(tmp_path, DHRD)
+        backend = Backend(Settings(runs=root, backbone="tiny"))
+        before = backend.classify(DHRD, TEXTS).probabilities
+        old = weakref.ref(backend._model(DHRD))
+        shutil.rmtree(root / DHRD)
+        with pytest.raises(ConfigError, match="There is no finished run"):
+            backend.classify(DHRD, TEXTS)
+        store_runs(root, BASELINE, DHRD)  # of another seed
+        found = backend.classify(DHRD, TEXTS).probabilities
+        expected = DHRDModel.from_pretrained(root / DHRD / "model").predict([TEXTS]).probabilities[0]
+        np.testing.assert_allclose(list(found.values()), expected, atol=1e-6)
+        assert found != before
+        gc.collect()
+        assert old() is None
+
+    def test_weights_that_are_put_in_place_of_a_runs_are_read(self, tmp_path):
+        root = store_runs(tmp_path, BASELINE, DHRD)
+        backend = Backend(Settings(runs=root, backbone="tiny"))
+        before, other = (backend.classify(run, TEXTS).probabilities for run in (DHRD, BASELINE))
+        weights = root / DHRD / "model" / "model.safetensors"
+        weights.unlink()  # a file of its own: what is in memory may still be read from the old one
+        shutil.copy(root / BASELINE / "model" / "model.safetensors", weights)
+        assert backend.classify(DHRD, TEXTS).probabilities == pytest.approx(other)
+        assert before != pytest.approx(other)
 
     def test_a_run_is_looked_up_and_never_a_path(self, backend):
         for name in ("../runs/tiny-dhrd", "/etc", ""):
@@ -555,6 +584,25 @@ class TestStored:
         found = stored.examples(root, "support_triage")
         assert {example.gold for example in found[:5]} == set(TASK.label_names)
 
+    def test_examples_come_with_their_data_and_change_with_it(self, tmp_path):
+        path, rows = tmp_path / "rows.csv", {"text": ["old one", "old two"] * 20, "label": ["a", "b"] * 20}
+        pd.DataFrame(rows).to_csv(path, index=False)
+        store_run(tmp_path / "runs" / "own", known=load_task(str(path))[0], task=str(path))
+        path.unlink()
+        assert stored.examples(tmp_path / "runs", str(path)) == ()
+        pd.DataFrame(rows).to_csv(path, index=False)
+        assert stored.examples(tmp_path / "runs", str(path))[0].texts == {"text": "old one"}
+        pd.DataFrame({**rows, "text": ["new one", "new two"] * 20}).to_csv(path, index=False)
+        os.utime(path, (1, 1))  # another time, however coarse the clock of the file system is
+        assert stored.examples(tmp_path / "runs", str(path))[0].texts == {"text": "new one"}
+
+    def test_an_example_that_is_gone_leaves_the_texts_as_they_are(self, root):
+        import gradio as gr
+
+        with gr.Blocks():
+            tab = CompareTab(Backend(Settings(runs=root, backbone="tiny")))
+        assert tab._on_example("support_triage", 10_000) == [gr.skip()] * (1 + MAX_FIELDS)
+
     def test_no_runs_are_an_empty_table(self, tmp_path):
         assert stored.runs_table(tmp_path).empty
 
@@ -575,6 +623,13 @@ class TestStored:
         assert shown["metric (%)"].between(0, 100).all()
         figure = stored.ablation_figure(tmp_path, "mine")
         assert figure.layout.xaxis.title.text == ablations.factors(table)[0].replace("_", " ")
+
+    def test_a_stored_ablation_that_is_written_anew_is_read_anew(self, root, tmp_path):
+        runs, path = find_runs(root)[:2], tmp_path / "ablation_mine.json"
+        for number in (1, 2):
+            ablations.store_results(ablations.collect(runs[:number]), path)
+            os.utime(path, (number, number))
+            assert len(stored.ablation_table(tmp_path, "mine")) == number * 2
 
     def test_an_ablation_that_is_not_stored_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="There is no stored ablation"):
