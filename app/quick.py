@@ -55,7 +55,8 @@ class Training:
         self.progress = Progress()
         self._root = root
         self._process: subprocess.Popen[str] | None = None
-        self._lock = Lock()
+        self._lock = Lock()  # of progress and process
+        self._changing = Lock()  # held while a process starts or ends
 
     @property
     def running(self) -> bool:
@@ -63,33 +64,40 @@ class Training:
         return self.progress.state == "running"
 
     def start(self, configs: Sequence[RunConfig]) -> None:
-        """Start to train the runs that aren't finished; nothing where a training is under way already."""
-        with self._lock:
+        """Start to train the runs that aren't finished; nothing where a training is under way already.
+
+        One that is being stopped is waited for: both would write the same folders.
+        """
+        with self._changing:
             if self.running:
                 return
-            self.progress = Progress("running", of=len(configs), started=time.time())
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "app.quick", str(self._root)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            self._process.stdin.write(json.dumps([config.to_dict() for config in configs]))
-            self._process.stdin.close()
-        Thread(target=self._watch, args=[self._process], daemon=True).start()
+            with self._lock:
+                self._process = process
+                self.progress = Progress("running", of=len(configs), started=time.time())
+            process.stdin.write(json.dumps([config.to_dict() for config in configs]))
+            process.stdin.close()
+            Thread(target=self._watch, args=[process], daemon=True).start()
 
     def stop(self) -> None:
         """End the training; a later start goes on from its last checkpoint."""
-        with self._lock:
-            if self._process is None or not self.running:
-                return
-            self.progress = replace(self.progress, state="stopped")
+        with self._changing:
+            with self._lock:
+                if not self.running:
+                    return
+                self.progress = replace(self.progress, state="stopped")
             self._process.terminate()
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
 
     def _watch(self, process: subprocess.Popen[str]) -> None:
         # Read apart, or a full pipe would hold the process up; the last line is the error's.
@@ -98,17 +106,19 @@ class Training:
         reader.start()
         for line in process.stdout:
             if line.startswith(_MARK):
-                self._told(**json.loads(line.removeprefix(_MARK)))
+                self._told(process, **json.loads(line.removeprefix(_MARK)))
         code = process.wait()
         reader.join()
         if code == 0:
-            self._told(state="done")
-        elif self.running:
-            self._told(state="failed", message=errors[0].strip() if errors else f"The process ended with {code}.")
+            self._told(process, state="done")
+        else:
+            message = errors[0].strip() if errors else f"The process ended with {code}."
+            self._told(process, state="failed", message=message)
 
-    def _told(self, **changes: Any) -> None:
+    def _told(self, process: subprocess.Popen[str], **changes: Any) -> None:
+        """Note what a process says, unless it was stopped; another may be running by now."""
         with self._lock:
-            if self.running:
+            if self.running and process is self._process:
                 self.progress = replace(self.progress, **changes)
 
 

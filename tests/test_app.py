@@ -7,11 +7,13 @@ import html
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import weakref
 from pathlib import Path
+from threading import Thread, Timer
 
 import numpy as np
 import pandas as pd
@@ -671,6 +673,39 @@ class TestTraining:
             time.sleep(0.2)
         assert training.progress.state == "failed"
         assert "holds a run of another configuration" in training.progress.message
+
+    def test_a_start_right_after_stop_waits_for_the_old_process_and_is_not_ended_with_it(self, tmp_path):
+        training = quick.Training(tmp_path)
+        training.start([self.config()])
+        old = training._process
+        os.kill(old.pid, signal.SIGSTOP)
+        os.waitpid(old.pid, os.WUNTRACED)  # held, it ends no sooner than it goes on, below
+        stopping = Thread(target=training.stop)
+        stopping.start()
+        while training.running:
+            time.sleep(0.01)
+        going_on = Timer(0.5, os.kill, [old.pid, signal.SIGCONT])
+        going_on.start()
+        training.start([self.config()])
+        ended_before = old.poll() is not None
+        stopping.join()
+        time.sleep(0.5)
+        progress = training.progress
+        training.stop()
+        assert ended_before
+        assert progress.state == "running"
+        assert (training.progress.state, training._process.poll() is not None) == ("stopped", True)
+
+    def test_the_end_of_a_process_that_was_replaced_changes_nothing(self, tmp_path):
+        training = quick.Training(tmp_path)
+        training.start([self.config()])
+        code = f"import sys; print('{quick._MARK}{{\"step\": 77}}'); sys.exit('It is over.')"
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        training._watch(subprocess.Popen([sys.executable, "-c", code], **pipes))
+        progress = training.progress
+        training.stop()
+        assert (progress.state, progress.message) == ("running", "")
+        assert progress.step != 77
 
     def test_stop_ends_the_process(self, tmp_path):
         training = quick.Training(tmp_path)
