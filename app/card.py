@@ -61,7 +61,8 @@ def _spent(run: Run) -> dict[str, Any]:
 
 def _environment(environment: dict[str, Any]) -> dict[str, Any]:
     packages = environment["packages"]
-    told = {key: environment[key] for key in ("python", "system", "processor", "device", "git_commit")}
+    names = ("python", "system", "processor", "device", "git_commit")
+    told = {name: environment.get(name, "unknown") for name in names}
     return told | {name: packages[name] for name in ("torch", "transformers") if name in packages}
 
 

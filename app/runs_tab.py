@@ -14,6 +14,8 @@ from app.settings import Settings
 from dhrd_lib.config import WorkbenchError
 from dhrd_lib.runs import find_runs, read_runs
 
+# What reading a run's folder raises where something else than training wrote it, or only a part.
+_UNREADABLE = (AttributeError, LookupError, OSError, TypeError, ValueError)
 _EMPTY = "No finished run is stored here yet."
 
 
@@ -52,7 +54,7 @@ class RunsTab:
     def _read(self, picked: str | None) -> list[Any]:
         runs, broken = read_runs(self.settings.runs)
         names = [run.name for run in runs]
-        status = "".join(views.notice(sentence, "error") for sentence in broken)
+        status = "".join(views.notice(sentence, "error") for sentence in [*broken, *stored.faults(runs)])
         if not names:
             status += views.notice(f"{_EMPTY} Train one with `make run`, or with the button above.", "empty")
         picked = picked if picked in names else next(iter(names), None)
@@ -70,7 +72,16 @@ class RunsTab:
         runs = {run.name: run for run in find_runs(self.settings.runs)}
         if name not in runs:
             return "", gr.Plot(visible=False)
-        return model_card(runs[name]), gr.Plot(self._curves(list(runs.values()), name), visible=True)
+        card, plot = "", gr.Plot(visible=False)
+        try:
+            card = model_card(runs[name])
+        except _UNREADABLE as error:
+            card = _told(name, "card", error)
+        try:
+            plot = gr.Plot(self._curves(list(runs.values()), name), visible=True)
+        except _UNREADABLE as error:
+            card += _told(name, "loss curves", error)
+        return card, plot
 
     def _curves(self, runs: list[Any], name: str) -> go.Figure:
         """The run's curves beside those of its task that share its seed, one a setting."""
@@ -78,7 +89,7 @@ class RunsTab:
         settings = {own.config.training.setting: own}
         for run in runs:
             same = run.config.data.task == own.config.data.task and _seed(run) == _seed(own)
-            if same:
+            if same and _has_history(run):
                 settings.setdefault(run.config.training.setting, run)
         return stored.loss_figure(list(settings.values()))
 
@@ -92,6 +103,18 @@ class RunsTab:
         except (WorkbenchError, OSError) as error:
             return views.notice(str(error), "error"), *hidden
         return "", gr.Plot(figure, visible=True), gr.Dataframe(table, visible=True)
+
+
+def _told(name: str, what: str, error: Exception) -> str:
+    reason = str(error) if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {error}."
+    return views.notice(f"Run {name!r} has no {what}: {reason}", "error")
+
+
+def _has_history(run: Any) -> bool:
+    try:
+        return "step" in run.history
+    except WorkbenchError:
+        return False
 
 
 def _seed(run: Any) -> int:

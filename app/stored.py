@@ -51,7 +51,24 @@ class Example:
 
 def usable_runs(root: Path) -> list[Run]:
     """The finished runs that kept their model; a grid's may have left it out."""
-    return [run for run in find_runs(root) if (run.folder / "model" / "config.json").is_file()]
+    return [run for run in find_runs(root) if _has_model(run) and not _fault(run)]
+
+
+def faults(runs: list[Run]) -> list[str]:
+    """A sentence for each model that is kept and can't be read."""
+    return [fault for fault in map(_fault, filter(_has_model, runs)) if fault]
+
+
+def _has_model(run: Run) -> bool:
+    return (run.folder / "model" / "config.json").is_file()
+
+
+def _fault(run: Run) -> str:
+    try:
+        task_of(run)
+    except WorkbenchError as error:
+        return str(error)
+    return ""
 
 
 def tasks_of(runs: list[Run]) -> list[str]:
@@ -104,9 +121,13 @@ def find_task(root: Path, name: str) -> Task:
 def task_of(run: Run) -> Task:
     """The task as a run and its saved model know it.
 
-    A user's file may be gone by now, and another run may read other labels or texts from the same one.
+    A user's file may be gone by now, and another run may read other labels or texts from the same one. Raises
+    `WorkbenchError` where the model's configuration is none.
     """
     config = read_config(run.folder / "model")
+    if not (isinstance(config.get("template"), str) and isinstance(config.get("verbalizers"), list)):
+        found = f"{run.folder / 'model' / 'config.json'} lacks a template or verbalizers"
+        raise ConfigError(f"{found}; expected what training wrote.")
     labels = tuple(run.metrics["label_names"])
     metrics, splits = tuple(run.metrics["task_metrics"]), tuple(run.test_splits)
     return Task(run.config.data.task, config["template"], labels, tuple(config["verbalizers"]), metrics, splits)

@@ -79,6 +79,8 @@ class Run:
 def _read_lines(path: Path, **types: Any) -> pd.DataFrame:
     try:
         return pd.read_json(path, lines=True, **types)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read ({error.strerror}); expected what training wrote.") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON lines: {reason_of(error)}; expected what training wrote.") from error
 
@@ -97,15 +99,21 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not is_finished(folder):
         raise FileNotFoundError(f"{folder} holds no finished run (no metrics.json); expected a run's folder.")
-    metrics = read_json(folder / "metrics.json")
-    if not (isinstance(metrics, dict) and isinstance(metrics.get("splits"), dict)):
-        raise ConfigError(f"{folder / 'metrics.json'} has no metrics of splits; expected what training wrote.")
-    return Run(
-        folder=folder,
-        config=RunConfig.load(folder / "config.json"),
-        metrics=metrics,
-        environment=read_json(folder / "environment.json"),
-    )
+    metrics, environment = (read_json(folder / name) for name in ("metrics.json", "environment.json"))
+    _check_metrics(folder / "metrics.json", metrics)
+    if not (isinstance(environment, dict) and isinstance(environment.get("packages"), dict)):
+        raise ConfigError(f"{folder / 'environment.json'} has no packages; expected what training wrote.")
+    return Run(folder, RunConfig.load(folder / "config.json"), metrics, environment)
+
+
+def _check_metrics(path: Path, metrics: Any) -> None:
+    """Refuse what lacks the parts that every reader of a run asks for."""
+    splits = metrics.get("splits") if isinstance(metrics, dict) else None
+    if not (isinstance(splits, dict) and all(isinstance(of, dict) and "primary" in of for of in splits.values())):
+        raise ConfigError(f"{path} has no metrics of splits; expected what training wrote.")
+    for name in ("task_metrics", "label_names"):
+        if not isinstance(metrics.get(name), list):
+            raise ConfigError(f"{path} has {metrics.get(name)!r} as {name}; expected a list, as training wrote.")
 
 
 def read_runs(root: str | Path = "runs") -> tuple[list[Run], list[str]]:
@@ -114,7 +122,7 @@ def read_runs(root: str | Path = "runs") -> tuple[list[Run], list[str]]:
     for path in sorted(Path(root).glob("*/metrics.json")):
         try:
             runs.append(load_run(path.parent))
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             broken.append(str(error))
     return runs, broken
 

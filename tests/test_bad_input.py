@@ -887,8 +887,8 @@ def finished_run(name: str, content: str) -> Callable[[Path], Path]:
     def build(folder: Path) -> Path:
         (folder / "run").mkdir()
         RunConfig().save(folder / "run" / "config.json")
-        for other in ("metrics.json", "environment.json"):
-            write(folder / "run" / other, '{"splits": {}}')
+        write(folder / "run" / "metrics.json", '{"splits": {}, "task_metrics": ["accuracy"], "label_names": []}')
+        write(folder / "run" / "environment.json", '{"packages": {}}')
         write(folder / "run" / name, content)
         return folder / "run"
 
@@ -951,6 +951,30 @@ RUNS = [
         finished_run("metrics.json", "{}"),
         load_run,
         "{path}/metrics.json has no metrics of splits; expected what training wrote.",
+    ),
+    Case(
+        "metrics-of-another-kind",
+        finished_run("metrics.json", '{"splits": {"test": 0.5}}'),
+        load_run,
+        "{path}/metrics.json has no metrics of splits; expected what training wrote.",
+    ),
+    Case(
+        "metrics-without-labels",
+        finished_run("metrics.json", '{"splits": {}, "task_metrics": []}'),
+        load_run,
+        "{path}/metrics.json has None as label_names; expected a list, as training wrote.",
+    ),
+    Case(
+        "environment-without-packages",
+        finished_run("environment.json", "[]"),
+        load_run,
+        "{path}/environment.json has no packages; expected what training wrote.",
+    ),
+    Case(
+        "no-history",
+        finished_run("metrics.json", '{"splits": {}, "task_metrics": [], "label_names": []}'),
+        lambda path: load_run(path).history,
+        "{path}/history.jsonl can't be read (No such file or directory); expected what training wrote.",
     ),
     Case(
         "torn-predictions",
