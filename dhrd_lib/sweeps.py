@@ -312,11 +312,8 @@ def _train_cell(grid: Grid, root: Path, trial: optuna.Trial, run: str) -> float:
     """Train a cell and give Optuna its dev metric; the reason of a failure is kept with the trial."""
     trial.set_user_attr("reason", None)
     try:
-        config = grid.config(run)
-        (root / run).mkdir(exist_ok=True)
-        # Two processes may ask for the last cell at once: the second one waits, and takes the finished run.
-        with FileLock(root / run / "lock"):
-            return train(config, root).metrics["splits"]["dev"]["primary"]
+        # Two processes may ask for the last cell at once: in `train` the second waits, and takes the finished run.
+        return train(grid.config(run), root).metrics["splits"]["dev"]["primary"]
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         trial.set_user_attr(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset, DatasetDict
+from filelock import FileLock, Timeout
 from scipy.special import log_softmax, softmax
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Sampler, Subset
@@ -38,6 +41,9 @@ from dhrd_lib.runs import Run, environment, is_finished, load_run, write_json
 from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, SequenceReport, encode_split
 from dhrd_lib.tasks import Task, load_task
 from dhrd_lib.trunk import TrunkStates, cached_trunk_states
+
+# How often the first of several processes tells the others that they wait for a run's folder.
+_TELL_SECONDS = 5
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -293,23 +299,66 @@ class _Outcome:
 def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[TrainerCallback] = ()) -> Run:
     """Train, select on dev, evaluate on the final splits, and store it all in `root/config.name`.
 
-    A finished run is given back as it is; one that was stopped goes on from its last checkpoint. `callbacks`
-    are transformers' own; they see every term of the loss in the logs. Raises
-    `ConfigError` where the folder holds a run of another configuration, or checkpoints of other labels.
+    A finished run is given back as it is; one that was stopped goes on from its last checkpoint; one that another
+    process trains is waited for. `callbacks` are transformers' own; they see every term of the loss in the logs.
+    Raises `ConfigError` where the folder holds a run of another configuration, or checkpoints of other labels.
     """
     folder = Path(root) / config.name
     with writing(folder, "what is stored stays, and the same call goes on from it"):
         _claim(folder, config)
-        if not is_finished(folder):
-            _train(config, folder, callbacks)
-        # Here, so that those of a run that was killed between its last file and this go too.
-        drop_checkpoints(folder)
+        with _alone_in(folder, config) as finished:
+            if not finished:
+                _claim(folder, config)  # Of two that claimed it at the same moment, one finds the other's.
+                _train(config, folder, callbacks)
+            # Here, so that those of a run that was killed between its last file and this go too.
+            drop_checkpoints(folder)
     return load_run(folder)
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of a finished run, which nothing reads any more."""
+    """Remove the checkpoints and the lock of a finished run, which nothing needs any more."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    with suppress(OSError):  # Whoever still waits for the lock finds the run finished.
+        _lock_of(folder).unlink()
+
+
+@contextmanager
+def _alone_in(folder: Path, config: RunConfig) -> Iterator[bool]:
+    """Hold a run's folder, in which one training works at a time; gives whether the run is finished by then.
+
+    Of several processes the first one holds it for all. The others are told every few seconds how it stands, as
+    torch gives up processes that it hears nothing of for long.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # The trainer's own arguments, so that the processes are joined in the way that it needs.
+    first = not several or _arguments(config, folder, resolve_device(config.model.device)).process_index == 0
+
+    def told_by_the_first(value: bool) -> bool:
+        return broadcast_object_list([value])[0] if several else value
+
+    lock, waits = FileLock(_lock_of(folder)), False
+    try:
+        # A finished run needs no lock: its folder may be one that can't be written.
+        while not told_by_the_first(first and (is_finished(folder) or _takes(lock, _TELL_SECONDS * waits))):
+            if first and not waits:
+                told = f"{folder} is being trained by another process; this one waits, and takes what it finishes."
+                print(told, flush=True)
+            waits = True
+        yield told_by_the_first(is_finished(folder))
+    finally:
+        lock.release()
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder / "training.lock"
+
+
+def _takes(lock: FileLock, timeout_s: float) -> bool:
+    try:
+        lock.acquire(timeout=timeout_s)
+    except Timeout:
+        return False
+    return True
 
 
 def _train(config: RunConfig, folder: Path, callbacks: Sequence[TrainerCallback]) -> None:

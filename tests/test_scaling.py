@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
@@ -84,24 +86,29 @@ def alone(folder) -> dict[str, Run]:
     return {name: train(config(folder, name, 1), folder / "alone") for name in CHANGES}
 
 
-def launched(folder: Path, file: str) -> dict[str, Run]:
-    """Each configuration as two processes train it that `accelerate launch` starts."""
-    paths = []
-    for name in CHANGES:
-        paths.append(folder / f"{name}.json")
-        config(folder, name, 2).save(paths[-1])
+def launch(root: Path, file: str, paths: list[Path]) -> subprocess.Popen:
+    """Two processes that `accelerate launch` starts on some configurations."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "docs" / file)]
     command += ["--num_processes", "2", "--main_process_port", "0", str(ROOT / "tests" / "many_processes.py")]
-    done = subprocess.run(
-        [*command, str(folder / file), *map(str, paths)],
+    return subprocess.Popen(
+        [*command, str(root), *map(str, paths)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
     )
-    assert done.returncode == 0, done.stdout
-    assert "stopped-2 was stopped" in done.stdout
+
+
+def launched(folder: Path, file: str) -> dict[str, Run]:
+    """Each configuration as two processes train it."""
+    paths = []
+    for name in CHANGES:
+        paths.append(folder / f"{name}.json")
+        config(folder, name, 2).save(paths[-1])
+    process = launch(folder / file, file, paths)
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    assert "stopped-2 was stopped" in output
     return {name: load_run(folder / file / f"{name}-2") for name in CHANGES}
 
 
@@ -124,6 +131,25 @@ def test_two_processes_train_what_one_does(folder, alone, file):
         rows = two.predictions("test")["input_text"].tolist()
         found = DHRDModel.from_pretrained(two.folder / "model").predict(rows)
         np.testing.assert_allclose(found.probabilities, probabilities(two, "test"), atol=1e-5)
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_wait_together_for_a_run_that_another_trains_and_take_it_when_it_is_finished(
+    folder, alone, tmp_path
+):
+    finished = alone["tied"]
+    there = tmp_path / finished.name
+    there.mkdir()
+    with FileLock(there / "training.lock"):
+        process = launch(tmp_path, "accelerate/ddp.yaml", [finished.folder / "config.json"])
+        while "is being trained by another process; this one waits" not in (line := process.stdout.readline()):
+            assert line, "they didn't wait"
+        shutil.copytree(finished.folder, there, dirs_exist_ok=True)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "this one waits" not in output  # It is said once.
+    assert "train:" not in output
+    assert load_run(there).metrics == finished.metrics
 
 
 def logged(run: Run) -> np.ndarray:

@@ -222,6 +222,7 @@ def launch(arguments: list[str], **environment: str) -> subprocess.Popen:
         arguments,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         cwd=Path(__file__).parent.parent,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -253,6 +254,47 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(table, tmp_path, al
     terms = ("loss", "class_loss", "lm_loss", "alpha")
     assert logged(resumed, *terms) == logged(straight, *terms)
     assert_same_weights(resumed, straight)
+
+
+HELD = """
+import sys
+from dhrd_lib.training import DHRDTrainer
+step = DHRDTrainer.training_step
+def waits(self, *args, **kwargs):
+    if self.state.global_step == 3:
+        print("IN STEP 3", flush=True)
+        sys.stdin.readline()
+    return step(self, *args, **kwargs)
+DHRDTrainer.training_step = waits
+"""
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("end", ["finished", "killed"])
+def test_a_run_that_another_process_trains_is_waited_for_and_trained_by_one_at_a_time(table, tmp_path, end):
+    own = config(table, training__eval_steps=2)
+    own.save(tmp_path / "run.json")
+    (tmp_path / "held.py").write_text(HELD + SCRIPT)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    here = {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [str(tmp_path / "run.json"), str(tmp_path / "runs")]
+    first = launch([sys.executable, str(tmp_path / "held.py"), *command], **here)
+    while "IN STEP 3" not in (line := first.stdout.readline()):
+        assert line, "it ended before its third step"
+    second = launch([sys.executable, str(tmp_path / "script.py"), *command], **here)
+    told = f"{tmp_path / 'runs' / 'run'} is being trained by another process; this one waits, and takes what it "
+    while "being trained by another process" not in (line := second.stdout.readline()):
+        assert line, "it didn't wait"
+    assert line == f"{told}finishes.\n"
+    first.send_signal(signal.SIGKILL if end == "killed" else signal.SIGCONT)
+    first.communicate("go on\n", timeout=200)
+    output, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, output
+    # The one that waited trains where it has to, and from the checkpoint that is there.
+    assert ("run · train:" in output) == (end == "killed")
+    run = load_run(tmp_path / "runs" / "run")
+    assert run.metrics["resumed_from_step"] == (2 if end == "killed" else 0)
+    assert not list(run.folder.glob("*lock*"))
 
 
 @pytest.mark.parametrize("changed", ["a text", "nothing"])
