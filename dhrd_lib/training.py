@@ -42,6 +42,8 @@ from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, SequenceReport, encod
 from dhrd_lib.tasks import Task, load_task
 from dhrd_lib.trunk import TrunkStates, cached_trunk_states
 
+# In a checkpoint's folder: what the run has come to, beside transformers' own state.
+_PROGRESS = "progress.json"
 # How often the first of several processes tells the others that they wait for a run's folder.
 _TELL_SECONDS = 5
 
@@ -127,6 +129,8 @@ class DHRDTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.valid_tokens = 0
         self.seconds_evaluating = 0.0
+        self._seconds_before = 0.0
+        self._started = time.perf_counter()
         self._terms = torch.zeros(2)
         self._terms_logged_at: int | None = None
 
@@ -246,6 +250,35 @@ class DHRDTrainer(Trainer):
             self._terms_logged_at = self.state.global_step
         super().log(logs, start_time)
 
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """transformers' training, which counts on from what a checkpoint has counted."""
+        self._started = time.perf_counter()
+        if resume_from_checkpoint:
+            self._take_up(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _take_up(self, checkpoint: Path) -> None:
+        path = checkpoint / _PROGRESS
+        if not path.is_file():  # It was written before there was one.
+            return
+        progress = read_json(path)
+        self._seconds_before = progress["train_seconds"]
+        # The file has the tokens of all processes, and `totals` adds the processes up.
+        self.valid_tokens = progress["train_tokens"] if self.is_world_process_zero() else 0
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """transformers' epoch; a run that was stopped after its last step has none left to train."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    def totals(self) -> tuple[float, int]:
+        """Seconds, evaluations left out, and tokens that the run was trained for, before it was stopped too."""
+        seconds = time.perf_counter() - self._started - self.seconds_evaluating
+        tokens = torch.tensor([self.valid_tokens], device=self.args.device)
+        return self._seconds_before + seconds, int(self.accelerator.gather(tokens).sum())
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """transformers' evaluation, with its time kept apart from training's."""
         started = time.perf_counter()
@@ -254,16 +287,18 @@ class DHRDTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Save a checkpoint whose folder stands before transformers looks whether the best one is there.
+        """Save a checkpoint with the run's totals, in a folder that stands before transformers looks for the best.
 
         Under FSDP with sharded checkpoints it looks before anything is written, and the processes, some early
         and some late, find different things: one waits for the others to load the best weights. It also leaves
         out the model's configuration, whose labels a run that goes on is held to.
         """
-        if self.is_fsdp_enabled:
-            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.is_world_process_zero():
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        folder.mkdir(parents=True, exist_ok=True)
+        seconds, tokens = self.totals()
+        if self.is_world_process_zero():
+            write_json(folder / _PROGRESS, {"train_seconds": seconds, "train_tokens": tokens})
+            if self.is_fsdp_enabled:
                 self.model.config.save_pretrained(folder)
         super()._save_checkpoint(model, trial)
 
@@ -398,13 +433,11 @@ def rerun(stored: Run, root: str | Path) -> Run:
 
 def _run(trainer: DHRDTrainer, prepared: _Prepared, checkpoint: Path | None) -> _Outcome:
     """Train, and answer the final splits; every process takes part in all of it."""
-    started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - started - trainer.seconds_evaluating
-    own_tokens = torch.tensor([trainer.valid_tokens], device=trainer.args.device)
+    seconds, tokens = trainer.totals()
     return _Outcome(
         train_seconds=seconds,
-        train_tokens=int(trainer.accelerator.gather(own_tokens).sum()),
+        train_tokens=tokens,
         resumed_from=checkpoint,
         logits={split: _logits(trainer, prepared, split) for split in ["dev", *prepared.task.test_splits]},
         # Under FSDP a process holds a part of each weight; the first one gets them whole.

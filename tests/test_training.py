@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -297,17 +298,66 @@ def test_a_run_that_another_process_trains_is_waited_for_and_trained_by_one_at_a
     assert not list(run.folder.glob("*lock*"))
 
 
+class StopAt(TrainerCallback):
+    """Interrupts a training at the beginning of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def stop_before_storing(own: RunConfig, root: Path) -> None:
+    """Interrupt a run that has trained all its steps."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dhrd_lib.training._store", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(own, root)
+
+
+@pytest.mark.parametrize("stops", [[3], [3, 5]])
+def test_a_stopped_run_has_the_tokens_of_an_unstopped_one_and_the_seconds_of_all_its_parts(table, tmp_path, stops):
+    class Slow(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            time.sleep(0.3 if state.global_step < 2 else 0)
+
+    own = config(table, training__eval_steps=2)
+    straight = train(own, tmp_path / "straight")
+    for step in stops:
+        with pytest.raises(KeyboardInterrupt):
+            train(own, tmp_path / "stopped", callbacks=[Slow(), StopAt(step)])
+    resumed = train(own, tmp_path / "stopped")
+    assert resumed.metrics["resumed_from_step"] == stops[-1] // 2 * 2
+    assert resumed.metrics["train_tokens"] == straight.metrics["train_tokens"]
+    # The two slow steps were trained before the first stop.
+    assert resumed.metrics["train_seconds"] > 0.6
+    seconds = resumed.metrics["train_tokens"] / resumed.metrics["tokens_per_second"]
+    assert seconds == pytest.approx(resumed.metrics["train_seconds"])
+
+
+@pytest.mark.parametrize("max_steps", [0, 4])
+def test_a_run_that_was_stopped_after_its_last_step_trains_no_other(table, tmp_path, max_steps):
+    own = config(table, training__eval_steps=2, training__max_steps=max_steps)
+    straight = train(own, tmp_path / "straight")
+    stop_before_storing(own, tmp_path / "stopped")
+    resumed = train(own, tmp_path / "stopped")
+    for name in ("steps", "best_step", "train_tokens", "splits"):
+        assert resumed.metrics[name] == straight.metrics[name]
+    assert_same_weights(resumed, straight)
+
+
 @pytest.mark.parametrize("changed", ["a text", "nothing"])
 def test_a_stopped_run_goes_on_with_the_rows_it_was_begun_with_and_no_others(table, tmp_path, changed):
-    class Stop(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
     rows = shutil.copy(table, tmp_path / "rows.jsonl")
     own = config(rows, training__eval_steps=2)
     with pytest.raises(KeyboardInterrupt):
-        train(own, tmp_path, callbacks=[Stop()])
+        train(own, tmp_path, callbacks=[StopAt(3)])
     if changed == "nothing":
         assert train(own, tmp_path).metrics["resumed_from_step"] == 2
     else:
