@@ -129,6 +129,10 @@ class DHRDTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.valid_tokens = 0
         self.seconds_evaluating = 0.0
+        self._patience: EarlyStoppingCallback | None = None
+        if config.early_stopping_patience:
+            self._patience = EarlyStoppingCallback(config.early_stopping_patience)
+            self.add_callback(self._patience)
         self._seconds_before = 0.0
         self._started = time.perf_counter()
         self._terms = torch.zeros(2)
@@ -265,13 +269,22 @@ class DHRDTrainer(Trainer):
         self._seconds_before = progress["train_seconds"]
         # The file has the tokens of all processes, and `totals` adds the processes up.
         self.valid_tokens = progress["train_tokens"] if self.is_world_process_zero() else 0
+        # transformers can restore callbacks, but puts others in the place of the caller's own.
+        if self._patience:
+            self._patience.early_stopping_patience_counter = progress["evaluations_without_gain"]
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """transformers' epoch; a run that was stopped after its last step has none left to train."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self._is_out_of_patience():
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**kwargs)
+
+    def _evaluations_without_gain(self) -> int:
+        return self._patience.early_stopping_patience_counter if self._patience else 0
+
+    def _is_out_of_patience(self) -> bool:
+        return bool(self._patience) and self._evaluations_without_gain() >= self.config.early_stopping_patience
 
     def totals(self) -> tuple[float, int]:
         """Seconds, evaluations left out, and tokens that the run was trained for, before it was stopped too."""
@@ -287,7 +300,7 @@ class DHRDTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Save a checkpoint with the run's totals, in a folder that stands before transformers looks for the best.
+        """Save a checkpoint with the run's progress, in a folder that stands before transformers looks for it.
 
         Under FSDP with sharded checkpoints it looks before anything is written, and the processes, some early
         and some late, find different things: one waits for the others to load the best weights. It also leaves
@@ -297,7 +310,9 @@ class DHRDTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         seconds, tokens = self.totals()
         if self.is_world_process_zero():
-            write_json(folder / _PROGRESS, {"train_seconds": seconds, "train_tokens": tokens})
+            waited = self._evaluations_without_gain()
+            progress = {"train_seconds": seconds, "train_tokens": tokens, "evaluations_without_gain": waited}
+            write_json(folder / _PROGRESS, progress)
             if self.is_fsdp_enabled:
                 self.model.config.save_pretrained(folder)
         super()._save_checkpoint(model, trial)
@@ -619,9 +634,6 @@ def _make_trainer(config: RunConfig, prepared: _Prepared, folder: Path) -> DHRDT
         class_loss = -log_softmax(logits, axis=1)[range(len(labels)), labels].mean()
         return {**found, "class_loss": float(class_loss)}
 
-    callbacks = []
-    if training.early_stopping_patience:
-        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     return DHRDTrainer(
         training,
         trunk_layers=prepared.trunk_layers,
@@ -631,7 +643,6 @@ def _make_trainer(config: RunConfig, prepared: _Prepared, folder: Path) -> DHRDT
         train_dataset=prepared.rows["train"],
         eval_dataset=prepared.rows["dev"],
         compute_metrics=dev_metrics,
-        callbacks=callbacks,
     )
 
 

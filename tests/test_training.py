@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from dhrd_lib.backbones import BackboneError
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
@@ -309,16 +310,15 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def stop_before_storing(own: RunConfig, root: Path) -> None:
-    """Interrupt a run that has trained all its steps."""
+class StopOnceSaved(StopAt):
+    """Interrupts a training when a step's checkpoint is written."""
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    def on_step_begin(self, args, state, control, **kwargs):
+        pass
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dhrd_lib.training._store", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(own, root)
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("stops", [[3], [3, 5]])
@@ -341,15 +341,47 @@ def test_a_stopped_run_has_the_tokens_of_an_unstopped_one_and_the_seconds_of_all
     assert seconds == pytest.approx(resumed.metrics["train_seconds"])
 
 
-@pytest.mark.parametrize("max_steps", [0, 4])
+@pytest.mark.parametrize("max_steps", [0, 6])
 def test_a_run_that_was_stopped_after_its_last_step_trains_no_other(table, tmp_path, max_steps):
     own = config(table, training__eval_steps=2, training__max_steps=max_steps)
     straight = train(own, tmp_path / "straight")
-    stop_before_storing(own, tmp_path / "stopped")
+    last = straight.metrics["steps"]
+    with pytest.raises(KeyboardInterrupt):
+        train(own, tmp_path / "stopped", callbacks=[StopOnceSaved(last)])
     resumed = train(own, tmp_path / "stopped")
+    assert resumed.metrics["resumed_from_step"] == last
     for name in ("steps", "best_step", "train_tokens", "splits"):
         assert resumed.metrics[name] == straight.metrics[name]
     assert_same_weights(resumed, straight)
+
+
+class Kept(TrainerCallback, ExportableState):
+    """A caller's callback with a state, which transformers couldn't make anew."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    def state(self):
+        return {"args": {}, "attributes": {}}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+@pytest.mark.parametrize("stopped", ["in its fourth step", "out of patience"])
+def test_a_stopped_run_has_the_patience_that_it_had_left_and_calls_the_callers_callbacks(table, tmp_path, stopped):
+    idle = {"training__learning_rate": 1e-9, "training__classifier_learning_rate": 1e-9}
+    own = config(table, training__eval_steps=1, training__early_stopping_patience=3, **idle)
+    straight = train(own, tmp_path / "straight")
+    assert straight.metrics["steps"] == 4  # The first evaluation sets the mark, and three don't reach above it.
+    stop = StopOnceSaved(4) if stopped == "out of patience" else StopAt(3)
+    with pytest.raises(KeyboardInterrupt):
+        train(own, tmp_path / "stopped", callbacks=[stop, Kept([])])
+    steps: list[int] = []
+    resumed = train(own, tmp_path / "stopped", callbacks=[Kept(steps)])
+    assert steps == ([] if stopped == "out of patience" else [4])
+    for name in ("steps", "best_step", "train_tokens", "splits"):
+        assert resumed.metrics[name] == straight.metrics[name]
 
 
 @pytest.mark.parametrize("changed", ["a text", "nothing"])
