@@ -139,9 +139,9 @@ class DataConfig:
 
     `task` is a task's name or the path of a CSV, JSONL or Parquet file; the column fields (`text`,
     `label`, `rationale`, `group`, `template`) belong to a file. `max_train_rows` and `max_eval_rows`
-    of 0 mean all rows. `shuffled_share` is the share of the rows that a shuffled `alignment` gives another
-    row's rationale. Lengths are in tokens. `dev_fraction` is the share of train that is cut off for
-    model selection where the data brings no dev split of its own.
+    of 0 mean all rows; a draw of fewer keeps groups whole. `shuffled_share` is the share of the rows that a
+    shuffled `alignment` gives another row's rationale. Lengths are in tokens. `dev_fraction` is the share of
+    train that is cut off for model selection where the data brings no dev split of its own.
     """
 
     task: str = "support_triage"

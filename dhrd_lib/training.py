@@ -600,16 +600,31 @@ def _unsharded_backbone(config: ModelConfig) -> Backbone | None:
 
 
 def _limited(splits: DatasetDict, max_train_rows: int, max_eval_rows: int, seed: int) -> DatasetDict:
-    """The first rows of each split after a seeded shuffle; 0 keeps all, in their order."""
-    limits = {split: max_train_rows if split == "train" else max_eval_rows for split in splits}
-    return DatasetDict(
-        {
-            split: dataset.shuffle(seed=seed).select(range(min(limits[split], len(dataset))))
-            if limits[split]
-            else dataset
-            for split, dataset in splits.items()
-        }
-    )
+    """The first rows of each split after a seeded shuffle, groups whole; 0 keeps all, in their order."""
+    drawn = {}
+    for split, dataset in splits.items():
+        name, limit = ("max_train_rows", max_train_rows) if split == "train" else ("max_eval_rows", max_eval_rows)
+        drawn[split] = dataset
+        if limit:
+            shuffled = dataset.shuffle(seed=seed)
+            places = _whole_groups(_groups(shuffled) or range(len(shuffled)), limit)
+            if not places:
+                found = f"{name} is {limit}, and every group of {split} has more rows"
+                raise ConfigError(f"{found}; expected room for a whole group, or 0 for all rows.")
+            drawn[split] = shuffled.select(places)
+    return DatasetDict(drawn)
+
+
+def _whole_groups(groups: Sequence[str | int], limit: int) -> list[int]:
+    """The places of the first rows, at most `limit`; a group that doesn't fit any more is passed over."""
+    members: dict[str | int, list[int]] = {}
+    for place, group in enumerate(groups):
+        members.setdefault(group, []).append(place)
+    kept: list[int] = []
+    for places in members.values():
+        if len(kept) + len(places) <= limit:
+            kept += places
+    return sorted(kept)
 
 
 def _freeze_unused_head(model: DHRDModel, training: TrainingConfig) -> None:
