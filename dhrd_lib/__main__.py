@@ -209,7 +209,7 @@ def sweep_command(
 @app.command()
 def ablate(
     ablation: Annotated[str, typer.Argument(help="loss_weights, pooling, alignment or rationale_length.")],
-    task: Annotated[str, typer.Option(help="A task's name, or a data file.")] = "support_triage",
+    task: Annotated[str | None, typer.Option(help="A task's name, or a data file; or --base names it.")] = None,
     base: Annotated[Path | None, typer.Option(help="What the cells share, as JSON; left out, a small run.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="So many seeds, from 0.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
@@ -218,12 +218,20 @@ def ablate(
 ) -> None:
     """Train an ablation's cells that aren't trained yet, and store their results for the notebooks."""
     from dhrd_lib import ablations
+    from dhrd_lib.backbones import writing
 
     if ablation not in ablations.ABLATIONS:
         raise typer.BadParameter(f"ablation is {ablation!r}; expected one of {', '.join(ablations.ABLATIONS)}.")
-    shared = read_json(base) if base else ablations.base(task)
+    if task and base:
+        raise typer.BadParameter(
+            f"--task is {task!r} and --base {str(base)!r}; expected one of them: a base has a task."
+        )
+    shared = read_json(base) if base else ablations.base(task or DataConfig.task)
+    out = out or runs / f"ablation_{ablation}_{ablations.task_stem(shared)}.json"
+    # Before hours of training, so that the results have a place to go.
+    with writing(out.parent, "--out may name another file"):
+        out.parent.mkdir(parents=True, exist_ok=True)
     table = ablations.run_ablation(ablation, shared, range(seeds), runs, workers)
-    out = out or runs / f"ablation_{ablation}_{table['task'].iloc[0]}.json"
     ablations.store_results(table, out)
     print(ablations.summarise(table, ["setting", *ablations.factors(table)]).to_string(index=False))
     print(f"Results: {out}")

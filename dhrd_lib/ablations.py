@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from dhrd_lib import cot, evaluation
-from dhrd_lib.config import CHANGES_NO_RESULT, HEADS, POOLING_MODES, WorkbenchError
+from dhrd_lib.config import CHANGES_NO_RESULT, HEADS, POOLING_MODES, RunConfig, WorkbenchError
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import Run, load_run, write_json
 from dhrd_lib.sweeps import Grid, sweep
@@ -80,12 +80,17 @@ def base(
 
 
 def grids(ablation: str, base: Mapping[str, Any], seeds: Sequence[int]) -> list[Grid]:
-    """The grids of an ablation on top of `base`, which has `RunConfig`'s sections.
+    """The grids of an ablation on top of `base`, which has `RunConfig`'s sections, or some of them.
 
     They are named after the task, so that ablations with one base find each other's runs.
     """
-    name = f"ablation-{Path(base['data']['task']).stem}"
+    name = f"ablation-{task_stem(base)}"
     return [Grid(name, {**values, "training.seed": tuple(seeds)}, dict(base)) for values in ABLATIONS[ablation]]
+
+
+def task_stem(base: Mapping[str, Any]) -> str:
+    """The name of a base's task, or of its data file without folder and ending."""
+    return Path(RunConfig.from_dict(base).data.task).stem
 
 
 def run_ablation(

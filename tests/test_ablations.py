@@ -159,6 +159,39 @@ def test_the_command_trains_and_stores_an_ablation(root, table, tmp_path):
     assert "pooled baseline" in result.output
 
 
+def test_the_command_names_the_results_of_a_data_file_by_its_stem_and_makes_their_folder(tmp_path):
+    rows = [{"text": f"text {i}", "label": ("fix", "refund")[i % 2], "rationale": "because"} for i in range(64)]
+    (tmp_path / "data").mkdir()
+    task = tmp_path / "data" / "my.jsonl"
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = tiny_base()
+    base["data"] |= {"task": str(task)}
+    write_json(tmp_path / "base.json", base)
+    runs, out = tmp_path / "new" / "runs", tmp_path / "other" / "new" / "out.json"
+    command = ["ablate", "rationale_length", "--base", str(tmp_path / "base.json"), "--seeds", "1"]
+    command += ["--runs", str(runs)]
+    for more, expected in ([], runs / "ablation_rationale_length_my.json"), (["--out", str(out)], out):
+        result = CliRunner().invoke(app, [*command, *more], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert set(load_results(expected)["task"]) == {str(task)}
+
+
+def test_a_task_beside_a_base_is_refused_in_one_sentence(tmp_path):
+    write_json(tmp_path / "base.json", tiny_base())
+    command = ["ablate", "pooling", "--task", "everyday_nli", "--base", str(tmp_path / "base.json")]
+    result = CliRunner(env={"COLUMNS": "300"}).invoke(app, [*command, "--runs", str(tmp_path / "runs")])
+    assert result.exit_code == 2
+    told = " ".join(result.output.replace("│", " ").split())
+    assert "--task is 'everyday_nli' and --base" in told
+    assert "expected one of them: a base has a task." in told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_base_without_data_has_the_default_task():
+    base = {"model": {"backbone": "tiny"}}
+    assert {grid.name for grid in ablations.grids("pooling", base, [0])} == {"ablation-support_triage"}
+
+
 # --------------------------------------------------------------------- what figures show of a table
 
 
