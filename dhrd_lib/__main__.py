@@ -145,6 +145,8 @@ def rationales(
     model: Annotated[str | None, typer.Option(help="A backbone, or what the server calls it.")] = None,
     base_url: Annotated[str | None, typer.Option(help="The server's address, up to /v1.")] = None,
     protocol: Annotated[str | None, typer.Option(help="gold, rejection or human.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; rejection's tries need more.")] = None,
+    tries: Annotated[int | None, typer.Option(help="Answers a row at most, for rejection.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A file's text column; may stand twice.")] = None,
     label: Annotated[str | None, typer.Option(help="A file's label column.")] = None,
     split: Annotated[str, typer.Option(help="The split to write rationales for.")] = "train",
@@ -162,6 +164,7 @@ def rationales(
     from dhrd_lib.tasks import load_task
 
     chosen = {"kind": kind, "model": model, "base_url": base_url, "protocol": protocol}
+    chosen |= {"temperature": temperature, "tries": tries}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     teacher = replace(TeacherConfig.load(config) if config else TeacherConfig(), **chosen)
     loaded, splits = load_task(task, text=text or (), label=label)

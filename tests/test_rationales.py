@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import socket
 import subprocess
@@ -1081,6 +1082,26 @@ def test_the_command_fills_reports_exports_and_says_what_failed(tmp_path):
     assert "leaks_label" in second.output
     lines = [json.loads(line) for line in (tmp_path / "out" / "support_triage.jsonl").read_text().splitlines()]
     assert [line["idx"] for line in lines] == ["0", "1", "2", "3"]
+
+
+def documented_commands() -> list[list[str]]:
+    """The arguments of each `rationales` command in docs/scaling.md."""
+    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    start = "python -m dhrd_lib "
+    lines = [line.removeprefix(start) for line in text.splitlines() if line.startswith(f"{start}rationales ")]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_documented_commands_ask_a_server(place, tmp_path):
+    command = documented_commands()[place]
+    with FaultServer(reply=lambda prompt, nth: f"It burst. {SENTINEL} {('fix', 'refund')[nth % 2]}") as server:
+        command[command.index("--base-url") + 1] = server.base_url
+        result = CliRunner().invoke(app, [*command, "--rows", "4", "--folder", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    sampled = "rejection" in command
+    assert {body["temperature"] for body in server.bodies} == {0.7 if sampled else 0}
+    assert max(server.asked.values()) == (4 if sampled else 1)
 
 
 def test_the_command_refuses_a_split_that_is_not_there(tmp_path):
