@@ -6,18 +6,21 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dhrd_lib.config import (
+    ConfigError,
     DataConfig,
     ModelConfig,
     RunConfig,
     TeacherConfig,
     TrainingConfig,
     WorkbenchError,
+    parse_json,
     read_json,
+    reason_of,
 )
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -110,18 +113,38 @@ def rerun_command(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="A finished run's folder, or an export's.")],
-    texts: Annotated[list[str], typer.Argument(help="Texts, for tasks whose template has one field.")],
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts, for tasks whose template has one field.")
+    ] = None,
+    row: Annotated[list[str] | None, typer.Option(help="The fields of an input as JSON; may stand again.")] = None,
 ) -> None:
-    """Classify texts with a trained run, or with an export of one."""
+    """Classify texts or rows with a trained run, or with an export of one."""
     from dhrd_lib.inference import load_classifier, predictions
 
+    said = [*(texts or ()), *(row or ())]
+    if not said:
+        raise typer.BadParameter("there is nothing to classify; expected texts, or --row with fields as JSON.")
+    inputs = [*(texts or ()), *(_fields(number, text) for number, text in enumerate(row or (), 1))]
     classifier = load_classifier(run)
-    rows = classifier.encode_texts(texts)
+    rows = classifier.encode_texts(inputs)
     found = predictions(classifier.classify_rows(rows), classifier.label_names)
     if cut := sum(row["input_tokens_cut"] > 0 for row in rows):
-        print(f"{cut} of {len(texts)} texts were too long and were cut at the front.", file=sys.stderr)
-    for text, label, probabilities in zip(texts, *found, strict=True):
+        print(f"{cut} of {len(said)} texts were too long and were cut at the front.", file=sys.stderr)
+    for text, label, probabilities in zip(said, *found, strict=True):
         print(f"{label}\t{probabilities.max():.3f}\t{text}")
+
+
+def _fields(number: int, text: str) -> dict[str, Any]:
+    """The fields of an input that were given as JSON."""
+    try:
+        fields = parse_json(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"--row {number} is not JSON: {reason_of(error)}; expected an object of fields."
+        ) from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"--row {number} is {text}; expected an object of fields.")
+    return fields
 
 
 @app.command("export")

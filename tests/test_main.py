@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
+from conftest import tiny_model
 from typer.testing import CliRunner
 
 from dhrd_lib import __main__ as cli
-from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig, WorkbenchError
+from dhrd_lib.training import train
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +78,57 @@ def test_what_the_caller_can_mend_is_said_in_one_sentence_without_a_traceback(tm
     told = re.escape(f"dhrd_lib: {path}: alpha is -1; expected a finite number, 0 or more.")
     with pytest.raises(SystemExit, match=f"^{told}$"):
         cli.main()
+
+
+def documented(command: str) -> list[str]:
+    """The arguments of a command that the README gives in a line of text."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    (found,) = re.findall(rf"`python -m dhrd_lib ({command} [^`]*)`", text)
+    return shlex.split(found)
+
+
+def test_the_readmes_commands_work_on_the_readmes_run(tmp_path, monkeypatch):
+    config = tiny(RunConfig(name="mine"))
+    config = config.replace(data__task="my.csv", data__text=("title", "body"), data__label="queue")
+    rows = [f"Lamp {i},It {('broke', 'is late')[i % 2]}.,{('fix', 'send')[i % 2]},why {i}" for i in range(80)]
+    monkeypatch.chdir(tmp_path)
+    Path("my.csv").write_text("\n".join(["title,body,queue,why", *rows]))
+    train(config.replace(data__rationale="why"))
+    told = invoke(*documented("predict"))
+    assert re.fullmatch(r'(fix|send)\t\d\.\d{3}\t\{"title": "Lamp", "body": "It came broken\."\}\n', told)
+    invoke(*documented("export"))
+    told = invoke("predict", "runs/mine/export-openvino", *documented("predict")[2:])
+    assert told.startswith(("fix", "send"))
+    with pytest.raises(ConfigError, match="expected 'last' and 'linear'"):
+        invoke("export", "runs/mine", "--format", "hf")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            ["--row", "{"],
+            "--row 1 is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 ",
+        ),
+        (["--row", '{"text": "x"}', "--row", "[1]"], "--row 2 is [1]; expected an object of fields."),
+        (["--row", '{"body": "x"}'], "input 1 lacks 'text'; expected a dict with 'text'."),
+    ],
+)
+def test_a_row_that_cannot_be_classified_is_refused_in_one_sentence(given, sentence, task, tmp_path):
+    tiny_model(task).save_pretrained(tmp_path)
+    with pytest.raises(WorkbenchError, match=re.escape(sentence)):
+        invoke("predict", tmp_path, *given)
+
+
+def test_predict_takes_rows_beside_texts_and_names_what_it_wants_where_there_is_neither(task, tmp_path):
+    tiny_model(task).save_pretrained(tmp_path)
+    text, row = "Why?", json.dumps({"text": "Why?"})
+    lines = invoke("predict", tmp_path, text, "--row", row).splitlines()
+    assert [line.split("\t")[2] for line in lines] == [text, row]
+    assert lines[0].split("\t")[:2] == lines[1].split("\t")[:2]
+    result = CliRunner().invoke(cli.app, ["predict", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "there is nothing to classify" in " ".join(result.output.split())
 
 
 def test_train_and_predict_from_a_config_file(tmp_path):
