@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +136,9 @@ class ExportedClassifier:
 def load_classifier(path: str | Path) -> DHRDModel | ExportedClassifier:
     """A classifier with `predict`, from a run's folder, one that `DHRDModel.save_pretrained` wrote, or an export.
 
-    Exports run on the CPU, on as many threads as OMP_NUM_THREADS says or the process has cores; a DHRDModel is in
-    evaluation mode. Raises `ConfigError` where the folder holds none of them.
+    Exports run on the CPU, on as many threads as OMP_NUM_THREADS says or the process has cores, and may be asked by
+    several threads at once; a DHRDModel is in evaluation mode. Raises `ConfigError` where the folder holds none of
+    them.
     """
     folder = model_folder(path)
     if EXPORT_KEY not in read_config(folder):
@@ -195,7 +197,15 @@ def _openvino_runner(folder: Path) -> Run:
         "INFERENCE_PRECISION_HINT": "f32",
     }
     model = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", settings)
-    return lambda ids, mask: model({"input_ids": ids, "attention_mask": mask})["logits"]
+    # A request takes one call at a time, and the model itself has a single one for all its callers.
+    own = threading.local()
+
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        if not hasattr(own, "request"):
+            own.request = model.create_infer_request()
+        return own.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)["logits"]
+
+    return run
 
 
 def _hf_runner(folder: Path) -> Run:

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -83,6 +84,19 @@ def test_an_export_has_the_models_logits_for_every_pooling_and_head(exports, for
     assert expected.std(0).max() > 1e-2  # The texts do give different logits.
     alone = [exported.classify_rows([row])[0] for row in exported.encode_texts(TEXTS)]
     np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("format", "head"), [("onnx", "mlp"), ("openvino", "mlp"), ("hf", "linear")])
+def test_an_export_gives_several_threads_at_once_what_it_gives_one(exports, format, head):
+    _, folder = exports(format, pooling="last", head=head)
+    exported = load_classifier(folder)
+    texts = [[f"{text} {number}" for text in TEXTS[: 1 + number % 4]] for number in range(64)]
+    expected = [exported.predict(some) for some in texts]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(exported.predict, texts))
+    for one, other in zip(found, expected, strict=True):
+        assert one.labels == other.labels
+        np.testing.assert_allclose(one.probabilities, other.probabilities, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
