@@ -149,7 +149,8 @@ def collect(runs: Sequence[Run]) -> pd.DataFrame:
     rows = []
     for run in runs:
         config = run.config.to_dict()
-        of_run = {"run": config.pop("name"), "setting": run.config.training.setting}
+        del config["name"]
+        of_run = {"run": run.name, "setting": run.config.training.setting}
         for section in config.values():
             of_run |= section
         of_run |= {name: run.metrics[name] for name in _TOTALS} | {"environment": run.environment}

@@ -440,7 +440,7 @@ def rerun(stored: Run, root: str | Path) -> Run:
     A repeat that was stopped goes on from its last checkpoint. Raises `ConfigError` where `root` holds the run
     itself, or a finished repeat.
     """
-    folder = Path(root) / stored.name
+    folder = Path(root) / stored.config.name
     if is_finished(folder):
         raise ConfigError(f"{folder} is finished already; expected another folder for the repeat.")
     return train(stored.config, root)

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import tiny_model
@@ -118,6 +119,15 @@ def test_an_int8_export_is_smaller_and_says_so(exports, format):
     exported = load_classifier(folders[1])
     assert (exported.config.format, exported.config.precision) == (format, "int8")
     np.testing.assert_allclose(logits(exported), logits(model), rtol=0, atol=0.5)
+
+
+def test_an_int8_onnx_export_keeps_products_with_wide_inputs_in_float32_and_no_others(exports):
+    model, folder = exports("onnx", int8=True, pooling="last", head="mlp")
+    config = model.config.backbone_config
+    weights = [one for one in onnx.load(folder / "model.onnx").graph.initializer if len(one.dims) == 2]
+    whole = [tuple(one.dims) for one in weights if one.data_type == onnx.TensorProto.FLOAT and min(one.dims) > 1]
+    assert whole == [(config.intermediate_size, config.hidden_size)] * config.num_hidden_layers
+    assert sum(one.data_type == onnx.TensorProto.INT8 for one in weights) >= 6 * config.num_hidden_layers
 
 
 @pytest.mark.parametrize("changes", [{}, {"finetune": "lora"}, {"finetune": "lora", "markers": "special"}])

@@ -82,6 +82,23 @@ def test_the_readmes_throughput_is_the_stored_benchmarks():
     assert f"{stored['largest_logit_difference']:.0e}" in readme
 
 
+def test_the_readmes_exports_are_the_stored_benchmarks():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "inference.json").read_text())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for engine in stored["engines"]:
+        name, start = engine["system"], stored["start_seconds"][engine["system"]]
+        own = f"{engine['latency_p50_ms']:.0f} | {engine['folder_mib']:.0f} | {start:.1f}"
+        if name == "torch":
+            assert f"| torch | 1 | {own} | | |" in readme
+            continue
+        to = stored["to_torch"][name]
+        faster, points = to["queries_per_second_ratio"], to["accuracy_difference"]
+        told = [f"{100 * points[key] + 0.0:+.1f}" for key in ("difference", "low", "high")]
+        speed = f"{faster['value']:.2f} ({faster['low']:.2f} to {faster['high']:.2f})"
+        other = f"{told[0]} [{told[1]}, {told[2]}] | {to['rows_with_another_label']} of {stored['rows']}"
+        assert f"| {name} | {speed} | {own} | {other} |" in readme
+
+
 def in_points(row) -> str:
     return points_interval(row["difference"], row["low"], row["high"]).replace("\xa0", " ")
 

@@ -17,6 +17,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
+from dhrd_lib import ablations
 from dhrd_lib.backbones import layers_of, load_backbone
 from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import DHRDModel
@@ -263,6 +264,26 @@ def test_the_documented_gain_of_the_trunk_cache_is_the_stored_one():
             assert way["same_answers"]
     whole = stored["whole_grid"]
     assert f"All {whole['cells']} cells ({whole['way']}) take {whole['wall_seconds']:.0f} s" in SCALING
+
+
+def test_the_documented_accuracy_by_frozen_layers_is_the_stored_one():
+    table = ablations.load_results(ROOT / "benchmarks" / "results" / "frozen_layers.json")
+    found = ablations.summarise(table, ["freeze_layers", "learning_rate"]).set_index("split")
+    for layers, part in found.groupby("freeze_layers"):
+        best = part.loc["dev"].sort_values("value")["learning_rate"].iloc[-1]
+        chosen = part[part["learning_rate"] == best]
+        rows = [chosen.loc[split] for split in ("test", "test_new_domain")]
+        told = [f"{row['value']:.1%} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]" for row in rows]
+        assert f"| {layers} | {best:g} | {' | '.join(told)} |" in SCALING
+
+
+def test_the_documented_training_step_is_the_stored_one():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "train_step.json").read_text())
+    for way in stored["ways"]:
+        speed, memory = way["tokens"] / way["seconds"], way["peak_memory_mib"]
+        assert f"| {way['way']} | {speed:.0f} | {way['peak_share']:.0%} | {memory:,.0f} |" in SCALING
+    for name, ratio in stored["ratios"].items():
+        assert f"| {name} | {ratio:.2f} |" in SCALING
 
 
 def test_the_documented_training_ratio_is_the_models_and_the_stored_runs():
