@@ -1,6 +1,6 @@
 """The training step: tokens a second, share of the matmul peak and peak memory, beside two other set-ups.
 
-    python benchmarks/train_step.py [--rows 64] [--batch-size 16] [--out runs/bench]
+    python benchmarks/train_step.py [--rows 32] [--batch-size 16] [--out runs/bench]
 
 The same rows of everyday_nli are trained by the workbench; by transformers' Trainer (with PEFT for LoRA) as its
 documentation has it, with batches padded to their longest row and all logits; and in two passes, input and
@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="smollm2-135m")
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--out", default="runs/bench")
     parser.add_argument("--way", type=int, help="measure this one in this process, and print it as JSON")
