@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> dict:
         ]
         found = measure(systems, rows, rounds=options.rounds, latency_queries=options.latency_queries)
         result = {
-            "weights": options.run or "untrained",
+            "weights": Path(options.run).name if options.run else "untrained",
             "rows": len(rows),
             "engines": [{**one.row(), "folder_mib": folder_mib(folders[one.system.name])} for one in found],
             "to_torch": {one.system.name: against(found[0], one, labels) for one in found[1:]},
