@@ -183,6 +183,9 @@ def sweep(
             process.start()
         for process in processes:
             process.join()
+    for run in filter(lambda run: _is_done(grid, run, root), grid.cells):
+        # Killed after its last file, a run is finished and isn't trained again, which would remove them.
+        drop_checkpoints(root / run)
     return cells(grid, root, storage=url)
 
 
@@ -301,11 +304,7 @@ def _work(grid: Grid, root: Path, url: str, threads: int | None = None) -> None:
         elif "running" in states:
             time.sleep(1)
         else:
-            break
-    for run in grid.cells:
-        # Killed after its last file, a run is finished and isn't trained again, which would remove them.
-        if _is_done(grid, run, root):
-            drop_checkpoints(root / run)
+            return
 
 
 def _train_cell(grid: Grid, root: Path, trial: optuna.Trial, run: str) -> float:

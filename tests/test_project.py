@@ -20,7 +20,7 @@ def test_every_requirement_is_pinned():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     packages = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9_.\[\]-]+==[0-9][0-9a-z.]*", line) for line in packages)
-    assert len(packages) > 10
+    assert "torch==2.13.0" in packages
 
 
 def cells(path: Path) -> list[dict]:
