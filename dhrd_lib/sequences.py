@@ -6,9 +6,8 @@ encoded apart and joined as ids, so the input's ids are the same with and withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from dhrd_lib.inputs import cut_to_fit, whole_characters
 IGNORE_INDEX = -100
 TEXT_MARKERS = ("\nReasoning:", "\nAnswer:")
 SPECIAL_MARKERS = ("<REASON>", "<ANS>")
+ROWS_A_PART = 1000
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,13 @@ class SequenceFormat:
 
     def encode(self, text: str) -> list[int]:
         """The ids of one part, without any special token around it."""
-        return self.tokenizer(whole_characters(text, "a text"), add_special_tokens=False).input_ids
+        return self.encode_all([text])[text]
+
+    def encode_all(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        """For each of one or more texts the ids that `encode` gives; one call takes far less time than many."""
+        parts = [whole_characters(text, "a text") for text in dict.fromkeys(texts)]
+        found = self.tokenizer(parts, add_special_tokens=False, return_attention_mask=False)
+        return dict(zip(parts, found.input_ids, strict=True))
 
     def encode_input(self, text: str) -> tuple[list[int], int]:
         """The ids of the input, with the tokenizer's own start token, and how many were cut off.
@@ -68,21 +74,49 @@ def encode_example(
     token), `input_length`, and the numbers of tokens cut from the input (at its front) and the rationale (at
     its end).
     """
-    ids, input_cut = fmt.encode_input(input_text)
+    return encode_examples(fmt, [input_text], [rationale], [verbalizer])[0]
+
+
+def encode_examples(
+    fmt: SequenceFormat,
+    input_texts: Sequence[str],
+    rationales: Sequence[str | None],
+    verbalizers: Sequence[str | None],
+) -> list[dict[str, Any]]:
+    """The row of each example, as `encode_example` gives it; all their texts are encoded in one go."""
+    texts = [
+        (text, None if rationale is None else f" {rationale.strip()}", None if label is None else f" {label}")
+        for text, rationale, label in zip(input_texts, rationales, verbalizers, strict=True)
+    ]
+    said = [part for parts in texts for part in parts if part is not None]
+    ids_of = fmt.encode_all([fmt.reason_marker, fmt.answer_marker, *said])
+    start_ids = fmt._start_ids()
+    return [_joined(fmt, start_ids, ids_of, *parts) for parts in texts]
+
+
+def _joined(
+    fmt: SequenceFormat,
+    start_ids: list[int],
+    ids_of: Mapping[str, list[int]],
+    input_text: str,
+    rationale: str | None,
+    label: str | None,
+) -> dict[str, Any]:
+    """The row of one example, whose texts and markers have the ids `ids_of`."""
+    ids, input_cut = cut_to_fit(ids_of[input_text], start_ids, fmt.max_input_tokens)
     input_length, rationale_cut = len(ids), 0
     unsupervised = input_length
     if rationale is not None:
-        marker = fmt.encode(fmt.reason_marker)
-        body = fmt.encode(f" {rationale.strip()}")
+        marker, body = ids_of[fmt.reason_marker], ids_of[rationale]
         rationale_cut = max(len(body) - fmt.max_rationale_tokens, 0)
         ids = ids + marker + body[: fmt.max_rationale_tokens]
         unsupervised += len(marker)
-    if verbalizer is not None:
-        ids = ids + fmt.encode_label(verbalizer)
+    if label is not None:
+        ids = ids + ids_of[fmt.answer_marker] + ids_of[label]
     if fmt.lm_span == "all":
         unsupervised = 1
     # A row without a label text is an input alone: it trains the classifier and adds nothing to the LM loss.
-    supervised = ids[unsupervised:] if verbalizer is not None else []
+    supervised = ids[unsupervised:] if label is not None else []
     return {
         "input_ids": ids,
         "input_length": input_length,
@@ -177,30 +211,30 @@ def encode_split(
     dataset of `input_ids`, `lm_labels`, `input_length`, `class_labels` and `length`, and a report of what was
     cut. Raises `ConfigError` where no row is left to encode.
     """
-    labels = list(dataset["label"])
+    labels = dataset["label"][:]
     if not labels:
         raise ConfigError("The split has no rows; expected one or more to encode.")
     rationales, taught = [None] * len(labels), [None] * len(labels)
     if with_rationale:
-        rationales, taught = align(dataset["rationale"], labels, alignment, seed, shuffled_share)
+        rationales, taught = align(dataset["rationale"][:], labels, alignment, seed, shuffled_share)
 
-    def encoded_rows() -> Iterator[dict[str, Any]]:
-        for text, label, rationale, shown in zip(dataset["input_text"], labels, rationales, taught, strict=True):
-            row = encode_example(fmt, text, rationale, None if shown is None else verbalizers[shown])
-            lm_tokens = sum(token != IGNORE_INDEX for token in row["lm_labels"])
-            yield {**row, "class_labels": label, "length": len(row["input_ids"]), "lm_tokens": lm_tokens}
-
+    answers = [None if shown is None else verbalizers[shown] for shown in taught]
     # In parts: as lists of Python numbers, a whole split's tokens would take many times their place in Arrow.
-    rows, parts = encoded_rows(), []
-    while part := list(islice(rows, 1000)):
-        parts.append(Dataset.from_list(part))
+    parts = []
+    for start in range(0, len(labels), ROWS_A_PART):
+        own = slice(start, start + ROWS_A_PART)
+        rows = encode_examples(fmt, dataset["input_text"][own], rationales[own], answers[own])
+        for row, label in zip(rows, labels[own], strict=True):
+            lm_tokens = len(row["lm_labels"]) - row["lm_labels"].count(IGNORE_INDEX)
+            row |= {"class_labels": label, "length": len(row["input_ids"]), "lm_tokens": lm_tokens}
+        parts.append(Dataset.from_list(rows))
     encoded = concatenate_datasets(parts)
     report = SequenceReport(
         rows=len(encoded),
-        tokens=sum(encoded["length"]),
-        lm_tokens=sum(encoded["lm_tokens"]),
-        inputs_cut=sum(cut > 0 for cut in encoded["input_tokens_cut"]),
-        rationales_cut=sum(cut > 0 for cut in encoded["rationale_tokens_cut"]),
+        tokens=sum(encoded["length"][:]),
+        lm_tokens=sum(encoded["lm_tokens"][:]),
+        inputs_cut=sum(cut > 0 for cut in encoded["input_tokens_cut"][:]),
+        rationales_cut=sum(cut > 0 for cut in encoded["rationale_tokens_cut"][:]),
         rows_without_rationale=sum(shown is None for shown in taught) if with_rationale else 0,
     )
     encoded = encoded.remove_columns(["input_tokens_cut", "rationale_tokens_cut", "lm_tokens"])

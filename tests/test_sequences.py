@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import ALIGNMENTS, ConfigError
+from dhrd_lib.inputs import TaskError
 from dhrd_lib.sequences import (
     IGNORE_INDEX,
     DHRDCollator,
@@ -28,6 +32,17 @@ LABELS = [0, 1, 0, 1]
 @pytest.fixture(scope="module")
 def fmt() -> SequenceFormat:
     return SequenceFormat(tokenizer=load_backbone("tiny", device="cpu").tokenizer)
+
+
+@pytest.fixture(scope="module")
+def started() -> SequenceFormat:
+    """With a tokenizer that begins each text with a start token."""
+    tokenizer = load_backbone("tiny", device="cpu").tokenizer
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    return SequenceFormat(tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +81,8 @@ def test_input_alone_has_no_lm_label(fmt):
     assert set(row["lm_labels"]) == {IGNORE_INDEX}
 
 
-def test_a_tokenizer_that_starts_rows_with_bos_starts_the_input_with_it(fmt):
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = load_backbone("tiny", device="cpu").tokenizer
-    tokenizer.bos_token = "<|endoftext|>"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
-    row = encode_example(SequenceFormat(tokenizer=tokenizer), "My lamp", "because", "fix")
+def test_a_tokenizer_that_starts_rows_with_bos_starts_the_input_with_it(fmt, started):
+    row = encode_example(started, "My lamp", "because", "fix")
     assert row["input_ids"] == [0, *ids(fmt, "My lamp", "\nReasoning:", " because", "\nAnswer:", " fix")]
 
 
@@ -110,6 +118,47 @@ def test_a_row_without_a_rationale_trains_the_class_head_and_adds_nothing_to_the
     assert encoded[0]["input_ids"] == ids(fmt, "first text")
     assert set(encoded[0]["lm_labels"]) == {IGNORE_INDEX}
     assert encoded[0]["class_labels"] == 0
+
+
+LONG = "one two three four five six seven eight nine ten"
+# Texts that come twice, of one character, of space alone, with a special token in them, and too long to be kept.
+MIXED_TEXTS = ["a text", LONG, "x", "\u3000", " café 😀", "a<|endoftext|>b", "a text", "last"]
+MIXED_RATIONALES = ["why", None, LONG, " ", "", "  spaced\n", "a text", "why"]
+
+
+@pytest.mark.parametrize("lm_span", ["all", "rationale_label"])
+@pytest.mark.parametrize("alignment", [None, *ALIGNMENTS])
+def test_a_split_is_encoded_in_parts_to_the_rows_that_encode_example_gives(
+    fmt, started, alignment, lm_span, monkeypatch
+):
+    monkeypatch.setattr("dhrd_lib.sequences.ROWS_A_PART", 3)
+    labels = [0, 1, 0, 1, 1, 0, 1, 0]
+    columns = {"input_text": MIXED_TEXTS, "label": labels, "rationale": MIXED_RATIONALES}
+    shown = taught = [None] * len(labels)
+    if alignment:
+        shown, taught = align(MIXED_RATIONALES, labels, alignment, 3)
+    for one in (fmt, started):
+        short = replace(one, max_input_tokens=8, max_rationale_tokens=4, lm_span=lm_span)
+        options = {"alignment": alignment, "seed": 3} if alignment else {}
+        encoded, _ = encode_split(
+            Dataset.from_dict(columns), short, VERBALIZERS, with_rationale=alignment is not None, **options
+        )
+        for row, text, label, reason, answer in zip(encoded, MIXED_TEXTS, labels, shown, taught, strict=True):
+            alone = encode_example(short, text, reason, None if answer is None else VERBALIZERS[answer])
+            kept = {name: alone[name] for name in ("input_ids", "input_length", "lm_labels")}
+            assert row == {**kept, "class_labels": label, "length": len(alone["input_ids"])}
+
+
+def test_a_split_with_an_empty_input_or_half_a_character_is_refused_as_encode_example_refuses_it(fmt, split):
+    empty = Dataset.from_dict({"input_text": ["some", ""], "label": [0, 1], "rationale": ["r", "r"]})
+    for rows, verbalizers, told in (
+        (empty, VERBALIZERS, "An input is empty: it has no token; expected at least one."),
+        (split, ("fix", "\ud800"), r"a text has '\\ud800', half a surrogate pair; expected whole characters\."),
+    ):
+        with pytest.raises(TaskError, match=told):
+            encode_split(rows, fmt, verbalizers, with_rationale=True)
+        with pytest.raises(TaskError, match=told):
+            encode_example(fmt, rows["input_text"][1], "r", verbalizers[1])
 
 
 def rows_of(alignment: str, fmt: SequenceFormat, split: Dataset) -> list[list[int]]:
