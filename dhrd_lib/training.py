@@ -157,7 +157,7 @@ class DHRDTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Rows | None = None) -> LengthGroupedSampler:
         rows = (train_dataset or self.train_dataset).rows
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(list(rows["length"]), group, self.config.seed)
+        return LengthGroupedSampler(rows["length"][:], group, self.config.seed)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the classifier's own learning rate; biases and norms aren't decayed."""
@@ -584,7 +584,7 @@ def _prepare(config: RunConfig) -> _Prepared:
             )
         if split == "dev":
             # Dev is evaluated in batches as it lies, so rows of like length lie together.
-            order = sorted(range(len(encoded)), key=encoded["length"].__getitem__)
+            order = sorted(range(len(encoded)), key=encoded["length"][:].__getitem__)
             encoded, splits[split] = encoded.select(order), splits[split].select(order)
         states = cached_trunk_states(model, encoded, trunk_layers) if trunk_layers else None
         rows[split] = Rows(encoded, states)
@@ -663,7 +663,7 @@ def _make_trainer(config: RunConfig, prepared: _Prepared, folder: Path) -> DHRDT
 
 def _groups(dataset: Dataset) -> list[str] | None:
     """The rows' groups, where the task has groups."""
-    groups = list(dataset["group"])
+    groups = dataset["group"][:]
     return None if all(group is None for group in groups) else groups
 
 
