@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +23,10 @@ IGNORE_INDEX = -100
 TEXT_MARKERS = ("\nReasoning:", "\nAnswer:")
 SPECIAL_MARKERS = ("<REASON>", "<ANS>")
 ROWS_A_PART = 1000
+# Four bytes hold any token's id; left to itself, Arrow takes eight.
+_IDS = List(Value("int32"))
+_COUNTS = ("input_length", "input_tokens_cut", "rationale_tokens_cut", "class_labels", "length", "lm_tokens")
+_COLUMNS = Features({"input_ids": _IDS, "lm_labels": _IDS, **dict.fromkeys(_COUNTS, Value("int64"))})
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ def encode_split(
         for row, label in zip(rows, labels[own], strict=True):
             lm_tokens = len(row["lm_labels"]) - row["lm_labels"].count(IGNORE_INDEX)
             row |= {"class_labels": label, "length": len(row["input_ids"]), "lm_tokens": lm_tokens}
-        parts.append(Dataset.from_list(rows))
+        parts.append(Dataset.from_list(rows, features=_COLUMNS))
     encoded = concatenate_datasets(parts)
     report = SequenceReport(
         rows=len(encoded),

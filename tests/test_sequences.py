@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
@@ -159,6 +159,11 @@ def test_a_split_with_an_empty_input_or_half_a_character_is_refused_as_encode_ex
             encode_split(rows, fmt, verbalizers, with_rationale=True)
         with pytest.raises(TaskError, match=told):
             encode_example(fmt, rows["input_text"][1], "r", verbalizers[1])
+
+
+def test_an_encoded_tokens_id_and_target_take_four_bytes_each(fmt, split):
+    encoded, _ = encode_split(split, fmt, VERBALIZERS, with_rationale=True)
+    assert encoded.features["input_ids"] == encoded.features["lm_labels"] == List(Value("int32"))
 
 
 def rows_of(alignment: str, fmt: SequenceFormat, split: Dataset) -> list[list[int]]:
