@@ -19,7 +19,7 @@ from dhrd_lib.widgets import AblationDashboard
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def tiny_base(**changes: object) -> dict:
+def tiny_base(**changes: float | str) -> dict:
     sizes = {"backbone": "tiny", "freeze_layers": 2, "max_train_rows": 16, "max_eval_rows": 8, "epochs": 1}
     return ablations.base("support_triage", **(sizes | changes))
 
@@ -187,6 +187,29 @@ def test_a_task_beside_a_base_is_refused_in_one_sentence(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_tasks_own_sizes_are_its_bases_but_for_those_that_are_named():
+    own = RunConfig.from_dict(ablations.base("everyday_nli", max_train_rows=32))
+    assert (own.model.freeze_layers, own.data.max_train_rows, own.training.epochs) == (20, 32, 1)
+    small = RunConfig.from_dict(ablations.base("cb"))
+    assert (small.model.freeze_layers, small.data.max_train_rows, small.training.epochs) == (26, 208, 2)
+    assert own.training.learning_rate < small.training.learning_rate
+    with pytest.raises(ValueError, match="epoch'"):
+        ablations.base("cb", epoch=1)
+
+
+def test_several_tasks_make_one_table_each_from_its_stored_file_or_from_runs(root, table, tmp_path):
+    bases = [tiny_base(), ablations.base("everyday_nli", backbone="tiny", max_train_rows=16)]
+    nli = table.assign(task="everyday_nli", run="stored")
+    store_results(nli.drop_duplicates(["run", "split"]), tmp_path / ablations.results_name("loss_weights", bases[1]))
+    found = ablations.stored_or_trained(tmp_path, "loss_weights", bases, [0, 1], root)
+    assert found.groupby("task")["run"].nunique().to_dict() == {
+        "support_triage": table["run"].nunique(),
+        "everyday_nli": 1,
+    }
+    assert found.index.is_unique
+    assert len(ablations.stored_or_trained("", "loss_weights", bases[:1], [0, 1], root)) == len(table)
+
+
 def test_a_base_without_data_has_the_default_task():
     base = {"model": {"backbone": "tiny"}}
     assert {grid.name for grid in ablations.grids("pooling", base, [0])} == {"ablation-support_triage"}
@@ -205,6 +228,12 @@ def two_factors() -> pd.DataFrame:
 
 def test_factors_are_the_fields_that_differ_and_neither_seed_nor_what_was_measured():
     assert ablations.factors(two_factors()) == ["alpha", "pooling"]
+
+
+def test_what_differs_between_tasks_alone_is_no_factor():
+    here = two_factors().assign(freeze_layers=26)
+    there = here.assign(task="u", freeze_layers=20)
+    assert ablations.factors(pd.concat([here, there])) == ["alpha", "pooling"]
 
 
 def test_one_factor_holds_the_others_at_the_value_of_most_runs():
