@@ -66,8 +66,8 @@ class Sizes(NamedTuple):
     learning_rate: float = 1e-3
 
 
-# With less, the pooled baseline stays at chance: 640 rows with 24 layers frozen, or 480 with 20, give 33.3%.
-SIZES = {"everyday_nli": Sizes(freeze_layers=20, max_train_rows=960, epochs=1, learning_rate=5e-4)}
+# The pooled baseline stayed at chance with 208 and 480 rows, and with a rate of 5e-4 for two seeds of three.
+SIZES = {"everyday_nli": Sizes(freeze_layers=20, max_train_rows=960, epochs=1, learning_rate=2e-4)}
 
 
 def base(task: str = "support_triage", *, backbone: str = "smollm2-135m", **sizes: float) -> dict[str, Any]:

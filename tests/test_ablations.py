@@ -199,8 +199,8 @@ def test_a_tasks_own_sizes_are_its_bases_but_for_those_that_are_named():
 
 def test_several_tasks_make_one_table_each_from_its_stored_file_or_from_runs(root, table, tmp_path):
     bases = [tiny_base(), ablations.base("everyday_nli", backbone="tiny", max_train_rows=16)]
-    nli = table.assign(task="everyday_nli", run="stored")
-    store_results(nli.drop_duplicates(["run", "split"]), tmp_path / ablations.results_name("loss_weights", bases[1]))
+    one = table.assign(task="everyday_nli", run="stored").drop_duplicates(["run", "split"])
+    store_results(one, tmp_path / ablations.results_name("loss_weights", bases[1]))
     found = ablations.stored_or_trained(tmp_path, "loss_weights", bases, [0, 1], root)
     assert found.groupby("task")["run"].nunique().to_dict() == {
         "support_triage": table["run"].nunique(),
