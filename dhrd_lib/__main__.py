@@ -257,6 +257,8 @@ def ablate(
     # Before hours of training, so that the results have a place to go.
     with writing(out.parent, "--out may name another file"):
         out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; expected a file, such as {out / 'results.json'}.")
     table = ablations.run_ablation(ablation, shared, range(seeds), runs, workers)
     ablations.store_results(table, out)
     print(ablations.summarise(table, ["setting", *ablations.factors(table)]).to_string(index=False))

@@ -203,16 +203,23 @@ def reading_weights(folder: Path, what: str) -> Iterator[None]:
 def writing(folder: Path, otherwise: str) -> Iterator[None]:
     """Around what writes to a folder: a full disk, or one that may not be written, is a `WorkbenchError`.
 
-    `otherwise` ends the sentence: what else can be done. Other errors pass.
+    So is a file in the folder's place, or in that of one above it. `otherwise` ends the sentence: what else can be
+    done. Other errors pass.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, FileExistsError | NotADirectoryError) and (taken := _file_in_the_way(folder)):
+            raise WorkbenchError(f"{taken} is a file; expected a folder; {otherwise}.") from error
         if not _is_unwritable(error):
             raise
         told = "the disk takes no more" if isinstance(error, RuntimeError) else reason_of(error)
         found = f"{folder} can't be written ({told})"
         raise WorkbenchError(f"{found}; expected room there and the right to write; {otherwise}.") from error
+
+
+def _file_in_the_way(folder: Path) -> Path | None:
+    return next(filter(Path.is_file, (folder, *folder.parents)), None)
 
 
 def _is_unwritable(error: Exception) -> bool:

@@ -248,16 +248,17 @@ def export(rationales: Mapping[str, str], path: str | Path) -> None:
     """Write rationales by `idx` as the <task>.jsonl that `load_task` reads in DHRD_RATIONALES_DIR.
 
     Raises `ConfigError` where there is none, and leaves what stands there: `load_task` would take an empty
-    file for leave to use the data's own.
+    file for leave to use the data's own. A folder that can't be written is a `WorkbenchError`.
     """
     path = Path(path)
     if not rationales:
         raise ConfigError(f"{path} isn't written: no rationale is kept; expected one or more.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"idx": idx, "rationale": said}, ensure_ascii=False) for idx, said in rationales.items()]
     scratch = path.with_name(f"{path.name}.part")
-    scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(scratch, path)
+    with writing(path.parent, "they may be written to another folder"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(scratch, path)
 
 
 # ---------------------------------------------------------------------- filters

@@ -23,11 +23,11 @@ from typing import Any
 import optuna
 import pandas as pd
 import torch
-from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
+from dhrd_lib.backbones import locked, writing
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig, read_json
 from dhrd_lib.runs import is_finished, load_runs
 from dhrd_lib.training import drop_checkpoints, train
@@ -167,10 +167,9 @@ def sweep(
         again: train failed cells once more too, and those that were finished in another folder.
     """
     root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
     url = storage or _default_storage(grid, root)
     # Together, so that no table is made and no cell queued twice.
-    with FileLock(root / f"{grid.name}.lock"):
+    with writing(root, "another folder of runs may be named"), locked(root / f"{grid.name}.lock"):
         _queue_again(grid, _study(grid, url), root, again)
     if workers == 1:
         _work(grid, root, url)

@@ -1117,6 +1117,84 @@ RUNS = [
     ),
 ]
 
+# --- where results go --------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> Callable[[Path], Any]:
+    """The command, with `{path}` for what `build` gave and `{folder}` for where it stands."""
+
+    def call(path: Path) -> Any:
+        given = [argument.format(path=path, folder=path.parent) for argument in arguments]
+        return CliRunner().invoke(app, given, catch_exceptions=False)
+
+    return call
+
+
+def beside_a_file(build: Callable[[Path], Any]) -> Callable[[Path], Path]:
+    """A file where a folder should be, and what `build` makes beside it."""
+
+    def both(folder: Path) -> Path:
+        build(folder)
+        return write(folder / "taken", "x")
+
+    return both
+
+
+def small_run_config(folder: Path) -> None:
+    run_config(write(folder / "a.csv", csv_rows())).save(folder / "run.json")
+
+
+def small_grid(folder: Path) -> None:
+    write(folder / "grid.json", json.dumps({"name": "grid", "grid": {"training.seed": [0]}}))
+
+
+A_FILE = "{path} is a file; expected a folder;"
+GOES_ON = "what is stored stays, and the same call goes on from it."
+OUTS = [
+    Case(
+        "an-ablations-results-below-a-file",
+        file("taken", "x"),
+        command("ablate", "pooling", "--runs", "{folder}/runs", "--out", "{path}/new/x.json"),
+        f"{A_FILE} --out may name another file.",
+    ),
+    Case(
+        "an-ablations-results-in-a-folders-place",
+        lambda folder: folder,
+        command("ablate", "pooling", "--runs", "{path}/runs", "--out", "{path}"),
+        "{path} is a folder; expected a file, such as {path}/results.json.",
+    ),
+    Case(
+        "an-export-below-a-file",
+        beside_a_file(model_folder(lambda folder: None)),
+        command("export", "{folder}/model", "--format", "onnx", "--out", "{path}/new/x"),
+        f"{A_FILE} out may name another folder.",
+    ),
+    Case(
+        "runs-below-a-file",
+        beside_a_file(small_run_config),
+        command("train", "{folder}/run.json", "--runs", "{path}/runs"),
+        f"{A_FILE} {GOES_ON}",
+    ),
+    Case(
+        "a-grids-runs-in-a-files-place",
+        beside_a_file(small_grid),
+        command("sweep", "{folder}/grid.json", "--runs", "{path}"),
+        f"{A_FILE} another folder of runs may be named.",
+    ),
+    Case(
+        "a-rationale-store-in-a-files-place",
+        file("taken", "x"),
+        command("rationales", "--protocol", "human", "--rows", "1", "--folder", "{path}"),
+        f"{A_FILE} {GOES_ON}",
+    ),
+    Case(
+        "rationales-exported-below-a-file",
+        file("taken", "x"),
+        lambda path: export({"0": "r"}, path / "new" / "x.jsonl"),
+        f"{A_FILE} they may be written to another folder.",
+    ),
+]
+
 REFUSED = {
     "text": TEXTS,
     "file": FILES,
@@ -1125,6 +1203,7 @@ REFUSED = {
     "config": CONFIGS,
     "model": MODELS,
     "run": RUNS,
+    "out": OUTS,
 }
 
 
