@@ -13,7 +13,7 @@ from app.batch import Inputs
 from app.events import COMPUTE
 from app.settings import MAX_NEW_TOKENS
 from app.views import shown_error
-from dhrd_lib.config import WorkbenchError
+from dhrd_lib.config import ConfigError, WorkbenchError
 
 
 class Api:
@@ -75,17 +75,35 @@ class Api:
             raise shown_error(error) from error
 
     def cot(
-        self, task: str, texts: dict, run: str = ZERO_SHOT, max_new_tokens: int = MAX_NEW_TOKENS
+        self,
+        task: str,
+        texts: dict,
+        run: str = ZERO_SHOT,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        beside: str | None = None,
     ) -> Iterator[dict]:
         """One input by CoT decoding: of a run that was taught to reason, or zero-shot on the task's backbone.
+
+        Zero-shot, labels, fields and backbone are those of the run that it stands `beside`, or else of the task's
+        first in `/runs`: several runs on one file may read other columns.
 
         Streams text, tokens and latency_ms; the last one has the answer. Cancelling the job stops the decoding.
         """
         try:
-            for step in self.backend.cot(task, run, texts, max_new_tokens, lambda: False):
+            if beside is not None:
+                self._check_beside(beside, task, run)
+            for step in self.backend.cot(task, run, texts, max_new_tokens, lambda: False, [beside]):
                 yield asdict(step)
         except WorkbenchError as error:
             raise shown_error(error) from error
+
+    def _check_beside(self, name: str, task: str, run: str) -> None:
+        """Refuse what has no labels to give to zero-shot CoT on a task."""
+        if run != ZERO_SHOT:
+            raise ConfigError(f"beside is {name!r}, and run {run!r} has labels of its own; expected {ZERO_SHOT!r}.")
+        found = stored.find_run(self.root, name).config.data.task
+        if found != task:
+            raise ConfigError(f"Run {name!r} was trained on {found!r}; expected one on {task!r}, the task asked.")
 
     def rationale(self, run: str, texts: dict) -> Iterator[dict]:
         """What a run's reasoning head writes about an input; its prediction doesn't depend on it.

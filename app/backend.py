@@ -142,7 +142,8 @@ class Backend:
         """CoT decoding token by token; the last one brings the answer, unless it was stopped.
 
         The label is read from what was written. The probabilities are the LM head's, of each label after what
-        was written, and aren't timed. Zero-shot, the labels are those of the runs that it stands `beside`.
+        was written, and aren't timed. Zero-shot, labels, fields and backbone are those of the runs that it stands
+        `beside`, or of the task's first run.
         """
         if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
             raise ConfigError(f"The token budget is {max_new_tokens}; expected 1 to {MAX_NEW_TOKENS}.")
@@ -168,7 +169,7 @@ class Backend:
         if run != ZERO_SHOT:
             return cots.fine_tuned(self._model(run))
         runs = stored.usable_runs(self.settings.runs)
-        name = stored.backbone_of(runs, task, self.settings.backbone)
+        name = stored.backbone_of(runs, task, beside, self.settings.backbone)
         known = stored.shared_task(self.settings.runs, task, beside)
         return cots.zero_shot(self._kept(("backbone", name), lambda: _load_backbone(name, known)), known)
 

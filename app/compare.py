@@ -52,7 +52,7 @@ def _start(backend: Backend, question: Question) -> Comparison:
     told = f"run {run}, taught to reason (beta = 0)"
     if run == ZERO_SHOT:
         runs = stored.usable_runs(backend.settings.runs)
-        name = stored.backbone_of(runs, question.task, backend.settings.backbone)
+        name = stored.backbone_of(runs, question.task, question.runs.values(), backend.settings.backbone)
         told = f"zero-shot on {name}, not trained for the task"
     shown.systems["CoT"].source = told
     return shown

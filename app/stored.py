@@ -103,9 +103,10 @@ def _mtime(path: Path) -> int:
         return 0
 
 
-def backbone_of(runs: list[Run], task: str, otherwise: str = EMBEDDED) -> str:
-    """The backbone that a task's runs were trained from, for zero-shot CoT beside them."""
-    return next((run.config.model.backbone for run in runs if run.config.data.task == task), otherwise)
+def backbone_of(runs: list[Run], task: str, picked: Iterable[str | None], otherwise: str = EMBEDDED) -> str:
+    """The backbone that the first of the picked runs, or of the task's, was trained from, for zero-shot CoT."""
+    own = {run.name: run.config.model.backbone for run in runs if run.config.data.task == task}
+    return next((own[name] for name in (*picked, *own) if name in own), otherwise)
 
 
 def find_task(root: Path, name: str) -> Task:

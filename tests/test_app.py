@@ -544,6 +544,41 @@ class TestTwoLabelColumnsOfOneFile:
         shown = last(backend.cot(str(shop), ZERO_SHOT, texts, 4, never, [None, "c-mood", ZERO_SHOT]))
         assert set(shown.answer.probabilities) == {"angry", "calm", "glad"}
 
+    @pytest.mark.parametrize(
+        ("beside", "texts", "labels"),
+        [
+            (None, {"body": "It broke."}, {"goods", "money"}),
+            ("c-mood", {"body": "It broke."}, {"angry", "calm", "glad"}),
+            ("d-titles", {"title": "Lamp", "body": "It broke."}, {"goods", "money"}),
+        ],
+    )
+    def test_the_endpoints_zero_shot_cot_takes_labels_and_fields_of_the_run_that_is_named_or_of_the_first(
+        self, backend, shop, beside, texts, labels
+    ):
+        import gradio as gr
+
+        api = Api(backend)
+        answer = last(api.cot(str(shop), texts, ZERO_SHOT, 4, beside))["answer"]
+        assert set(answer["probabilities"]) == labels
+        if beside == "d-titles":
+            with pytest.raises(gr.Error, match="lacks the text &#x27;title&#x27;"):
+                last(api.cot(str(shop), {"body": "It broke."}, ZERO_SHOT, 4, beside))
+
+    @pytest.mark.parametrize(
+        ("task", "run", "beside", "told"),
+        [
+            (None, ZERO_SHOT, "e-gone", "There is no finished run 'e-gone' with a model; expected one of those"),
+            (None, "c-mood", "a-queue", "and run 'c-mood' has labels of its own; expected 'zero-shot'."),
+            ("everyday_nli", ZERO_SHOT, "a-queue", "shop.csv'; expected one on 'everyday_nli', the task asked."),
+        ],
+    )
+    def test_a_run_that_zero_shot_cot_cannot_stand_beside_is_refused(self, backend, shop, task, run, beside, told):
+        import gradio as gr
+
+        with pytest.raises(gr.Error) as caught:
+            last(Api(backend).cot(task or str(shop), {"body": "x", "text": "x"}, run, 4, beside))
+        assert told in html.unescape(str(caught.value))
+
 
 class TestStored:
     def test_tasks_with_a_run_come_first(self, root):
