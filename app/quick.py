@@ -28,7 +28,8 @@ _MARK = "progress: "  # tells the lines for the page from all else that training
 class Progress:
     """Where the training is: run `number` of `of`, at `step` of `steps` since `started` (seconds of the clock).
 
-    `state` is "idle", "running", "done", "stopped" or "failed"; `message` says why it failed.
+    `state` is "idle", "running", "done", "stopped" or "failed"; `message` says why it failed. `run` is empty until
+    the run's first step is logged. `waiting` says that another process trains the run, and this one waits for it.
     """
 
     state: str = "idle"
@@ -40,6 +41,7 @@ class Progress:
     loss: float | None = None
     started: float = 0.0
     message: str = ""
+    waiting: bool = False
 
     @property
     def share(self) -> float:
@@ -125,10 +127,19 @@ class Training:
 def train_all(configs: Sequence[RunConfig], root: Path) -> None:
     """Train and compare as `python -m dhrd_lib compare` does, with a line of JSON for each logged step."""
     from dhrd_lib.report import write_report
+
+    done = [_train(config, number, root) for number, config in enumerate(configs, start=1)]
+    write_report(done, root / "report.html")
+
+
+def _train(config: RunConfig, number: int, root: Path) -> Any:
     from dhrd_lib.training import train
 
-    done = [train(config, root, [_told_by_lines(config, number)]) for number, config in enumerate(configs, start=1)]
-    write_report(done, root / "report.html")
+    def before_steps(waits: bool) -> None:
+        _tell(run=config.name if waits else "", number=number, step=0, steps=0, loss=None, waiting=waits)
+
+    before_steps(waits=False)
+    return train(config, root, [_told_by_lines(config, number)], before_steps)
 
 
 def _told_by_lines(config: RunConfig, number: int) -> Any:
@@ -136,12 +147,15 @@ def _told_by_lines(config: RunConfig, number: int) -> Any:
 
     class Lines(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            told = {"run": config.name, "number": number, "step": state.global_step, "steps": state.max_steps}
-            if "loss" in logs:
-                told["loss"] = logs["loss"]
-            print(f"\n{_MARK}{json.dumps(told)}", flush=True)
+            loss = {"loss": logs["loss"]} if "loss" in logs else {}
+            _tell(run=config.name, number=number, step=state.global_step, steps=state.max_steps, **loss)
 
     return Lines()
+
+
+def _tell(**progress: Any) -> None:
+    """Write a line for the page; what else is printed may have left one open."""
+    print(f"\n{_MARK}{json.dumps(progress)}", flush=True)
 
 
 def main() -> None:

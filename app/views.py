@@ -244,17 +244,24 @@ def _agreement(a: str, b: str, asked: Sequence[Asked]) -> str | None:
 def progress(found: Progress) -> str:
     """The training's progress bar, or how it ended; nothing before the first."""
     if found.state == "running":
-        told = f"Training run {found.number} of {found.of}: {found.run}, step {found.step} of {found.steps}"
-        told = told if found.run else "Training starts: reading the data, loading the backbone"
-        told += f", loss {found.loss:.3f}" if found.loss is not None else ""
         return _progress_bar(found.share, "Training") + (
-            f'<p class="muted">{text(told)}. {found.share:.0%} of all steps{_left(found)}. Latencies measured '
-            "meanwhile are longer than they would be.</p>"
+            f'<p class="muted">{text(_under_way(found))}. {found.share:.0%} of all steps{_left(found)}. Latencies '
+            "measured meanwhile are longer than they would be.</p>"
         )
     if found.state == "failed":
         return notice(f"The training failed: {found.message}", "error")
     said = {"done": "The training is done.", "stopped": "The training was stopped; a new start goes on from it."}
     return notice(said[found.state]) if found.state in said else ""
+
+
+def _under_way(found: Progress) -> str:
+    if not found.run:
+        return "Training starts: reading the data, loading the backbone"
+    run = f"run {found.number} of {found.of}: {found.run}"
+    if found.waiting:
+        return f"Waiting for another process, which trains {run}"
+    loss = f", loss {found.loss:.3f}" if found.loss is not None else ""
+    return f"Training {run}, step {found.step} of {found.steps}{loss}"
 
 
 def _left(found: Progress) -> str:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -346,17 +346,23 @@ class _Outcome:
     weights: dict[str, torch.Tensor] | None
 
 
-def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[TrainerCallback] = ()) -> Run:
+def train(
+    config: RunConfig,
+    root: str | Path = "runs",
+    callbacks: Sequence[TrainerCallback] = (),
+    on_wait: Callable[[bool], None] = lambda waits: None,
+) -> Run:
     """Train, select on dev, evaluate on the final splits, and store it all in `root/config.name`.
 
     A finished run is given back as it is; one that was stopped goes on from its last checkpoint; one that another
-    process trains is waited for. `callbacks` are transformers' own; they see every term of the loss in the logs.
+    process trains is waited for: `on_wait` is called with True where the wait begins, and with False where it ends.
+    `callbacks` are transformers' own; they see every term of the loss in the logs.
     Raises `ConfigError` where the folder holds a run of another configuration, or checkpoints of other labels.
     """
     folder = Path(root) / config.name
     with writing(folder, "what is stored stays, and the same call goes on from it"):
         _claim(folder, config)
-        with _alone_in(folder, config) as finished:
+        with _alone_in(folder, config, on_wait) as finished:
             if not finished:
                 _claim(folder, config)  # Of two that claimed it at the same moment, one finds the other's.
                 _train(config, folder, callbacks)
@@ -373,7 +379,7 @@ def drop_checkpoints(folder: Path) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path, config: RunConfig) -> Iterator[bool]:
+def _alone_in(folder: Path, config: RunConfig, on_wait: Callable[[bool], None]) -> Iterator[bool]:
     """Hold a run's folder, in which one training works at a time; gives whether the run is finished by then.
 
     Of several processes the first one holds it for all. The others are told every few seconds how it stands, as
@@ -393,7 +399,10 @@ def _alone_in(folder: Path, config: RunConfig) -> Iterator[bool]:
             if first and not waits:
                 told = f"{folder} is being trained by another process; this one waits, and takes what it finishes."
                 print(told, flush=True)
+                on_wait(True)
             waits = True
+        if first and waits:
+            on_wait(False)
         yield told_by_the_first(is_finished(folder))
     finally:
         lock.release()

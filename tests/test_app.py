@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from app_runs import BASELINE, DHRD, REASONING, TASK, store_run, store_runs
+from filelock import FileLock
 
 from app import batch, card, quick, stored, views
 from app import compare as comparing
@@ -698,6 +699,20 @@ class TestTraining:
         assert (training.progress.step, training.progress.steps) == (2, 2)
         assert [run.name for run in stored.usable_runs(tmp_path)] == ["tiny"]
         assert (tmp_path / "report.html").is_file()
+
+    def test_the_page_says_that_the_training_waits_for_another_process_and_then_how_far_its_own_is(self, tmp_path):
+        training = quick.Training(tmp_path)
+        (tmp_path / "tiny").mkdir()
+        with FileLock(tmp_path / "tiny" / "training.lock"):
+            training.start([self.config()])
+            while training.running and not training.progress.waiting:
+                time.sleep(0.1)
+            shown = views.progress(training.progress)
+        assert "Waiting for another process, which trains run 1 of 1: tiny. 0% of all steps" in shown
+        while training.running:
+            time.sleep(0.1)
+        assert (training.progress.state, training.progress.message) == ("done", "")
+        assert (training.progress.waiting, training.progress.step) == (False, 2)
 
     def test_a_failure_is_told_in_its_one_sentence(self, tmp_path):
         training = quick.Training(tmp_path)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -298,6 +299,22 @@ def test_a_run_that_another_process_trains_is_waited_for_and_trained_by_one_at_a
     run = load_run(tmp_path / "runs" / "run")
     assert run.metrics["resumed_from_step"] == (2 if end == "killed" else 0)
     assert not list(run.folder.glob("*lock*"))
+
+
+def test_a_caller_is_told_when_the_wait_for_another_training_begins_and_when_it_ends(table, tmp_path):
+    own, told = config(table, training__max_steps=1), []
+    (tmp_path / "run").mkdir()
+    other = FileLock(tmp_path / "run" / "training.lock")
+    other.acquire()
+
+    def on_wait(waits: bool) -> None:
+        told.append(waits)
+        other.release()
+
+    train(own, tmp_path, on_wait=on_wait)
+    assert told == [True, False]
+    train(own, tmp_path, on_wait=on_wait)
+    assert told == [True, False]  # a finished run isn't waited for
 
 
 class StopAt(TrainerCallback):
