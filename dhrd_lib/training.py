@@ -31,6 +31,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dhrd_lib.backbones import Backbone, load_backbone, resolve_device, resolve_dtype, writing
@@ -315,6 +316,10 @@ class DHRDTrainer(Trainer):
             write_json(folder / _PROGRESS, progress)
             if self.is_fsdp_enabled:
                 self.model.config.save_pretrained(folder)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                # transformers has places for those that the checkpoint knew, and a caller's may be new.
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, {})
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -402,6 +402,15 @@ def test_a_stopped_run_has_the_patience_that_it_had_left_and_calls_the_callers_c
         assert resumed.metrics[name] == straight.metrics[name]
 
 
+def test_a_callback_with_a_state_may_be_new_where_a_stopped_run_goes_on(table, tmp_path):
+    own = config(table, training__eval_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(own, tmp_path, callbacks=[StopAt(3)])
+    steps: list[int] = []
+    assert train(own, tmp_path, callbacks=[Kept(steps)]).metrics["resumed_from_step"] == 2
+    assert steps == [3, 4, 5, 6, 7, 8]
+
+
 @pytest.mark.parametrize("changed", ["a text", "nothing"])
 def test_a_stopped_run_goes_on_with_the_rows_it_was_begun_with_and_no_others(table, tmp_path, changed):
     rows = shutil.copy(table, tmp_path / "rows.jsonl")
