@@ -43,7 +43,14 @@ from dhrd_lib.config import ConfigError, ModelConfig
 from dhrd_lib.inference import CPU_PART_TOKENS, Predictions, length_sorted_batches, predictions, read_model_config
 from dhrd_lib.inputs import render_inputs
 from dhrd_lib.losses import class_cross_entropy_sum, dhrd_loss, lm_cross_entropy_sum
-from dhrd_lib.sequences import SPECIAL_MARKERS, TEXT_MARKERS, DHRDCollator, SequenceFormat, encode_example
+from dhrd_lib.sequences import (
+    SPECIAL_MARKERS,
+    TEXT_MARKERS,
+    DHRDCollator,
+    SequenceFormat,
+    encode_example,
+    encode_examples,
+)
 from dhrd_lib.tasks import Task, render
 
 FULL_FINETUNE_BELOW = 500_000_000
@@ -350,8 +357,9 @@ class DHRDModel(PreTrainedModel):
 
     def encode_texts(self, texts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Token rows of inputs: each a dict of the template's fields, or a str where it has one field."""
-        fmt = self.sequence_format
-        return [encode_example(fmt, text) for text in render_inputs(self.config.template, texts)]
+        inputs = render_inputs(self.config.template, texts)
+        nothing = [None] * len(inputs)
+        return encode_examples(self.sequence_format, inputs, nothing, nothing)
 
     def predict(self, texts: Sequence[str | Mapping[str, Any]], max_batch_tokens: int = 4096) -> Predictions:
         """Label names and probabilities for a list of inputs, in the order given.
