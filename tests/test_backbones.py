@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import shutil
 
 import pytest
@@ -10,7 +12,7 @@ from conftest import ARCHITECTURES, tiny_backbone
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, T5Config
 
 from dhrd_lib import backbones
-from dhrd_lib.backbones import BackboneError, decoder_of, layers_of, lm_logits, load_backbone
+from dhrd_lib.backbones import BackboneError, decoder_of, layers_of, lm_logits, load_backbone, load_tokenizer
 
 IDS = torch.tensor([[5, 9, 33, 7]])
 
@@ -39,6 +41,38 @@ def test_tiny_is_the_same_at_every_call_and_its_tokenizer_round_trips_text():
     assert all(torch.equal(tensor, state[name]) for name, tensor in one.model.state_dict().items())
     text = "The guest's card — charged twice: 20 €.\nReasoning: é"
     assert one.tokenizer.decode(one.tokenizer(text).input_ids) == text
+
+
+class Heap(ctypes.Structure):
+    """glibc's mallinfo2."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"bcdefg", "in_use", "free", "keepcost")]
+
+
+def heap_mib() -> float:
+    """What the process holds of glibc's heap."""
+    gc.collect()
+    tell = ctypes.CDLL(None).mallinfo2
+    tell.restype = Heap
+    return tell().in_use / 2**20
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the heap of glibc alone tells what it holds"
+)
+def test_a_tokenizer_that_was_used_and_dropped_leaves_nothing_behind(tmp_path):
+    load_backbone("tiny").tokenizer.save_pretrained(tmp_path)
+    words = [f"word{number} {chr(97 + number % 26) * (number % 9)}" for number in range(3000)]
+    loads = {
+        "the tiny one's": lambda: load_backbone("tiny").tokenizer,
+        "a folder's": lambda: load_tokenizer(tmp_path, "saved"),
+    }
+    for name, load in loads.items():
+        load()(words)
+        before = heap_mib()
+        for _ in range(5):
+            load()(words)
+        assert heap_mib() - before < 1, name
 
 
 def test_dtype_and_device_are_the_callers_or_chosen_by_the_device():
