@@ -44,6 +44,7 @@ from dhrd_lib.inference import CPU_PART_TOKENS, Predictions, length_sorted_batch
 from dhrd_lib.inputs import render_inputs
 from dhrd_lib.losses import class_cross_entropy_sum, dhrd_loss, lm_cross_entropy_sum
 from dhrd_lib.sequences import (
+    ROWS_A_PART,
     SPECIAL_MARKERS,
     TEXT_MARKERS,
     DHRDCollator,
@@ -358,8 +359,12 @@ class DHRDModel(PreTrainedModel):
     def encode_texts(self, texts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Token rows of inputs: each a dict of the template's fields, or a str where it has one field."""
         inputs = render_inputs(self.config.template, texts)
-        nothing = [None] * len(inputs)
-        return encode_examples(self.sequence_format, inputs, nothing, nothing)
+        rows, nothing = [], [None] * ROWS_A_PART
+        # In parts: what the tokenizer gives beside the ids takes several times their place.
+        for start in range(0, len(inputs), ROWS_A_PART):
+            part = inputs[start : start + ROWS_A_PART]
+            rows += encode_examples(self.sequence_format, part, nothing[: len(part)], nothing[: len(part)])
+        return rows
 
     def predict(self, texts: Sequence[str | Mapping[str, Any]], max_batch_tokens: int = 4096) -> Predictions:
         """Label names and probabilities for a list of inputs, in the order given.
