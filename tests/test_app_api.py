@@ -87,7 +87,8 @@ def test_when_the_line_is_full_the_next_is_told_so(address, client):
     """Held up by one long decoding, the line takes what it says it takes, and answers 503 to the rest."""
 
     def join(number: int) -> int:
-        body = {"data": ["support_triage", TEXTS, "zero-shot", 500, None], "fn_index": number, "session_hash": "full"}
+        inputs = ["support_triage", TEXTS, "zero-shot", 500, None]
+        body = {"data": inputs, "fn_index": number, "session_hash": "full"}
         return httpx.post(f"{address}/gradio_api/queue/join", json=body).status_code
 
     endpoint = next(one for one in client.endpoints.values() if one.api_name == "/cot")
