@@ -41,10 +41,9 @@ from dhrd_lib.backbones import (
 )
 from dhrd_lib.config import ConfigError, ModelConfig
 from dhrd_lib.inference import CPU_PART_TOKENS, Predictions, length_sorted_batches, predictions, read_model_config
-from dhrd_lib.inputs import render_inputs
+from dhrd_lib.inputs import ROWS_A_PART, render_inputs
 from dhrd_lib.losses import class_cross_entropy_sum, dhrd_loss, lm_cross_entropy_sum
 from dhrd_lib.sequences import (
-    ROWS_A_PART,
     SPECIAL_MARKERS,
     TEXT_MARKERS,
     DHRDCollator,
