@@ -306,8 +306,7 @@ def slopes(table: pd.DataFrame) -> list[dict[str, Any]]:
     for (factor, what), part in table.groupby(["factor", "what"], sort=False):
         row = {"factor": factor, "what": what}
         for measure in ("seconds", "added_mib"):
-            told = part[["size", measure]].dropna()
-            row[f"{measure}_slope"] = plots.log_slope(told["size"], told[measure])
+            row[f"{measure}_slope"] = plots.log_slope(part["size"], part[measure])
         found.append(row)
     return found
 
@@ -320,7 +319,7 @@ def write(result: dict, table: pd.DataFrame, folder: Path) -> None:
     for row in result["slopes"]:
         line = f"{row['what']} by {row['factor']}: seconds grow with the power {row['seconds_slope'] or 0:.2f}"
         memory = row["added_mib_slope"]
-        print(line + (f", memory with {memory:.2f}" if memory is not None else ", no memory to speak of"))
+        print(line + (f", memory with {memory:.2f}" if memory is not None else ", memory is too little to tell"))
     print(f"{result['seconds']:.0f} s in all; {folder / 'growth.json'}, {folder / 'growth.html'}")
 
 

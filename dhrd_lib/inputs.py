@@ -15,6 +15,9 @@ from tokenizers import Tokenizer
 
 from dhrd_lib.config import WorkbenchError
 
+# As Python objects, rows and tokens take several times their place in Arrow: so many at once are held as such.
+ROWS_A_PART = 1000
+
 
 class TaskError(WorkbenchError):
     """The data or the template isn't something that a model can be trained on or asked about."""

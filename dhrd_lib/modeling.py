@@ -40,11 +40,16 @@ from dhrd_lib.backbones import (
     reading_weights,
 )
 from dhrd_lib.config import ConfigError, ModelConfig
-from dhrd_lib.inference import CPU_PART_TOKENS, Predictions, length_sorted_batches, predictions, read_model_config
-from dhrd_lib.inputs import render_inputs
+from dhrd_lib.inference import (
+    CPU_PART_TOKENS,
+    Predictions,
+    length_sorted_batches,
+    predict_in_windows,
+    read_model_config,
+)
+from dhrd_lib.inputs import ROWS_A_PART, render_inputs
 from dhrd_lib.losses import class_cross_entropy_sum, dhrd_loss, lm_cross_entropy_sum
 from dhrd_lib.sequences import (
-    ROWS_A_PART,
     SPECIAL_MARKERS,
     TEXT_MARKERS,
     DHRDCollator,
@@ -358,7 +363,10 @@ class DHRDModel(PreTrainedModel):
 
     def encode_texts(self, texts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Token rows of inputs: each a dict of the template's fields, or a str where it has one field."""
-        inputs = render_inputs(self.config.template, texts)
+        return self.encode_inputs(render_inputs(self.config.template, texts))
+
+    def encode_inputs(self, inputs: list[str]) -> list[dict[str, Any]]:
+        """Token rows of rendered inputs."""
         rows, nothing = [], [None] * ROWS_A_PART
         # In parts: what the tokenizer gives beside the ids takes several times their place.
         for start in range(0, len(inputs), ROWS_A_PART):
@@ -372,7 +380,7 @@ class DHRDModel(PreTrainedModel):
         Inputs of like length share a batch of at most `max_batch_tokens` tokens, padding counted. The LM
         head isn't computed.
         """
-        return predictions(self.classify_rows(self.encode_texts(texts), max_batch_tokens), self.label_names)
+        return predict_in_windows(self, texts, max_batch_tokens)
 
     @torch.inference_mode()
     def classify_rows(

@@ -463,7 +463,7 @@ def growth_lines(points: pd.DataFrame) -> go.Figure:
     """Seconds and memory against size on log axes, a column of panels a factor, a line a thing that was measured.
 
     `points` has the columns factor, what, size, seconds and added_mib (NaN where it is too little to tell). A line
-    says its slope (`log_slope`): 1 is in proportion, 2 is with the square.
+    that has all its points says its slope (`log_slope`): 1 is in proportion, 2 is with the square.
     """
     factors = list(dict.fromkeys(points["factor"]))
     measures = {"seconds": "seconds", "added_mib": "memory added (MiB)"}
@@ -473,9 +473,10 @@ def growth_lines(points: pd.DataFrame) -> go.Figure:
         for row, (measure, title) in enumerate(measures.items(), 1):
             figure.update_xaxes(title=factor, type="log", row=row, col=column)
             figure.update_yaxes(title=title, type="log", row=row, col=column)
-            told_at = points[points["factor"] == factor].dropna(subset=measure)
-            for what, part in told_at.groupby("what", sort=False):
-                slope = log_slope(part["size"], part[measure])
+            for what, part in points[points["factor"] == factor].groupby("what", sort=False):
+                slope, part = log_slope(part["size"], part[measure]), part.dropna(subset=measure)
+                if part.empty:
+                    continue
                 told = what if slope is None else f"{what}: slope {slope:.2f}"
                 figure.add_scatter(
                     x=part["size"],
@@ -495,10 +496,14 @@ def growth_lines(points: pd.DataFrame) -> go.Figure:
 
 
 def log_slope(sizes: Sequence[float], values: Sequence[float]) -> float | None:
-    """The power with which values grow with sizes: least squares on the logs; None for fewer than two points."""
-    if len(sizes) < 2:
+    """The power with which values grow with sizes: least squares on the logs.
+
+    None for fewer than two points, and where a value is missing (NaN): what the others say isn't the line's slope.
+    """
+    values = np.asarray(values, float)
+    if len(sizes) < 2 or np.isnan(values).any():
         return None
-    return float(np.polyfit(np.log(np.asarray(sizes, float)), np.log(np.asarray(values, float)), 1)[0])
+    return float(np.polyfit(np.log(np.asarray(sizes, float)), np.log(values), 1)[0])
 
 
 def _legend_above(figure: go.Figure, number: int, row: int, column: int) -> None:

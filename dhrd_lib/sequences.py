@@ -17,12 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_lib.config import ConfigError
-from dhrd_lib.inputs import cut_to_fit, whole_characters
+from dhrd_lib.inputs import ROWS_A_PART, cut_to_fit, whole_characters
 
 IGNORE_INDEX = -100
 TEXT_MARKERS = ("\nReasoning:", "\nAnswer:")
 SPECIAL_MARKERS = ("<REASON>", "<ANS>")
-ROWS_A_PART = 1000
 # Four bytes hold any token's id; left to itself, Arrow takes eight.
 _IDS = List(Value("int32"))
 _COUNTS = ("input_length", "input_tokens_cut", "rationale_tokens_cut", "class_labels", "length", "lm_tokens")

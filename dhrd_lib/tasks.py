@@ -2,13 +2,13 @@
 
 `load_task` gives a `Task` and a `DatasetDict` with the same columns for the seven SuperGLUE tasks of
 the paper, for the two embedded sets, and for a user's CSV, JSONL or Parquet file. Data that can't be
-used as it stands raises `TaskError`; no row is ever dropped.
+used as it stands raises `TaskError`; no row is ever dropped. Rows are read in parts and kept in Arrow: as Python
+dicts, a whole file would take several times its place.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import os
 import re
 import sys
@@ -16,24 +16,30 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets.fingerprint import generate_random_fingerprint
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
 from dhrd_lib.config import parse_json, reason_of
-from dhrd_lib.inputs import TaskError, as_text, render, template_fields
+from dhrd_lib.inputs import ROWS_A_PART, TaskError, as_text, render, template_fields
 
 DATA = Path(__file__).parent / "data"
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-# A text may be longer than the csv module's 131,072 characters; the whole file is in memory anyway.
+PART_BYTES = 2**20
+# A text may be longer than the csv module's 131,072 characters.
 csv.field_size_limit(2**31 - 1)
 
 Row = dict[str, Any]
-Splits = dict[str, tuple[str, list[Row]]]  # split -> (where its rows come from, the rows)
+Splits = dict[str, tuple[str, pa.Table]]  # split -> (where its rows come from, the rows' cells as text)
 
 
 @dataclass(frozen=True)
@@ -164,10 +170,10 @@ def load_task(
     else:
         labels = _labels(*splits["train"], columns["label"])
         task = Task(Path(name).resolve().stem, _user_template(text, template), labels, labels)
-    rows = {split: _normalise(where, rows, task, columns) for split, (where, rows) in splits.items()}
     where = splits["train"][0]
+    rows = {split: _normalise(*splits.pop(split), task, columns) for split in list(splits)}
     # A user's file may be called cb.csv: the packaged rationales aren't about its rows.
-    _join_rationales(task.name, where, rows["train"], packaged=name in _FOLDERS)
+    rows["train"] = _join_rationales(task.name, where, rows["train"], packaged=name in _FOLDERS)
     cut_by = _CUT_BY.get(name) or ("group" if "group" in columns else None)
     rows, test_splits = _with_dev(where, rows, cut_by, dev_fraction, split_seed)
     task = replace(task, test_splits=test_splits)
@@ -178,7 +184,7 @@ def _read_path(path: Path) -> Splits:
     """The rows of one file, as train, or of each split's file in a folder."""
     # os.path says no where Path would raise: to a name that is too long, which is no path at all.
     if os.path.isfile(path):
-        return {"train": (str(path), read_rows(path))}
+        return {"train": (str(path), _text_table(_rows(path)))}
     if not os.path.isdir(path):
         known = ", ".join(TASKS)
         raise TaskError(f"{str(path)!r} is neither a task nor a file or folder; expected {known}, or a path.")
@@ -191,7 +197,18 @@ def _read_path(path: Path) -> Splits:
         files[file.stem] = file
     if "train" not in files:
         raise TaskError(f"{path} has no train file; expected train with one of {', '.join(SUFFIXES)}.")
-    return {split: (str(file), read_rows(file)) for split, file in files.items()}
+    return {split: (str(file), _text_table(_rows(file))) for split, file in files.items()}
+
+
+def _text_table(rows: Iterable[Row]) -> pa.Table:
+    """Rows as columns of text (see `as_text`), in the order in which they are first met; a missing cell is null."""
+    rows, parts = iter(rows), [pa.table({})]
+    while part := [{key: as_text(value) for key, value in row.items()} for row in islice(rows, ROWS_A_PART)]:
+        columns = dict.fromkeys(key for row in part for key in row)
+        # By way of structs, which count rows that have no column at all.
+        structs = pa.array(part, pa.struct([(column, pa.string()) for column in columns]))
+        parts.append(pa.Table.from_struct_array(structs))
+    return pa.concat_tables(parts, promote_options="default")
 
 
 def read_rows(path: Path, max_rows: int | None = None, max_bytes: int | None = None) -> list[Row]:
@@ -201,13 +218,18 @@ def read_rows(path: Path, max_rows: int | None = None, max_bytes: int | None = N
     `max_bytes` (of a Parquet file's values) one with more is refused before all of it is in memory. The columns of
     such a Parquet file must hold single values.
     """
+    return list(_rows(path, max_rows, max_bytes))
+
+
+def _rows(path: Path, max_rows: int | None = None, max_bytes: int | None = None) -> Iterator[Row]:
+    """The same, one after the other."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _read_parquet(path, max_rows, max_bytes)
+        return _parquet_rows(path, max_rows, max_bytes)
     if suffix in (".csv", ".tsv"):
-        return _read_csv(path, "," if suffix == ".csv" else "\t", max_rows)
+        return _csv_rows(path, "," if suffix == ".csv" else "\t", max_rows)
     if suffix in (".jsonl", ".json"):
-        return _read_jsonl(path, max_rows)
+        return _jsonl_rows(path, max_rows)
     raise TaskError(f"{path} ends in {suffix!r}; expected one of {', '.join(SUFFIXES)}.")
 
 
@@ -216,103 +238,110 @@ def _refuse_more(path: Path, n_rows: int, max_rows: int | None) -> None:
         raise TaskError(f"{path} has more than {max_rows:,} rows; expected at most so many.")
 
 
-def _read_parquet(path: Path, max_rows: int | None, max_bytes: int | None) -> list[Row]:
+def _parquet_rows(path: Path, max_rows: int | None, max_bytes: int | None) -> Iterator[Row]:
     try:
         file = pq.ParquetFile(path)
-        _refuse_twice(f"{path}, columns", file.schema_arrow.names)
+        _refuse_twice(f"{path}, columns", pa.array(file.schema_arrow.names, pa.string()))
         _refuse_more(path, file.metadata.num_rows, max_rows)
         if max_bytes is not None:
-            return _bounded_rows(path, file, max_bytes)
-        table = file.read()
-        table.validate(full=True)
+            yield from _bounded_rows(path, file, max_bytes)
+            return
+        for part in file.iter_batches(ROWS_A_PART):
+            yield from _decoded(path, part)
     except (pa.ArrowException, OSError) as error:
         raise TaskError(f"{path} can't be read ({reason_of(error)}); expected a Parquet file.") from error
-    return _decoded(path, table).to_pylist()
 
 
-def _decoded(path: Path, table: pa.Table) -> pa.Table:
-    """The table with its columns of bytes as text, which is how some programs write text."""
-    for place, field in enumerate(table.schema):
+def _decoded(path: Path, part: pa.RecordBatch) -> list[Row]:
+    """The rows of a part, with columns of bytes as text, which is how some programs write text."""
+    part.validate(full=True)
+    for place, field in enumerate(part.schema):
         if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
             try:
-                table = table.set_column(place, field.name, table[place].cast(pa.large_string()))
+                part = part.set_column(place, field.name, part[place].cast(pa.large_string()))
             except pa.ArrowInvalid as error:
                 where = f"{path}, column {field.name!r}"
                 raise TaskError(f"{where} has bytes that aren't UTF-8; expected text.") from error
-    return table
+    return part.to_pylist()
 
 
-def _bounded_rows(path: Path, file: pq.ParquetFile, max_bytes: int) -> list[Row]:
+def _bounded_rows(path: Path, file: pq.ParquetFile, max_bytes: int) -> Iterator[Row]:
     """A Parquet file's rows, read in small parts until they are all there or too large."""
     columns = [file.schema.column(place) for place in range(len(file.schema))]
     nested = next((one.path for one in columns if "." in one.path or one.max_repetition_level), None)
     if nested:  # One row of such a column may hold any number of values.
         raise TaskError(f"{path} has lists or records in the column {nested!r}; expected single values.")
     groups = [file.metadata.row_group(place) for place in range(file.metadata.num_row_groups)]
-    size, rows = sum(group.total_byte_size for group in groups), []
-    for part in file.iter_batches(batch_size=16) if size <= max_bytes else ():
-        part.validate(full=True)
-        read = _decoded(path, pa.Table.from_batches([part])).to_pylist()
+    size = sum(group.total_byte_size for group in groups)
+    _refuse_larger(path, size, max_bytes)
+    for part in file.iter_batches(batch_size=16):
+        rows = _decoded(path, part)
         # A value that stands once in the file may stand in every row.
-        size += sum(sys.getsizeof(row) + sum(map(sys.getsizeof, row.values())) for row in read)
-        rows += read
-        if size > max_bytes:
-            break
+        size += sum(sys.getsizeof(row) + sum(map(sys.getsizeof, row.values())) for row in rows)
+        _refuse_larger(path, size, max_bytes)
+        yield from rows
+
+
+def _refuse_larger(path: Path, size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise TaskError(f"{path} unfolds to more than {max_bytes / 2**20:.0f} MiB; expected at most so much.")
-    return rows
 
 
-def _read_csv(path: Path, delimiter: str, max_rows: int | None) -> list[Row]:
-    # The csv module's strict mode, because pandas and pyarrow take what follows a quote that is never
-    # closed for one long value, and so lose rows; pandas also takes the word "NA" for a missing value.
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
-    try:
-        lines = filter(None, reader)  # a blank line is no row, and no header
-        header = next(lines, [])
-        _refuse_twice(f"{path}, columns", header)
-        for cells in lines:
-            if len(cells) != len(header):
-                found = f"line {reader.line_num} has a row of {len(cells)}"
-                # One column only: the header shows whether another sign parts the values.
-                wanted = f"{len(header)} values, as in the header"
-                wanted = wanted if len(header) > 1 else f"1 value, as in the header {header[0]!r}"
-                raise TaskError(f"{path}, {found}; expected {wanted}.")
-            rows.append(dict(zip(header, cells, strict=True)))
-            _refuse_more(path, len(rows), max_rows)
-    except csv.Error as error:
-        raise TaskError(f"{path}, line {reader.line_num} isn't well-formed CSV ({error}).") from error
-    return rows
-
-
-def _read_jsonl(path: Path, max_rows: int | None = None) -> list[Row]:
-    rows: list[Row] = []
-    text = _read_text(path).rstrip()
-    _refuse_more(path, text.count("\n") + bool(text), max_rows)
-    for number, line in enumerate(text.split("\n") if text else [], 1):
+def _csv_rows(path: Path, delimiter: str, max_rows: int | None) -> Iterator[Row]:
+    _check_text(path)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        # The csv module's strict mode, because pandas and pyarrow take what follows a quote that is never
+        # closed for one long value, and so lose rows; pandas also takes the word "NA" for a missing value.
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise TaskError(f"{path}, line {number} isn't one JSON object ({error}).") from error
-        if not isinstance(row, dict):
-            raise TaskError(f"{path}, line {number} isn't one JSON object (it is a {type(row).__name__}).")
-        rows.append(row)
-    return rows
+            lines = filter(None, reader)  # a blank line is no row, and no header
+            header = next(lines, [])
+            _refuse_twice(f"{path}, columns", pa.array(header, pa.string()))
+            for number, cells in enumerate(lines, 1):
+                if len(cells) != len(header):
+                    found = f"line {reader.line_num} has a row of {len(cells)}"
+                    # One column only: the header shows whether another sign parts the values.
+                    wanted = f"{len(header)} values, as in the header"
+                    wanted = wanted if len(header) > 1 else f"1 value, as in the header {header[0]!r}"
+                    raise TaskError(f"{path}, {found}; expected {wanted}.")
+                _refuse_more(path, number, max_rows)
+                yield dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise TaskError(f"{path}, line {reader.line_num} isn't well-formed CSV ({error}).") from error
 
 
-def _read_text(path: Path) -> str:
+def _jsonl_rows(path: Path, max_rows: int | None = None) -> Iterator[Row]:
+    n_lines = _check_text(path)
+    _refuse_more(path, n_lines, max_rows)
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(islice(file, n_lines), 1):
+            try:
+                row = parse_json(line.rstrip("\n") if number < n_lines else line.rstrip())
+            except ValueError as error:
+                raise TaskError(f"{path}, line {number} isn't one JSON object ({error}).") from error
+            if not isinstance(row, dict):
+                raise TaskError(f"{path}, line {number} isn't one JSON object (it is a {type(row).__name__}).")
+            yield row
+
+
+def _check_text(path: Path) -> int:
+    """How many lines a file has, less the blank ones at its end; raises `TaskError` where it isn't UTF-8 text."""
+    n_read = n_lines = 0
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            # Whole lines, because a character may be cut by any other end.
+            while raw := file.read(PART_BYTES) + file.readline():
+                if (start := raw.find(b"\0")) >= 0:
+                    raise UnicodeDecodeError("utf-8", raw, start, start + 1, "a NUL byte")
+                text = raw.decode("utf-8" if n_read else "utf-8-sig").rstrip()
+                n_lines = n_read + text.count("\n") + 1 if text else n_lines
+                n_read += raw.count(b"\n")
     except OSError as error:
         raise TaskError(f"{path} can't be read ({error.strerror}); expected a data file.") from error
-    try:
-        if (start := raw.find(b"\0")) >= 0:
-            raise UnicodeDecodeError("utf-8", raw, start, start + 1, "a NUL byte")
-        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line = n_read + error.object.count(b"\n", 0, error.start) + 1
         raise TaskError(f"{path}, line {line} has {error.reason}; expected UTF-8 text.") from error
+    return n_lines
 
 
 def _read_superglue(task: Task, data_dir: str | Path | None) -> Splits:
@@ -324,7 +353,7 @@ def _read_superglue(task: Task, data_dir: str | Path | None) -> Splits:
         for file in files.values():
             if not file.is_file():
                 raise TaskError(f"{file} doesn't exist; expected SuperGLUE's own JSONL file there.")
-        raw = {split: (str(file), _read_jsonl(file)) for split, file in files.items()}
+        raw = {split: (str(file), _jsonl_rows(file)) for split, file in files.items()}
     else:
         try:
             hub = datasets.load_dataset("aps/super_glue", task.name)
@@ -335,11 +364,11 @@ def _read_superglue(task: Task, data_dir: str | Path | None) -> Splits:
                 "SuperGLUE's JSONL files in the folder DHRD_DATA_DIR, or an embedded task "
                 "(everyday_nli, support_triage)."
             ) from error
-        raw = {split: (f"the hub's {split}", list(hub[split])) for split in ("train", "validation")}
-    return {split: (where, list(_from_superglue(task, where, rows))) for split, (where, rows) in raw.items()}
+        raw = {split: (f"the hub's {split}", hub[split]) for split in ("train", "validation")}
+    return {split: (where, _text_table(_from_superglue(task, where, rows))) for split, (where, rows) in raw.items()}
 
 
-def _from_superglue(task: Task, where: str, rows: list[Row]) -> Iterator[Row]:
+def _from_superglue(task: Task, where: str, rows: Iterable[Row]) -> Iterator[Row]:
     """The same fields from SuperGLUE's JSONL, with names or truth values, and from the hub, with ids."""
     unpack = {"multirc": _multirc, "wsc": _wsc}.get(task.name, lambda row: [row])
     for number, row in enumerate(rows, 1):
@@ -380,9 +409,9 @@ def _wsc(row: Row) -> Iterator[Row]:
     yield {**row, "marked_text": f"{text[:start]}*{pronoun}*{text[start + len(pronoun) :]}"}
 
 
-def _own_columns(named: dict[str, str | None], where: str, rows: list[Row]) -> dict[str, str]:
+def _own_columns(named: dict[str, str | None], where: str, rows: pa.Table) -> dict[str, str]:
     """Which source column is the label, the rationale and the group, where there is one."""
-    present = _columns(rows)
+    present = rows.column_names
     columns = {own: column or own for own, column in named.items() if column or own in (*present, "label")}
     _require(where, rows, columns.values())
     for own, column in columns.items():
@@ -401,77 +430,84 @@ def _user_template(text: tuple[str, ...], template: str | None) -> str:
     return template
 
 
-def _labels(where: str, rows: list[Row], column: str) -> tuple[str, ...]:
-    labels = sorted({_cell(row, column) for row in rows} - {""})
+def _labels(where: str, rows: pa.Table, column: str) -> tuple[str, ...]:
+    labels = sorted({*_cells(rows, column).unique().to_pylist()} - {""})
     if len(labels) < 2:
         found = f"only the label {labels[0]!r}" if labels else "no label"
         raise TaskError(f"{where}, column {column!r} has {found}; expected two or more labels.")
     return tuple(labels)
 
 
-def _normalise(where: str, rows: list[Row], task: Task, columns: dict[str, str]) -> list[Row]:
+def _normalise(where: str, rows: pa.Table, task: Task, columns: dict[str, str]) -> pa.Table:
     """One split's rows with the workbench's columns beside the source's own (see `load_task`)."""
     _require(where, rows, (*task.fields, columns["label"]))
-    present = _columns(rows)
+    present = rows.column_names
     if "input_text" in present:
         raise TaskError(f"{where} has a column 'input_text', a reserved name; expected it renamed.")
     for field in task.fields:
         if field in (columns["label"], columns.get("rationale")):
             raise TaskError(f"the input reads {field!r}, which gives away the answer; expected text columns.")
-    found = []
-    for number, row in enumerate(rows):
-        own = {key: as_text(row.get(key)) for key in present}
-        ours = {"label": _cell(row, columns["label"]), "input_text": render(task.template, own)}
-        ours["idx"] = _cell(row, "idx") if "idx" in present else str(number)
-        for key in ("rationale", "group"):
-            ours[key] = _cell(row, columns.get(key)) or None
-        found.append({**own, **ours})
-    ids = Counter(row["idx"] for row in found)
-    labels = ", ".join(map(repr, task.label_names))
-    known = {"", *task.label_names}
-    strange = next((row["label"] for row in found if row["label"] not in known), None)
-    grouped = columns.get("group") in present
-    for problem, expected, bad in (
-        ("no text", "some", lambda row: not any((row[key] or "").strip() for key in task.fields)),
-        ("no label", "one", lambda row: not row["label"]),
-        (f"the label {strange!r}", f"one of {labels}", lambda row: row["label"] == strange),
-        ("no idx", "one", lambda row: not row["idx"]),
-        ("the same idx", "a different one for each row", lambda row: ids[row["idx"]] > 1),
-        ("no group", "one", lambda row: grouped and not row["group"]),
-    ):
-        numbers = [str(number) for number, row in enumerate(found, 1) if bad(row)]
-        if numbers:
-            more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
-            raise TaskError(f"{where} has {problem} in row {', '.join(numbers[:5])}{more}; expected {expected}.")
+    ours = {"label": _cells(rows, columns["label"]), "input_text": _rendered(rows, task)}
+    ours["idx"] = _cells(rows, "idx") if "idx" in present else pa.array(np.arange(len(rows))).cast(pa.string())
+    for key in ("rationale", "group"):
+        cells = _cells(rows, columns.get(key))
+        ours[key] = pc.if_else(pc.equal(cells, ""), pa.scalar(None, pa.string()), cells)
+    found = pa.table({**dict(zip(present, rows.columns, strict=True)), **ours})
+    _check(where, found, task, grouped=columns.get("group") in present)
     return found
 
 
-def _join_rationales(name: str, where: str, rows: list[Row], packaged: bool) -> None:
-    """Put the teacher's rationales on the train rows, by `idx`."""
+def _rendered(rows: pa.Table, task: Task) -> pa.ChunkedArray:
+    parts = rows.select(list(task.fields)).to_batches(ROWS_A_PART)
+    return pa.chunked_array([[task.render(row) for row in part.to_pylist()] for part in parts], pa.string())
+
+
+def _check(where: str, rows: pa.Table, task: Task, grouped: bool) -> None:
+    """Refuse rows that lack what each must have, and name them."""
+    labels, idx, names = rows["label"], rows["idx"], ", ".join(map(repr, task.label_names))
+    unknown = labels.filter(pc.invert(pc.is_in(labels, pa.array(["", *task.label_names]))))
+    strange = unknown[0] if len(unknown) else pa.scalar(None, pa.string())
+    for problem, expected, bad in (
+        ("no text", "some", reduce(pc.and_, (pc.equal(_cells(rows, field), "") for field in task.fields))),
+        ("no label", "one", pc.equal(labels, "")),
+        (f"the label {strange.as_py()!r}", f"one of {names}", pc.equal(labels, strange)),
+        ("no idx", "one", pc.equal(idx, "")),
+        ("the same idx", "a different one for each row", pc.is_in(idx, _repeated(idx).field("values"))),
+        ("no group", "one", pc.and_(grouped, rows["group"].is_null())),
+    ):
+        places = pc.indices_nonzero(bad)
+        if len(places):
+            numbers = ", ".join(str(place + 1) for place in places[:5].to_pylist())
+            more = f" and {len(places) - 5} more" if len(places) > 5 else ""
+            raise TaskError(f"{where} has {problem} in row {numbers}{more}; expected {expected}.")
+
+
+def _join_rationales(name: str, where: str, rows: pa.Table, packaged: bool) -> pa.Table:
+    """The train rows with the teacher's rationales, which are put on them by `idx`."""
     folders = [DATA / "rationales"] if packaged else []
     if os.environ.get("DHRD_RATIONALES_DIR"):
         folders.insert(0, Path(os.environ["DHRD_RATIONALES_DIR"]).expanduser())
     path = next(filter(Path.is_file, (folder / f"{name}.jsonl" for folder in folders)), None)
-    lines = _read_jsonl(path) if path else []
-    if not lines:
-        return
+    lines = _text_table(_jsonl_rows(path) if path else ())
+    if not len(lines):
+        return rows
     _require(str(path), lines, ("idx", "rationale"))
-    given = [(_cell(line, "idx"), _cell(line, "rationale")) for line in lines if _cell(line, "rationale")]
-    _refuse_twice(f"{path}, idx", [idx for idx, _ in given])
-    by_idx = {row["idx"]: row for row in rows}
-    strays = [idx for idx, _ in given if idx not in by_idx]
-    if strays:
+    given = pa.table({key: _cells(lines, key) for key in ("idx", "rationale")})
+    given = given.filter(pc.not_equal(given["rationale"], ""))
+    _refuse_twice(f"{path}, idx", given["idx"])
+    strays = given["idx"].filter(pc.invert(pc.is_in(given["idx"], rows["idx"])))
+    if len(strays):
         raise TaskError(
             f"{path} has {len(strays)} rationales of {len(given)} whose idx no row of {where} has, the first "
-            f"{strays[0]!r}; expected rationales for these rows, here or in the folder DHRD_RATIONALES_DIR."
+            f"{strays[0].as_py()!r}; expected rationales for these rows, here or in the folder DHRD_RATIONALES_DIR."
         )
-    for idx, rationale in given:
-        by_idx[idx]["rationale"] = rationale
+    joined = pc.coalesce(given["rationale"].take(pc.index_in(rows["idx"], given["idx"])), rows["rationale"])
+    return rows.set_column(rows.column_names.index("rationale"), "rationale", joined)
 
 
 def _with_dev(
-    where: str, rows: dict[str, list[Row]], cut_by: str | None, fraction: float, seed: int
-) -> tuple[dict[str, list[Row]], tuple[str, ...]]:
+    where: str, rows: dict[str, pa.Table], cut_by: str | None, fraction: float, seed: int
+) -> tuple[dict[str, pa.Table], tuple[str, ...]]:
     """Train, dev and the test splits, and the names of the test splits (see `load_task`)."""
     train, validation = rows["train"], rows.get("validation")
     tests = {split: found for split, found in rows.items() if split.startswith("test")}
@@ -479,78 +515,85 @@ def _with_dev(
         return {"train": train, "dev": validation, **tests}, tuple(tests)
     if validation:
         tests = {"validation": validation}
-    if not tests:
-        if fraction >= 0.5:
-            raise TaskError(f"dev_fraction is {fraction}; expected less than 0.5, test being as large as dev.")
-        train, tests["test"] = _cut(where, train, cut_by, fraction, seed)
+    if not tests and fraction >= 0.5:
+        raise TaskError(f"dev_fraction is {fraction}; expected less than 0.5, test being as large as dev.")
+    keys = train.select(["label", cut_by] if cut_by else ["label"])
+    split_of, cuts = np.full(len(train), "train"), ["dev"] if tests else ["test", "dev"]
+    for split in cuts:
+        left = split_of == "train"
+        off = _cut(where, keys.filter(pa.array(left)), cut_by, fraction, seed)
+        split_of[left] = np.where(off, split, "train")
         fraction /= 1 - fraction  # of the smaller train, so that dev is as large as test
-    train, dev = _cut(where, train, cut_by, fraction, seed)
-    return {"train": train, "dev": dev, **tests}, tuple(tests)
+    own = {split: train.filter(pa.array(split_of == split)) for split in ("train", *reversed(cuts))}
+    return {**own, **tests}, tuple(tests) or ("test",)
 
 
-def _cut(
-    where: str, rows: list[Row], cut_by: str | None, fraction: float, seed: int
-) -> tuple[list[Row], list[Row]]:
-    """The rows to keep and the rows cut off, each in their old order and with every label."""
-    labels = [row["label"] for row in rows]
-    off: set[int] = set()
+def _cut(where: str, rows: pa.Table, cut_by: str | None, fraction: float, seed: int) -> np.ndarray:
+    """Which rows to cut off `(N,)`, so that every label is on both sides."""
+    off = np.zeros(len(rows), dtype=bool)
     if cut_by is None:
-        places_of: dict[str, list[int]] = {}
-        for place, name in enumerate(labels):
-            places_of.setdefault(name, []).append(place)
-        for name, places in places_of.items():
+        labels = rows["label"].combine_chunks().dictionary_encode()
+        for label, name in enumerate(labels.dictionary.to_pylist()):
+            places = np.flatnonzero(labels.indices.to_numpy() == label)
             if len(places) < 2:
                 raise TaskError(f"{where} has too few rows of label {name!r}; expected one a split or more.")
             size = min(max(round(fraction * len(places)), 1), len(places) - 1)
-            off.update(train_test_split(places, test_size=size, random_state=seed)[1])
+            off[train_test_split(places, test_size=size, random_state=seed)[1]] = True
     else:
-        off.update(_fold(labels, [row[cut_by] for row in rows], round(1 / fraction), seed))
-    if not off:
+        labels, groups = (pc.rank(rows[column], tiebreaker="dense").to_numpy() for column in ("label", cut_by))
+        off[_fold(labels, groups, round(1 / fraction), seed)] = True
+    if not off.any():
         raise TaskError(f"{where} has too few groups; expected enough for every split to have every label.")
-    kept = [row for place, row in enumerate(rows) if place not in off]
-    return kept, [rows[place] for place in sorted(off)]
+    return off
 
 
-def _fold(labels: list[str], groups: list[str], folds: int, seed: int) -> Iterable[int]:
+def _fold(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray | list[int]:
     """The places of one of about `folds` folds of whole groups that has, and leaves, every label."""
-    folds = min(max(folds, 2), len(set(groups)), max(Counter(labels).values()))
+    folds = min(max(folds, 2), len(np.unique(groups)), max(Counter(labels.tolist()).values()))
     if folds < 2:
-        return ()
+        return []
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # says that a label is rare, which is checked here
         for kept, off in splitter.split(labels, labels, groups):
-            if {labels[place] for place in kept} == {labels[place] for place in off}:
-                return off.tolist()
-    return ()
+            if {*labels[kept]} == {*labels[off]}:
+                return off
+    return []
 
 
-def _dataset(rows: list[Row], task: Task) -> datasets.Dataset:
-    features = datasets.Features(dict.fromkeys(rows[0], datasets.Value("string")))
+def _dataset(rows: pa.Table, task: Task) -> datasets.Dataset:
+    features = datasets.Features(dict.fromkeys(rows.column_names, datasets.Value("string")))
     features["label"] = datasets.ClassLabel(names=list(task.label_names))
-    return datasets.Dataset.from_list(rows, features=features)
+    labels = pc.index_in(rows["label"], pa.array(task.label_names)).cast(pa.int64())
+    rows = rows.set_column(rows.column_names.index("label"), "label", labels)
+    # Without one, a fingerprint would be taken of a copy of all rows; a dataset in memory is cached by none.
+    info, fingerprint = datasets.DatasetInfo(features=features), generate_random_fingerprint()
+    return datasets.Dataset(rows, info=info, fingerprint=fingerprint)
 
 
-def _cell(row: Row, column: str | None) -> str:
-    """A cell as text without space around it; empty where it is missing."""
-    return (as_text(row.get(column)) or "").strip()
+def _cells(rows: pa.Table, column: str | None) -> pa.ChunkedArray:
+    """A column's cells without space around them; empty where they, or the column, are missing."""
+    if column not in rows.column_names:
+        return pa.chunked_array([pa.repeat("", len(rows))])
+    return pc.utf8_trim_whitespace(rows[column].fill_null(""))
 
 
-def _columns(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row))
-
-
-def _require(where: str, rows: list[Row], columns: Iterable[str]) -> None:
-    if not rows:
+def _require(where: str, rows: pa.Table, columns: Iterable[str]) -> None:
+    if not len(rows):
         raise TaskError(f"{where} has no rows; expected some.")
-    present = _columns(rows)
+    present = rows.column_names
     missing = [column for column in columns if column not in present]
     if missing:
         found = ", ".join(map(repr, present))
         raise TaskError(f"{where} has the columns {found}; expected {missing[0]!r} among them.")
 
 
-def _refuse_twice(where: str, names: list[str]) -> None:
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise TaskError(f"{where}: {name!r} stands {count} times; expected it once.")
+def _refuse_twice(where: str, names: pa.Array | pa.ChunkedArray) -> None:
+    for name in _repeated(names).to_pylist():
+        raise TaskError(f"{where}: {name['values']!r} stands {name['counts']} times; expected it once.")
+
+
+def _repeated(values: pa.Array | pa.ChunkedArray) -> pa.StructArray:
+    """The `values` that stand more than once, and their `counts`."""
+    found = values.value_counts()
+    return found.filter(pc.greater(found.field("counts"), 1))

@@ -326,6 +326,12 @@ FILES = [
         "{path}, line 3 has invalid continuation byte; expected UTF-8 text.",
     ),
     Case(
+        "another-encoding-after-a-byte-order-mark",
+        file("a.csv", b"\xef\xbb\xbftext,label\nx,a\n\xe9,b\n"),
+        load,
+        "{path}, line 3 has invalid continuation byte; expected UTF-8 text.",
+    ),
+    Case(
         "utf-16",
         file("a.csv", csv_rows().encode("utf-16")),
         load,

@@ -88,6 +88,16 @@ def test_an_export_has_the_models_logits_for_every_pooling_and_head(exports, for
     np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-4)
 
 
+def test_an_export_predicts_in_windows_what_it_predicts_at_once(exports, monkeypatch):
+    _, folder = exports("onnx", pooling="last", head="mlp")
+    exported = load_classifier(folder)
+    expected = exported.predict(TEXTS)
+    monkeypatch.setattr("dhrd_lib.inference.ROWS_A_WINDOW", 2)
+    found = exported.predict(TEXTS)
+    assert found.labels == expected.labels
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("format", "head"), [("onnx", "mlp"), ("openvino", "mlp"), ("hf", "linear")])
 def test_an_export_gives_several_threads_at_once_what_it_gives_one(exports, format, head):
     _, folder = exports(format, pooling="last", head=head)

@@ -10,6 +10,7 @@ from conftest import ARCHITECTURES, tiny_backbone, tiny_model
 from dhrd_lib.backbones import decoder_of, layers_of, load_backbone
 from dhrd_lib.config import POOLING_MODES, ConfigError, ModelConfig
 from dhrd_lib.inference import length_sorted_batches
+from dhrd_lib.inputs import TaskError
 from dhrd_lib.modeling import DHRDModel, build_model, pool
 from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, encode_example
 
@@ -61,6 +62,23 @@ def test_predict_gives_the_logits_of_training_and_keeps_the_order(model):
     labels, probabilities = model.predict(TEXTS, max_batch_tokens=64)
     torch.testing.assert_close(torch.from_numpy(probabilities), expected, **EXACT)
     assert labels == [model.label_names[i] for i in expected.argmax(-1)]
+
+
+def test_predict_holds_a_window_of_inputs_as_ids_and_names_a_bad_one_by_its_place_among_all(model, monkeypatch):
+    expected, texts = model.predict(TEXTS), [*TEXTS, *TEXTS]
+    monkeypatch.setattr("dhrd_lib.inference.ROWS_A_WINDOW", 2)
+    windows, classify_rows = [], model.classify_rows
+    monkeypatch.setattr(
+        model, "classify_rows", lambda rows, *args: windows.append(len(rows)) or classify_rows(rows, *args)
+    )
+    labels, probabilities = model.predict(texts)
+    assert windows == [2, 2, 2]
+    assert labels == expected.labels * 2
+    np.testing.assert_allclose(probabilities, np.tile(expected.probabilities, (2, 1)), atol=1e-5)
+    with pytest.raises(TaskError, match="input 5 has no text"):
+        model.predict([*texts[:4], " "])
+    assert len(windows) == 3
+    assert model.predict([]).probabilities.shape == (0, 3)
 
 
 def test_predict_does_not_run_the_lm_head(task):

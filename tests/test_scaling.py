@@ -352,7 +352,10 @@ def test_the_documented_growth_is_the_stored_one():
                 ("added_mib", lambda mib: "< 1" if mib is None else f"{mib:.3g}"),
             )
         )
-        powers = [f"{round(slope[name], 2) + 0:.2f}" for name in ("seconds_slope", "added_mib_slope")]
+        powers = [
+            "—" if slope[name] is None else f"{round(slope[name], 2) + 0:.2f}"
+            for name in ("seconds_slope", "added_mib_slope")
+        ]
         row = f"| {slope['what']} | {sizes} {slope['factor']} | {seconds} | {powers[0]} | {memory} | {powers[1]} |"
         assert row in SCALING
 
@@ -370,4 +373,6 @@ def test_the_growth_benchmark_writes_its_points_slopes_and_page(tmp_path):
     assert {factor for factor, _ in lines} == {"rows", "tokens", "labels"}
     assert len(stored["points"]) == 2 * len(lines)
     assert all(row["seconds_slope"] is not None for row in stored["slopes"])
+    short = {(point["factor"], point["what"]) for point in stored["points"] if point["added_mib"] is None}
+    assert {(row["factor"], row["what"]) for row in stored["slopes"] if row["added_mib_slope"] is None} == short
     assert "slope" in (tmp_path / "growth.html").read_text()

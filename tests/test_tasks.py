@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from collections import Counter
 
 import datasets
@@ -530,6 +531,42 @@ def test_several_text_columns_are_labelled_lines_unless_a_template_says_otherwis
     task, data = load_task(path, **options, template="{shop} says: {review}")
     assert data["train"][0]["input_text"] == "s0 says: Kettle 0 boils."
     assert task.fields == ("shop", "review")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_rows_are_never_held_whole_as_python_objects(suffix, tmp_path):
+    """What Python holds at once stays below four times the rows' place in Arrow; as dicts they take ten times."""
+    path = WRITERS[suffix](tmp_path / f"a{suffix}", reviews(20_000))
+    load_task(str(path), **OPTIONS)  # What is imported or kept for good at the first call isn't counted.
+    tracemalloc.start()
+    _, data = load_task(str(path), **OPTIONS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * sum(rows.data.nbytes for rows in data.values())
+
+
+def test_columns_that_come_late_are_columns_of_all_rows(tmp_path):
+    early = [{**row, "old": "o"} for row in reviews(2500)]
+    late = [{**row, "new": "n"} for row in reviews(2500)]
+    _, data = load_task(str(write_jsonl(tmp_path / "a.jsonl", [*early, *late])), **OPTIONS)
+    for rows in data.values():
+        assert rows.column_names[:6] == ["review", "stars", "why", "shop", "old", "new"]
+        for idx, old, new in zip(rows["idx"], rows["old"], rows["new"], strict=True):
+            assert (old, new) == (("o", None) if int(idx) < 2500 else (None, "n"))
+
+
+def test_rows_without_a_column_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n" * 1500 + '{"text": "x", "label": "a"}\n{"text": "y", "label": "b"}\n')
+    assert "has no text in row 1, 2, 3, 4, 5 and 1495 more;" in refusal(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_fault_far_down_a_file_is_told_by_its_line(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr("dhrd_lib.tasks.PART_BYTES", 100)
+    path = WRITERS[suffix](tmp_path / f"a{suffix}", reviews())
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:30], b"\xff" + lines[30], *lines[31:]]))
+    assert refusal(path, **OPTIONS) == f"{path}, line 31 has invalid start byte; expected UTF-8 text."
 
 
 def test_words_that_pandas_takes_for_missing_stay_words(tmp_path):
