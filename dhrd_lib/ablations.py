@@ -119,7 +119,7 @@ def run_ablation(
     if len(failed):
         first = failed.iloc[0]
         told = f"{len(failed)} of {len(cells)} cells aren't trained"
-        raise ResultsError(f"{told}; {first['run']}: {first['reason']}.")
+        raise ResultsError(f"{told}; {first['run']}: {str(first['reason']).rstrip('.')}.")
     runs = [load_run(Path(root) / name) for name in cells["run"]]
     for run in runs:
         if run.config.training.beta == 0:
