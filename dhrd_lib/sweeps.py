@@ -197,10 +197,11 @@ def sweep(
             process.start()
         for process in processes:
             process.join()
-    for run in filter(lambda run: _is_done(grid, run, root), grid.cells):
+    table = cells(grid, root, storage=url)
+    for run in set(table.loc[table["state"] == "finished", "run"]):
         # Killed after its last file, a run is finished and isn't trained again, which would remove them.
         drop_checkpoints(root / run)
-    return cells(grid, root, storage=url)
+    return table
 
 
 def cells(grid: Grid, root: str | Path = "runs", *, storage: str | None = None) -> pd.DataFrame:
@@ -275,18 +276,19 @@ def _opened(grid: Grid, url: str, begun: int) -> optuna.Study:
 def _states(grid: Grid, study: optuna.Study, root: Path) -> dict[str, tuple[str, str | None]]:
     """State and reason of each cell's run, in the grid's order."""
     trials = _trials(grid, study)
-    return {
-        run: ("finished", None) if _is_done(grid, run, root) else _state_of(trials.get(run, []))
-        for run in grid.cells
-    }
+    return {run: _state(grid, run, root, trials.get(run, [])) for run in grid.cells}
 
 
-def _is_done(grid: Grid, run: str, root: Path) -> bool:
-    """Whether the cell's run is finished in this folder and can be read, and isn't another run of the same name."""
+def _state(grid: Grid, run: str, root: Path, trials: list[FrozenTrial]) -> tuple[str, str | None]:
+    """ "finished" where the run is in this folder, can be read, and isn't another one of the same name."""
     try:
-        return is_finished(root / run) and load_run(root / run).config == grid.config(run)
-    except ConfigError:  # The cell fails with the same words, and the others go on.
-        return False
+        if is_finished(root / run) and load_run(root / run).config == grid.config(run):
+            return "finished", None
+    except ConfigError as error:
+        if trials and trials[-1].state == TrialState.COMPLETE:
+            return "failed", str(error)
+        # It fails with the same words once it's its turn, and the others go on.
+    return _state_of(trials)
 
 
 def _trials(grid: Grid, study: optuna.Study) -> dict[str, list[FrozenTrial]]:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
-from dhrd_lib.config import parse_json, reason_of
+from dhrd_lib.config import parse_json, reason_of, user_path
 from dhrd_lib.inputs import TaskError, as_text, render, template_fields
 
 DATA = Path(__file__).parent / "data"
@@ -157,7 +157,7 @@ def load_task(
     if name in _FOLDERS:
         splits = _read_superglue(TASKS[name], data_dir)
     else:
-        splits = _read_path(DATA / name if name in TASKS else Path(name).expanduser())
+        splits = _read_path(DATA / name if name in TASKS else user_path(name))
     columns = _own_columns(named, *splits["train"])
     if name in TASKS:
         task = TASKS[name]
@@ -319,7 +319,7 @@ def _read_superglue(task: Task, data_dir: str | Path | None) -> Splits:
     """Train and validation of a SuperGLUE task, from a local folder or from the hub."""
     root = data_dir or os.environ.get("DHRD_DATA_DIR")
     if root:
-        folder = Path(root).expanduser() / _FOLDERS[task.name]
+        folder = user_path(root) / _FOLDERS[task.name]
         files = {"train": folder / "train.jsonl", "validation": folder / "val.jsonl"}
         for file in files.values():
             if not file.is_file():
@@ -450,7 +450,7 @@ def _join_rationales(name: str, where: str, rows: list[Row], packaged: bool) -> 
     """Put the teacher's rationales on the train rows, by `idx`."""
     folders = [DATA / "rationales"] if packaged else []
     if os.environ.get("DHRD_RATIONALES_DIR"):
-        folders.insert(0, Path(os.environ["DHRD_RATIONALES_DIR"]).expanduser())
+        folders.insert(0, user_path(os.environ["DHRD_RATIONALES_DIR"]))
     path = next(filter(Path.is_file, (folder / f"{name}.jsonl" for folder in folders)), None)
     lines = _read_jsonl(path) if path else []
     if not lines:
@@ -504,7 +504,8 @@ def _cut(
             size = min(max(round(fraction * len(places)), 1), len(places) - 1)
             off.update(train_test_split(places, test_size=size, random_state=seed)[1])
     else:
-        off.update(_fold(labels, [row[cut_by] for row in rows], round(1 / fraction), seed))
+        folds = round(min(1 / fraction, len(rows)))
+        off.update(_fold(labels, [row[cut_by] for row in rows], folds, seed))
     if not off:
         raise TaskError(f"{where} has too few groups; expected enough for every split to have every label.")
     kept = [row for place, row in enumerate(rows) if place not in off]

@@ -278,6 +278,11 @@ def test_a_cell_whose_files_are_torn_is_listed_with_the_reason_and_the_rest_go_o
     reason = f"{tmp_path}/g/metrics.json is not JSON: Expecting property name enclosed in double quotes"
     assert table.loc["g", "state"] == "failed"
     assert table.loc["g", "reason"].startswith(reason)
+    (tmp_path / "g-alpha0" / "metrics.json").write_text("[]")  # after it was finished here
+    with pytest.warns(UserWarning, match="The run is left out"):
+        table = cells(grid, tmp_path).set_index("run")
+    told = f"{tmp_path}/g-alpha0/metrics.json has no metrics of splits; expected what training wrote."
+    assert tuple(table.loc["g-alpha0", ["state", "reason"]]) == ("failed", told)
 
 
 @pytest.mark.parametrize(
