@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from dhrd_lib import plots
 from dhrd_lib.ablations import by_seed, factors, load_results, one_factor, summarise
 from dhrd_lib.backbones import EMBEDDED
-from dhrd_lib.config import ConfigError, DataConfig, WorkbenchError
+from dhrd_lib.config import ConfigError, DataConfig, WorkbenchError, user_path
 from dhrd_lib.inference import read_model_config
 from dhrd_lib.runs import Run, find_runs, load_runs
 from dhrd_lib.tasks import TASKS, Task
@@ -181,7 +181,7 @@ def _data_written(data: DataConfig) -> tuple[tuple[str, int], ...]:
     """When a user's file, or those of a folder, were last written; the library's own tasks stay as they are."""
     if data.task in TASKS:
         return ()
-    path = Path(data.task).expanduser()
+    path = user_path(data.task)
     return tuple((file.name, _mtime(file)) for file in (sorted(path.iterdir()) if path.is_dir() else [path]))
 
 

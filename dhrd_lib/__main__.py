@@ -57,6 +57,7 @@ def compare(
     runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
 ) -> None:
     """Train the pooled baseline and DHRD, compare them on the final splits, write runs/report.html."""
+    from dhrd_lib.backbones import writing
     from dhrd_lib.report import print_table, write_report
     from dhrd_lib.runs import write_json
     from dhrd_lib.training import train
@@ -65,10 +66,11 @@ def compare(
         raise typer.BadParameter(f"profile is {profile!r}; expected one of {', '.join(PROFILES)}.")
     done = [train(config, runs) for config in comparison(profile)]
     report = runs / "report.html"
-    table = write_report(done, report)
-    rows = json.loads(table.to_json(orient="records"))
-    facts = {"profile": profile, "environment": done[-1].environment}
-    write_json(runs / "report.json", {**facts, "rows": rows})
+    with writing(runs, "another folder of runs may be named"):
+        table = write_report(done, report)
+        rows = json.loads(table.to_json(orient="records"))
+        facts = {"profile": profile, "environment": done[-1].environment}
+        write_json(runs / "report.json", {**facts, "rows": rows})
     print_table(table)
     print(f"Report: {report}")
 

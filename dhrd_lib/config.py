@@ -31,6 +31,7 @@ TEACHER_KINDS = ("local", "openai")
 PROTOCOLS = ("gold", "rejection", "human")
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 _HIGHEST_SEED = 2**32 - 1  # NumPy's and scikit-learn's
+_LOWEST_TEMPERATURE = 0.001
 
 
 class WorkbenchError(ValueError):
@@ -362,7 +363,10 @@ class TeacherConfig:
             if getattr(self, name) is not None:
                 _number(self, name)
         if self.seed is not None:
-            _whole(self, "seed", 0)
+            _whole(self, "seed", 0, _HIGHEST_SEED)
+        if self.temperature and self.temperature < _LOWEST_TEMPERATURE:
+            told = f"temperature is {self.temperature!r}, by which no logit can be divided"
+            raise ConfigError(f"{told}; expected 0, which is greedy, or {_LOWEST_TEMPERATURE} or more.")
         if self.protocol == "rejection" and self.tries > 1 and self.temperature == 0:
             raise ConfigError(
                 f"temperature is 0 with protocol='rejection' and tries={self.tries}, so that every try says "
@@ -393,6 +397,14 @@ def _check_base_url(base_url: str) -> None:
             "base_url has a user, password or query; expected host and path only, and the key in the "
             "variable that api_key_env names."
         )
+
+
+def user_path(name: str | Path) -> Path:
+    """A path with `~` and `~user` resolved; raises `ConfigError` where there is no such home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{name} begins with a home folder that isn't known here; expected a path.") from error
 
 
 def read_json(path: str | Path) -> Any:

@@ -463,6 +463,8 @@ def _permutation_p(
     metrics: Sequence[str], counts_a: np.ndarray, counts_b: np.ndarray, n_resamples: int, seed: int
 ) -> float:
     """Two-sided p-value under swaps of a and b within units; counts are (units, 3K + 2)."""
+    if len(counts_a) < 2:
+        return 1.0  # One unit and its swap are as far apart as each other; scipy takes two and more.
     total_a, total_b, gain = counts_a.sum(axis=0), counts_b.sum(axis=0), counts_b - counts_a
 
     def difference(swapped: np.ndarray, _: np.ndarray, axis: int) -> np.ndarray:

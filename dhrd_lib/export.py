@@ -62,7 +62,8 @@ def export(source: str | Path, format: str, *, int8: bool = False, out: str | Pa
     if int8 and format == "hf":
         raise ConfigError("int8 is set with format 'hf', which has float32 weights; expected 'onnx' or 'openvino'.")
     out = Path(out or Path(source) / f"export-{format}{'-int8' if int8 else ''}")
-    _refuse_there(out)
+    with writing(out.parent, "out may name another folder"):
+        _refuse_there(out)
     model = _load(source)
     with writing(out.parent, "out may name another folder"), locked(Path(f"{out}.lock")):
         _refuse_there(out)

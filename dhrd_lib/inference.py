@@ -10,6 +10,7 @@ import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 from scipy.special import softmax
 from tokenizers import Tokenizer
 
-from dhrd_lib.config import ConfigError, read_json
+from dhrd_lib.config import ConfigError, WorkbenchError, read_json, reason_of
 from dhrd_lib.inputs import cut_to_fit, keep_no_words, render_inputs
 
 if TYPE_CHECKING:
@@ -67,6 +68,24 @@ def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iter
         start += rows
 
 
+def _is_count(value: Any, minimum: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(one, str) for one in value)
+
+
+# Of an export's fields, those that it answers with.
+_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "template": lambda value: isinstance(value, str),
+    "label_names": _are_names,
+    "max_input_tokens": lambda value: _is_count(value, 1),
+    "start_ids": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "pad_token_id": _is_count,
+}
+
+
 @dataclass(frozen=True)
 class ExportConfig:
     """What an exported folder says about itself, in its config.json under `dhrd_export`.
@@ -88,14 +107,19 @@ class ExportConfig:
     @classmethod
     def load(cls, folder: Path) -> ExportConfig:
         """Read a folder's; raises `ConfigError` where it isn't one that this version knows."""
-        values = read_config(folder).get(EXPORT_KEY, {})
+        values, where = read_config(folder).get(EXPORT_KEY, {}), f"{folder}/config.json, {EXPORT_KEY}"
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where} is {values!r}; expected the fields that export wrote.")
         known = {field.name for field in dataclasses.fields(cls)}
         if set(values) != known:
             odd = ", ".join(sorted(set(values) ^ known))
-            raise ConfigError(f"{folder}/config.json, {EXPORT_KEY}: {odd} is missing or unknown; export it anew.")
-        if values["format"] not in RUNNERS:
+            raise ConfigError(f"{where}: {odd} is missing or unknown; export it anew.")
+        if values["format"] not in tuple(RUNNERS):
             found = f"{folder}/config.json has the format {values['format']!r}"
             raise ConfigError(f"{found}; expected one of {', '.join(map(repr, RUNNERS))}.")
+        for name, is_right in _RIGHT.items():
+            if not is_right(values[name]):
+                raise ConfigError(f"{where}: {name} is {values[name]!r}; expected what export wrote.")
         return cls(**values)
 
 
@@ -145,7 +169,11 @@ class ExportedClassifier:
             for row, place in enumerate(places):
                 ids[row, : lengths[place]] = rows[place]["input_ids"]
                 mask[row, : lengths[place]] = 1
-            logits[places] = self.run(ids, mask)
+            found = self.run(ids, mask)
+            if found.shape != logits[places].shape:
+                told = f"the exported model gives {found.shape[1]} logits a text for {logits.shape[1]} labels"
+                raise ConfigError(f"{told}; expected one a label, as export wrote.")
+            logits[places] = found
         return logits
 
 
@@ -162,11 +190,29 @@ def load_classifier(path: str | Path) -> DHRDModel | ExportedClassifier:
 
         return DHRDModel.from_pretrained(folder)
     config = ExportConfig.load(folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with _reading(folder, "tokenizer of an export"):
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if odd := [one for one in (*config.start_ids, config.pad_token_id) if one >= tokenizer.get_vocab_size()]:
+        found = f"{folder} has the token id {odd[0]} in its config.json and {tokenizer.get_vocab_size()} tokens"
+        raise ConfigError(f"{found}; expected one of them.")
     keep_no_words(tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return ExportedClassifier(config, tokenizer, RUNNERS[config.format](folder))
+    with _reading(folder, f"export of the format {config.format!r}"):
+        return ExportedClassifier(config, tokenizer, RUNNERS[config.format](folder))
+
+
+@contextmanager
+def _reading(folder: Path, what: str) -> Iterator[None]:
+    """Around another library's reading of an export: whatever it raises is a `ConfigError` of one sentence."""
+    try:
+        yield
+    except (WorkbenchError, ImportError):
+        raise
+    except Exception as error:  # Each engine has errors of its own, and tokenizers a bare one.
+        # The engines' own first lines name places in their sources.
+        told = reason_of(Exception(str(error).strip().rpartition("\n")[2]))
+        raise ConfigError(f"{folder} has no {what} that can be read ({told}); export it anew.") from error
 
 
 def model_folder(path: str | Path) -> Path:
@@ -198,10 +244,28 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{found}; expected 'dhrd', a DHRDModel's.")
     if not (isinstance(config.get("template"), str) and isinstance(config.get("verbalizers"), list)):
         raise ConfigError(f"{path} lacks a template or verbalizers; expected what training wrote.")
+    labels, words = read_label_names(folder), config["verbalizers"]
+    if len(words) != len(labels) or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"{path} has the verbalizers {words!r}; expected {len(labels)} texts, one a label.")
+    limit = config.get("max_input_tokens", 1)
+    if not _is_count(limit, 1):
+        raise ConfigError(f"{path} has {limit!r} as max_input_tokens; expected a whole number, 1 or more.")
     backbone = config.get("backbone_config")
     if not (isinstance(backbone, dict) and isinstance(backbone.get("model_type"), str)):
         raise ConfigError(f"{path} lacks a backbone_config with a model_type; expected what training wrote.")
     return config
+
+
+def read_label_names(folder: Path) -> list[str]:
+    """The labels that a saved model's config.json names, by their numbers; raises `ConfigError` on others."""
+    # transformers leaves out its own two.
+    names = read_config(folder).get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    places = [str(place) for place in range(len(names))] if isinstance(names, dict) else []
+    found = [names.get(place) for place in places]
+    if not _are_names(found):
+        path = folder / "config.json"
+        raise ConfigError(f"{path} has {names!r} as id2label; expected two labels or more, numbered from 0.")
+    return found
 
 
 def _threads() -> int:
@@ -246,12 +310,14 @@ def _hf_runner(folder: Path) -> Run:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from dhrd_lib.backbones import check_size, reading_weights
+    from dhrd_lib.backbones import REPORTED, check_size, check_weights, reading_weights
 
-    arguments = {"use_safetensors": True, "trust_remote_code": False}
+    arguments = {"use_safetensors": True, "trust_remote_code": False, **REPORTED}
     with reading_weights(folder, "an hf export"):
         check_size(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        model = AutoModelForSequenceClassification.from_pretrained(folder, **arguments).eval()
+        model, report = AutoModelForSequenceClassification.from_pretrained(folder, **arguments)
+        check_weights(report, str(folder))
+        model.eval()
 
     @torch.inference_mode()
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -388,8 +388,8 @@ def weight_heat_map(summary: pd.DataFrame, metric: str = "accuracy", split: str 
         hovertemplate="alpha %{x}, beta %{y}: %{z:.1f}%<extra></extra>",
     )
     figure.update_layout(height=170 + 70 * len(cells))
-    figure.update_xaxes(title="alpha, the weight of the LM loss", type="category", showgrid=False)
-    figure.update_yaxes(title="beta, the weight of the class loss", type="category", showgrid=False)
+    figure.update_xaxes(title="alpha (weight of the LM loss)", type="category", showgrid=False)
+    figure.update_yaxes(title="beta (class loss)", type="category", showgrid=False)
     return figure
 
 

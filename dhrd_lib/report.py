@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dhrd_lib import evaluation, plots
-from dhrd_lib.config import CHANGES_NO_RESULT
+from dhrd_lib.config import CHANGES_NO_RESULT, WorkbenchError
 
 if TYPE_CHECKING:
     from dhrd_lib.runs import Run
@@ -100,7 +100,7 @@ def write_report(runs: Sequence[Run], path: str | Path) -> pd.DataFrame:
             predictions are not about the same rows.
     """
     if not runs:
-        raise ValueError("there are no runs to report on; expected at least one.")
+        raise WorkbenchError("there are no runs to report on; expected at least one.")
     by_task: dict[str, list[Run]] = {}
     for run in runs:
         by_task.setdefault(run.config.data.task, []).append(run)
@@ -155,7 +155,7 @@ def _settings(runs: Sequence[Run]) -> list[_Setting]:
         seeds = groups.setdefault(json.dumps(_flat_config(run), sort_keys=True), {})
         other = seeds.setdefault(run.config.training.seed, run)
         if other is not run:
-            raise ValueError(
+            raise WorkbenchError(
                 f"runs {other.name!r} and {run.name!r} have the same configuration and seed; expected one of them."
             )
     variants = [dict(sorted(seeds.items())) for seeds in groups.values()]
@@ -206,7 +206,7 @@ def _aligned_predictions(runs: Sequence[Run]) -> dict[str, dict[Path, pd.DataFra
         for run in runs:
             labels = frames[run.folder]["label"]
             if not labels.index.is_unique or not labels.sort_index().equals(gold.sort_index()):
-                raise ValueError(
+                raise WorkbenchError(
                     f"runs {runs[0].name!r} and {run.name!r} predict different rows of {split}; "
                     "expected the same idx values, each once, with the same labels."
                 )

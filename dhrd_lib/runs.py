@@ -43,6 +43,12 @@ PACKAGES = (
 )
 
 
+# Of a run's metrics, beside those of its splits.
+TOTALS = ("train_seconds", "train_tokens", "tokens_per_second")
+# The columns of a split's predictions.
+PREDICTED = ("idx", "input_text", "label", "prediction", "probabilities", "group", "rationale")
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run: its folder and what stands in it."""
@@ -69,7 +75,11 @@ class Run:
 
     def predictions(self, split: str) -> pd.DataFrame:
         """One row an example: idx, input_text, label, prediction, probabilities, group, rationale."""
-        return _read_lines(self.predictions_path(split), dtype={"idx": str, "group": object})
+        path = self.predictions_path(split)
+        frame = _read_lines(path, dtype={"idx": str, "group": object})
+        if missing := [name for name in PREDICTED if name not in frame]:
+            raise ConfigError(f"{path} lacks {', '.join(missing)}; expected what training wrote.")
+        return frame
 
     def predictions_path(self, split: str) -> Path:
         """The file of a split's predictions."""
@@ -114,6 +124,14 @@ def _check_metrics(path: Path, metrics: Any) -> None:
     for name in ("task_metrics", "label_names"):
         if not isinstance(metrics.get(name), list):
             raise ConfigError(f"{path} has {metrics.get(name)!r} as {name}; expected a list, as training wrote.")
+    figures = {f"{name} of {split}": value for split, of in splits.items() for name, value in of.items()}
+    for name, value in (figures | {name: metrics.get(name) for name in TOTALS}).items():
+        if not _is_number(value):
+            raise ConfigError(f"{path} has {value!r} as {name}; expected a number, as training wrote.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_runs(root: str | Path = "runs") -> tuple[list[Run], list[str]]:
@@ -158,19 +176,25 @@ def environment_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -
 
 
 def compare_repeat(stored: Run, new: Run) -> pd.DataFrame:
-    """One row a split: the stored primary metric, the repeat's, and whether their predictions are the same."""
+    """One row a split: the stored primary metric, the repeat's, and whether their predictions are the same.
+
+    A split that only one of them has is a row, too, without the other's metric.
+    """
+    then, now = stored.metrics["splits"], new.metrics["splits"]
     return pd.DataFrame(
         {
             "split": split,
-            "stored": metrics["primary"],
-            "new": new.metrics["splits"][split]["primary"],
+            "stored": then.get(split, {}).get("primary"),
+            "new": now.get(split, {}).get("primary"),
             "predictions": _same_predictions(stored, new, split),
         }
-        for split, metrics in stored.metrics["splits"].items()
+        for split in {**then, **now}
     )
 
 
 def _same_predictions(stored: Run, new: Run, split: str) -> str:
+    if any(split not in run.metrics["splits"] for run in (stored, new)):
+        return "of another split: the data has changed"
     if not stored.predictions_path(split).is_file():
         return "not stored"
     one, two = (run.predictions(split) for run in (stored, new))

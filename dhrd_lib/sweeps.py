@@ -23,13 +23,24 @@ from typing import Any
 import optuna
 import pandas as pd
 import torch
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.storages._rdb.models import TrialHeartbeatModel
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from dhrd_lib.backbones import locked, writing
-from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig, read_json
-from dhrd_lib.runs import is_finished, load_runs
+from dhrd_lib.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    WorkbenchError,
+    read_json,
+    reason_of,
+)
+from dhrd_lib.runs import is_finished, load_run, load_runs
 from dhrd_lib.training import drop_checkpoints, train
 
 HEARTBEAT_SECONDS = 20
@@ -120,11 +131,12 @@ def _check_values(name: str, values: tuple[Value, ...]) -> None:
     if name not in _FIELDS:
         near = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0)[0]
         raise ConfigError(f"grid field {name!r} is no field of a run's configuration; did you mean {near!r}?")
-    if not values or len(set(map(repr, values))) < len(values):
-        raise ConfigError(f"grid field {name} is {list(values)!r}; expected one or more values, each once.")
     for value in values:
         if not isinstance(value, str | int | float | None):
             raise ConfigError(f"grid field {name} has {value!r}; expected texts, numbers, truth values or null.")
+    # By their words, as two NaN aren't equal, and by what they are: 1, 1.0 and true are one value to Optuna.
+    if not values or min(len(set(map(repr, values))), len(set(values))) < len(values):
+        raise ConfigError(f"grid field {name} is {list(values)!r}; expected one or more values, each once.")
 
 
 def _is_told(key: str, value: Value, shared: RunConfig) -> bool:
@@ -170,22 +182,26 @@ def sweep(
     url = storage or _default_storage(grid, root)
     # Together, so that no table is made and no cell queued twice.
     with writing(root, "another folder of runs may be named"), locked(root / f"{grid.name}.lock"):
-        _queue_again(grid, _study(grid, url), root, again)
+        study = _study(grid, url)
+        begun = len(study.get_trials(deepcopy=False))
+        _give_heartbeats(study)
+        _queue_again(grid, study, root, again)
     if workers == 1:
-        _work(grid, root, url)
+        _work(grid, root, url, begun)
     else:
         threads = max(torch.get_num_threads() // workers, 1)
         # A fresh interpreter each: a forked one would share this one's threads and GPU.
         context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=_work, args=(grid, root, url, threads)) for _ in range(workers)]
+        processes = [context.Process(target=_work, args=(grid, root, url, begun, threads)) for _ in range(workers)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
-    for run in filter(lambda run: _is_done(grid, run, root), grid.cells):
+    table = cells(grid, root, storage=url)
+    for run in set(table.loc[table["state"] == "finished", "run"]):
         # Killed after its last file, a run is finished and isn't trained again, which would remove them.
         drop_checkpoints(root / run)
-    return cells(grid, root, storage=url)
+    return table
 
 
 def cells(grid: Grid, root: str | Path = "runs", *, storage: str | None = None) -> pd.DataFrame:
@@ -212,7 +228,33 @@ def _default_storage(grid: Grid, root: Path) -> str:
     return f"sqlite:///{(root / f'{grid.name}.sqlite3').resolve()}"
 
 
-def _study(grid: Grid, url: str) -> optuna.Study:
+@dataclass(frozen=True)
+class _Retry:
+    """Queues a killed cell again; one that was begun before this call however often it was killed.
+
+    `begun` is the number of trials before the call. The limit is for a cell that kills those who take it up, and
+    not for a machine that goes down again and again.
+    """
+
+    begun: int
+
+    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        RetryHeartbeatStaleTrialCallback(None if trial.number < self.begun else _MAX_RETRIES)(study, trial)
+
+
+def _study(grid: Grid, url: str, begun: int = 0) -> optuna.Study:
+    """The grid's study, made where it isn't there; raises `ConfigError` where the storage can't be used."""
+    try:
+        return _opened(grid, url, begun)
+    except (SQLAlchemyError, OptunaError, ImportError) as error:
+        # The address isn't repeated: it may hold a password.
+        told = reason_of(getattr(error, "orig", None) or error)
+        what = f"the file {url.removeprefix('sqlite:///')}" if url.startswith("sqlite:///") else "--storage"
+        found = f"the storage of grid {grid.name!r}, {what}, can't be used ({told})"
+        raise ConfigError(f"{found}; expected a database that Optuna can write to.") from error
+
+
+def _opened(grid: Grid, url: str, begun: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Processes that write at once wait for each other; SQLite's own patience is five seconds.
     patience = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
@@ -223,7 +265,7 @@ def _study(grid: Grid, url: str) -> optuna.Study:
             engine_kwargs=patience,
             heartbeat_interval=HEARTBEAT_SECONDS,
             grace_period=_MISSED_HEARTBEATS * HEARTBEAT_SECONDS,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(_MAX_RETRIES),
+            heartbeat_stale_trial_callback=_Retry(begun),
         )
     sampler = optuna.samplers.GridSampler(grid.values, seed=0)
     return optuna.create_study(
@@ -234,15 +276,19 @@ def _study(grid: Grid, url: str) -> optuna.Study:
 def _states(grid: Grid, study: optuna.Study, root: Path) -> dict[str, tuple[str, str | None]]:
     """State and reason of each cell's run, in the grid's order."""
     trials = _trials(grid, study)
-    return {
-        run: ("finished", None) if _is_done(grid, run, root) else _state_of(trials.get(run, []))
-        for run in grid.cells
-    }
+    return {run: _state(grid, run, root, trials.get(run, [])) for run in grid.cells}
 
 
-def _is_done(grid: Grid, run: str, root: Path) -> bool:
-    """Whether the cell's run is finished in this folder, and not another run of the same name."""
-    return is_finished(root / run) and RunConfig.load(root / run / "config.json") == grid.config(run)
+def _state(grid: Grid, run: str, root: Path, trials: list[FrozenTrial]) -> tuple[str, str | None]:
+    """ "finished" where the run is in this folder, can be read, and isn't another one of the same name."""
+    try:
+        if is_finished(root / run) and load_run(root / run).config == grid.config(run):
+            return "finished", None
+    except ConfigError as error:
+        if trials and trials[-1].state == TrialState.COMPLETE:
+            return "failed", str(error)
+        # It fails with the same words once it's its turn, and the others go on.
+    return _state_of(trials)
 
 
 def _trials(grid: Grid, study: optuna.Study) -> dict[str, list[FrozenTrial]]:
@@ -268,6 +314,19 @@ def _state_of(trials: list[FrozenTrial]) -> tuple[str, str | None]:
     return ("failed", reason) if reason else ("stopped", "it was interrupted, or its process killed")
 
 
+def _give_heartbeats(study: optuna.Study) -> None:
+    """A first heartbeat for each running cell without one, which would count as running for ever.
+
+    A process that is killed right after it took a queued cell leaves one. That of a living process beats on.
+    """
+    storage = study._storage._backend
+    with storage.scoped_session() as session:
+        beating = {trial_id for (trial_id,) in session.query(TrialHeartbeatModel.trial_id)}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if trial._trial_id not in beating:
+            storage.record_heartbeat(trial._trial_id)
+
+
 def _queue_again(grid: Grid, study: optuna.Study, root: Path, again: bool) -> None:
     """Queue what Optuna counts as done and isn't: cells that were stopped, with `again` all that aren't here."""
     wanted = {"stopped", "failed", "elsewhere"} if again else {"stopped"}
@@ -279,11 +338,11 @@ def _queue_again(grid: Grid, study: optuna.Study, root: Path, again: bool) -> No
                 RetryHeartbeatStaleTrialCallback()(study, trials[run][-1])
 
 
-def _work(grid: Grid, root: Path, url: str, threads: int | None = None) -> None:
+def _work(grid: Grid, root: Path, url: str, begun: int, threads: int | None = None) -> None:
     """Take cells until none is left; while others work on the last ones, wait in case one of them is killed."""
     if threads:
         torch.set_num_threads(threads)
-    study = _study(grid, url)
+    study = _study(grid, url, begun)
 
     def train_cell(trial: optuna.Trial) -> float:
         cell = {key: trial.suggest_categorical(key, values) for key, values in grid.values.items()}
@@ -315,7 +374,7 @@ def _train_cell(grid: Grid, root: Path, trial: optuna.Trial, run: str) -> float:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         trial.set_user_attr(
-            "reason", reason if isinstance(error, ConfigError) else f"{type(error).__name__}: {reason}"
+            "reason", reason if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {reason}"
         )
         print(f"{run} failed: {reason}")
         raise

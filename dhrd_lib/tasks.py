@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from datasets.fingerprint import generate_random_fingerprint
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
-from dhrd_lib.config import parse_json, reason_of
+from dhrd_lib.config import parse_json, reason_of, user_path
 from dhrd_lib.inputs import ROWS_A_PART, TaskError, as_text, render, template_fields
 
 DATA = Path(__file__).parent / "data"
@@ -163,7 +163,7 @@ def load_task(
     if name in _FOLDERS:
         splits = _read_superglue(TASKS[name], data_dir)
     else:
-        splits = _read_path(DATA / name if name in TASKS else Path(name).expanduser())
+        splits = _read_path(DATA / name if name in TASKS else user_path(name))
     columns = _own_columns(named, *splits["train"])
     if name in TASKS:
         task = TASKS[name]
@@ -348,7 +348,7 @@ def _read_superglue(task: Task, data_dir: str | Path | None) -> Splits:
     """Train and validation of a SuperGLUE task, from a local folder or from the hub."""
     root = data_dir or os.environ.get("DHRD_DATA_DIR")
     if root:
-        folder = Path(root).expanduser() / _FOLDERS[task.name]
+        folder = user_path(root) / _FOLDERS[task.name]
         files = {"train": folder / "train.jsonl", "validation": folder / "val.jsonl"}
         for file in files.values():
             if not file.is_file():
@@ -486,7 +486,7 @@ def _join_rationales(name: str, where: str, rows: pa.Table, packaged: bool) -> p
     """The train rows with the teacher's rationales, which are put on them by `idx`."""
     folders = [DATA / "rationales"] if packaged else []
     if os.environ.get("DHRD_RATIONALES_DIR"):
-        folders.insert(0, Path(os.environ["DHRD_RATIONALES_DIR"]).expanduser())
+        folders.insert(0, user_path(os.environ["DHRD_RATIONALES_DIR"]))
     path = next(filter(Path.is_file, (folder / f"{name}.jsonl" for folder in folders)), None)
     lines = _text_table(_jsonl_rows(path) if path else ())
     if not len(lines):
@@ -541,7 +541,7 @@ def _cut(where: str, rows: pa.Table, cut_by: str | None, fraction: float, seed: 
             off[train_test_split(places, test_size=size, random_state=seed)[1]] = True
     else:
         labels, groups = (pc.rank(rows[column], tiebreaker="dense").to_numpy() for column in ("label", cut_by))
-        off[_fold(labels, groups, round(1 / fraction), seed)] = True
+        off[_fold(labels, groups, round(min(1 / fraction, len(rows))), seed)] = True
     if not off.any():
         raise TaskError(f"{where} has too few groups; expected enough for every split to have every label.")
     return off

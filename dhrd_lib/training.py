@@ -31,12 +31,23 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_callback import ExportableState
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dhrd_lib.backbones import Backbone, load_backbone, resolve_device, resolve_dtype, writing
-from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig, read_json
+from dhrd_lib.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    read_json,
+    reason_of,
+)
 from dhrd_lib.evaluation import task_metrics
+from dhrd_lib.inference import read_label_names
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import Run, environment, is_finished, load_run, write_json
 from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, SequenceReport, encode_split
@@ -45,6 +56,8 @@ from dhrd_lib.trunk import TrunkStates, cached_trunk_states
 
 # In a checkpoint's folder: what the run has come to, beside transformers' own state.
 _PROGRESS = "progress.json"
+_AS_WRITTEN = "what training wrote, or that checkpoint removed"
+_FINITE_WANTED = "expected finite numbers, which a lower learning_rate, alpha or beta may give"
 # How often the first of several processes tells the others that they wait for a run's folder.
 _TELL_SECONDS = 5
 
@@ -227,6 +240,8 @@ class DHRDTrainer(Trainer):
         )
         # With beta = 0 and alpha annealed to 0, a batch has no term, and still needs a gradient.
         loss = outputs.logits.sum() * 0 if outputs.loss is None else outputs.loss
+        if model.training and not math.isfinite(loss.item()):
+            raise ConfigError(f"the loss is {loss.item()} at step {self.state.global_step + 1}; {_FINITE_WANTED}.")
         # The counts are over all processes, and gradients are averaged over them: undo the average.
         loss = loss * self.accelerator.num_processes
         if model.training:
@@ -267,12 +282,32 @@ class DHRDTrainer(Trainer):
         if not path.is_file():  # It was written before there was one.
             return
         progress = read_json(path)
+        names = ("train_seconds", "train_tokens", "evaluations_without_gain")
+        if not (isinstance(progress, dict) and all(isinstance(progress.get(n), int | float) for n in names)):
+            raise ConfigError(f"{path} lacks {', '.join(names)}, as numbers; expected {_AS_WRITTEN}.")
         self._seconds_before = progress["train_seconds"]
         # The file has the tokens of all processes, and `totals` adds the processes up.
         self.valid_tokens = progress["train_tokens"] if self.is_world_process_zero() else 0
         # transformers can restore callbacks, but puts others in the place of the caller's own.
         if self._patience:
             self._patience.early_stopping_patience_counter = progress["evaluations_without_gain"]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        with _reading_checkpoint(resume_from_checkpoint):
+            TrainerState.load_from_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME))
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """transformers' loading; where a file isn't there, transformers would begin anew without a word."""
+        with _reading_checkpoint(checkpoint):
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if checkpoint and not self.is_fsdp_enabled else ():
+                if not Path(checkpoint, name).is_file():
+                    raise FileNotFoundError(f"{name} isn't there")
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """transformers' epoch; a run that was stopped after its last step has none left to train."""
@@ -326,6 +361,19 @@ class DHRDTrainer(Trainer):
         """Save without the pickled arguments: the run's config.json says the same as text."""
         super()._save(output_dir, state_dict)
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+
+@contextmanager
+def _reading_checkpoint(checkpoint: str | None) -> Iterator[None]:
+    """Around the reading of a checkpoint: a torn file or a pickle that isn't a state is a `ConfigError`.
+
+    torch's own words are kept to their first sentence: a later one says how to run a payload after all.
+    """
+    try:
+        yield
+    except Exception as error:  # Torch, safetensors, transformers and accelerate each raise their own.
+        found = f"{checkpoint} can't be gone on from ({reason_of(error)})"
+        raise ConfigError(f"{found}; expected {_AS_WRITTEN}.") from error
 
 
 @dataclass(frozen=True)
@@ -427,6 +475,7 @@ def _takes(lock: FileLock, timeout_s: float) -> bool:
 
 def _train(config: RunConfig, folder: Path, callbacks: Sequence[TrainerCallback]) -> None:
     """Train a run that isn't finished, from its last checkpoint where there is one, and store what it gives."""
+    _check_reporters(config.training.report_to)
     set_seed(config.training.seed)
     prepared = _prepare(config)
     for split, report in prepared.reports.items():
@@ -443,9 +492,20 @@ def _train(config: RunConfig, folder: Path, callbacks: Sequence[TrainerCallback]
     elif trainer.is_world_process_zero():
         write_json(folder / "rows.json", _digests(prepared.rows))
     outcome = _run(trainer, prepared, checkpoint)
+    for split, logits in outcome.logits.items():
+        if not np.isfinite(logits).all():
+            raise ConfigError(f"the trained model gives {split} logits that aren't finite; {_FINITE_WANTED}.")
     if trainer.is_world_process_zero():
         _store(config, prepared, trainer, folder, outcome)
     trainer.accelerator.wait_for_everyone()
+
+
+def _check_reporters(names: Sequence[str]) -> None:
+    known = sorted(get_available_reporting_integrations())
+    odd = [name for name in names if name not in known]
+    if odd and tuple(names) not in (("all",), ("none",)):
+        expected = ", ".join(map(repr, ("all", "none", *known)))
+        raise ConfigError(f"report_to has {odd[0]!r}, which isn't installed here; expected one of {expected}.")
 
 
 def rerun(stored: Run, root: str | Path) -> Run:
@@ -500,7 +560,9 @@ def _claim(folder: Path, config: RunConfig) -> None:
 
 def _last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that was written to its end; one that a kill broke off is passed over."""
-    return max(filter(_is_whole, folder.glob("checkpoint-*")), key=_step_of, default=None)
+    # A copy that somebody made goes by another name than the trainer's.
+    found = (path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal())
+    return max(filter(_is_whole, found), key=_step_of, default=None)
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -518,8 +580,7 @@ def _step_of(checkpoint: Path) -> int:
 
 def _check_labels(checkpoint: Path, task: Task) -> None:
     """Refuse to go on with a classifier of other labels, which a file that changed meanwhile has."""
-    names = read_json(checkpoint / "config.json")["id2label"]
-    saved = [names[place] for place in sorted(names, key=int)]
+    saved = read_label_names(checkpoint)
     if saved != list(task.label_names):
         there, now = (", ".join(map(repr, labels)) for labels in (saved, task.label_names))
         raise ConfigError(f"{checkpoint} has the labels {there}; expected those of the data, {now}.")
@@ -528,6 +589,8 @@ def _check_labels(checkpoint: Path, task: Task) -> None:
 def _check_rows(path: Path, rows: Mapping[str, Rows]) -> None:
     """Refuse to go on with other rows than those that the run was begun with."""
     begun, now = read_json(path), _digests(rows)
+    if not isinstance(begun, dict):
+        raise ConfigError(f"{path} is a {type(begun).__name__}; expected a hash for each split, as training wrote.")
     changed = [split for split in now if now[split] != begun.get(split)]
     if changed:
         raise ConfigError(

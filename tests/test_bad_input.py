@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import struct
 import tempfile
 import warnings
@@ -35,7 +36,7 @@ from typer.testing import CliRunner
 from app import batch
 from app.backend import Backend
 from app.settings import Settings
-from dhrd_lib import backbones
+from dhrd_lib import ablations, backbones, training
 from dhrd_lib.__main__ import app
 from dhrd_lib.ablations import load_results
 from dhrd_lib.backbones import load_backbone, resolve_device
@@ -613,6 +614,13 @@ CONFIGS = [
         RunConfig.load,
         "{path} can't be read (No such file or directory); expected a JSON file.",
     ),
+    refused_value(TeacherConfig, "seed", 2**32, SEEDS),
+    Case(
+        "temperature-next-to-0",
+        given_value({"temperature": 1e-320}),
+        lambda values: TeacherConfig(**values),
+        "temperature is 1e-320, by which no logit can be divided; expected 0, which is greedy, or 0.001 or more.",
+    ),
     Case(
         "a-teachers",
         file("teacher.json", '{"tries": 0}'),
@@ -683,16 +691,54 @@ def of_sizes_left_out(folder: Path) -> None:
     path.write_text(json.dumps({**told, **backbone} if "backbone_config" in told else kept))
 
 
+@cache
+def exported() -> Path:
+    """An export for transformers' own class."""
+    folder = Path(tempfile.mkdtemp())
+    build_model(ModelConfig(backbone="tiny", device="cpu", head="linear"), TASK).save_pretrained(folder / "model")
+    return export_model(folder / "model", "hf", out=folder / "export")
+
+
 def hf_export(alter: Callable[[Path], Any]) -> Callable[[Path], Path]:
     """An export for transformers' own class, altered."""
 
     def build(folder: Path) -> Path:
-        plain = build_model(ModelConfig(backbone="tiny", device="cpu", head="linear"), TASK)
-        plain.save_pretrained(folder / "model")
-        alter(export_model(folder / "model", "hf", out=folder / "export"))
+        shutil.copytree(exported(), folder / "export")
+        alter(folder / "export")
         return folder / "export"
 
     return build
+
+
+def telling(**changes: Any) -> Callable[[Path], Any]:
+    """An alteration of what an export says about itself."""
+
+    def alter(folder: Path) -> None:
+        path = folder / "config.json"
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps({**told, "dhrd_export": {**told["dhrd_export"], **changes}}))
+
+    return alter
+
+
+def holding(name: str, content: str, **changes: Any) -> Callable[[Path], Any]:
+    """An alteration of an export's file, and of what it says about itself."""
+
+    def alter(folder: Path) -> None:
+        write(folder / name, content)
+        telling(**changes)(folder)
+
+    return alter
+
+
+def odd_export_field(name: str, value: Any, told: str | None = None) -> Case:
+    said = f"{{path}}/config.json, dhrd_export: {name} is {value!r}; expected what export wrote."
+    return Case(f"an-exports-{name}-{value!r}", hf_export(telling(**{name: value})), load_classifier, told or said)
+
+
+def odd_model_field(name: str, value: Any, told: str) -> Case:
+    build = model_folder(with_config(**{name: value}))
+    return Case(f"a-models-{name}-{value!r}", build, load_classifier, f"{{path}}/config.json has {told}.")
 
 
 def without_weights(part: str) -> Callable[[Path], Any]:
@@ -896,7 +942,13 @@ MODELS = [
     ),
     Case(
         "a-model-of-other-labels",
-        model_folder(with_config(id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": 0, "b": 1, "c": 2})),
+        model_folder(
+            with_config(
+                id2label={"0": "a", "1": "b", "2": "c"},
+                label2id={"a": 0, "b": 1, "c": 2},
+                verbalizers=["a", "b", "c"],
+            )
+        ),
         load_classifier,
         "{path} has 2 of its weights in another shape, the first 'classifier.2.bias' in (2,); expected (3,), as "
         "its config.json says.",
@@ -919,6 +971,112 @@ MODELS = [
         lambda folder: folder / "none",
         load_classifier,
         "{path} holds no classifier; expected a finished run, a saved DHRDModel or an export.",
+    ),
+    Case(
+        "a-model-of-a-lora-that-is-none",
+        model_folder(with_config(lora=[1])),
+        load_classifier,
+        "{path} can't be read as a model (peft.tuners.lora.config.LoraConfig() argument after ** must be a "
+        "mapping, not list); expected a folder of save_pretrained.",
+    ),
+    Case(
+        "a-model-of-an-unknown-dtype",
+        model_folder(with_config(dtype="float99")),
+        load_classifier,
+        "{path} can't be read as a model (module 'torch' has no attribute 'float99'); expected a folder of "
+        "save_pretrained.",
+    ),
+    odd_model_field("verbalizers", ["a"], "the verbalizers ['a']; expected 2 texts, one a label"),
+    odd_model_field("verbalizers", [1, 2], "the verbalizers [1, 2]; expected 2 texts, one a label"),
+    *(
+        odd_model_field("id2label", value, f"{value!r} as id2label; expected two labels or more, numbered from 0")
+        for value in (["a", "b"], {"0": "a", "5": "b"}, {"x": "a", "y": "b"}, {"0": "a"})
+    ),
+    odd_model_field("max_input_tokens", "16", "'16' as max_input_tokens; expected a whole number, 1 or more"),
+    odd_model_field("max_input_tokens", 0, "0 as max_input_tokens; expected a whole number, 1 or more"),
+    *(
+        Case(
+            f"an-export-of-{value!r}",
+            hf_export(with_config(dhrd_export=value)),
+            load_classifier,
+            f"{{path}}/config.json, dhrd_export is {value!r}; expected the fields that export wrote.",
+        )
+        for value in (None, [{}], "hf")
+    ),
+    odd_export_field("template", ["{text}"]),
+    odd_export_field("label_names", "ab"),
+    odd_export_field("label_names", [1, 2]),
+    odd_export_field("max_input_tokens", "9"),
+    odd_export_field("max_input_tokens", 0),
+    odd_export_field("start_ids", None),
+    odd_export_field("pad_token_id", None),
+    odd_export_field(
+        "start_ids", [512], "{path} has the token id 512 in its config.json and 512 tokens; expected one of them."
+    ),
+    odd_export_field(
+        "format", ["hf"], "{path}/config.json has the format ['hf']; expected one of 'onnx', 'openvino', 'hf'."
+    ),
+    Case(
+        "an-export-of-more-labels",
+        hf_export(telling(label_names=["a", "b", "c"])),
+        lambda path: load_classifier(path).predict(["x"]),
+        "the exported model gives 2 logits a text for 3 labels; expected one a label, as export wrote.",
+    ),
+    Case(
+        "an-export-without-tokenizer",
+        hf_export(without("tokenizer.json")),
+        load_classifier,
+        "{path} has no tokenizer of an export that can be read (No such file or directory (os error 2)); export it "
+        "anew.",
+    ),
+    Case(
+        "an-export-with-a-torn-tokenizer",
+        hf_export(holding("tokenizer.json", "{")),
+        load_classifier,
+        "{path} has no tokenizer of an export that can be read (EOF while parsing an object at line 1 column 1); "
+        "export it anew.",
+    ),
+    Case(
+        "an-export-without-classifier",
+        hf_export(without_weights("score")),
+        load_classifier,
+        "{path} lacks 1 of its weights, the first 'score.weight'; expected all that its config.json speaks of.",
+    ),
+    Case(
+        "an-export-with-torn-weights",
+        hf_export(torn("model.safetensors")),
+        load_classifier,
+        f"{{path}} can't be read as an hf export {TORN_WEIGHTS}; expected a folder of save_pretrained.",
+    ),
+    Case(
+        "a-torn-onnx-graph",
+        hf_export(holding("model.onnx", "ONNX", format="onnx")),
+        load_classifier,
+        "{path} has no export of the format 'onnx' that can be read ([ONNXRuntimeError] : 7 : INVALID_PROTOBUF : "
+        "Load model from {path}/model.onnx failed:Protobuf parsing failed); export it anew.",
+    ),
+    Case(
+        "a-torn-openvino-graph",
+        hf_export(holding("openvino_model.xml", "<net", format="openvino")),
+        load_classifier,
+        "{path} has no export of the format 'openvino' that can be read (Unable to read the model: \"{path}/"
+        'openvino_model.xml" Please check that model format: ".xml" is supported and the model is correct); export '
+        "it anew.",
+    ),
+    *(
+        Case(
+            f"the-device-{device}",
+            given_value(device),
+            resolve_device,
+            f"device is {device!r}; expected 'auto', 'cpu' or 'cuda'.",
+        )
+        for device in ("meta", "mps")
+    ),
+    Case(
+        "the-home-of-nobody",
+        given_value("~nobody-of-this-name/model"),
+        load_backbone,
+        "{path} begins with a home folder that isn't known here; expected a path.",
     ),
     Case(
         "limits-beyond-the-context",
@@ -950,6 +1108,58 @@ def run_config(data: Path, **changes: Any) -> RunConfig:
     ).replace(**changes)
 
 
+@cache
+def stopped_training() -> Path:
+    """A folder with data, and a run on it that was stopped after its only step."""
+    folder = Path(tempfile.mkdtemp())
+    path = write(folder / "a.jsonl", jsonl(*good_rows()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_store", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(run_config(path), folder / "runs")
+    return folder
+
+
+STATE = "checkpoints/checkpoint-1"
+
+
+def damaged(name: str, content: str | bytes | None, told: str) -> Case:
+    """A stopped run that is gone on from, one of whose files is gone or holds something else."""
+
+    def build(folder: Path) -> Path:
+        shutil.copytree(stopped_training(), folder, dirs_exist_ok=True)
+        path = folder / "runs" / "run" / name
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return folder / "a.jsonl"
+
+    def call(path: Path) -> Any:
+        # The rows are the same, but the file has another name by now, which is a part of the configuration.
+        config = RunConfig.load(path.parent / "runs" / "run" / "config.json")
+        return train(config, path.parent / "runs")
+
+    return Case(f"going-on-with-another-{Path(name).name}-{str(content)[:9]}", build, call, told)
+
+
+def unusable(name: str, content: str | bytes | None, reason: str) -> Case:
+    told = f"{{folder}}/runs/run/{STATE} can't be gone on from ({reason})"
+    return damaged(f"{STATE}/{name}", content, f"{told}; expected {OR_REMOVED}.")
+
+
+OR_REMOVED = "what training wrote, or that checkpoint removed"
+NO_PROGRESS = (
+    f"{{folder}}/runs/run/{STATE}/progress.json lacks train_seconds, train_tokens, evaluations_without_gain, as "
+    f"numbers; expected {OR_REMOVED}."
+)
+TORN_ZIP = "PytorchStreamReader failed reading zip archive: failed finding central directory"
+FINITE = "expected finite numbers, which a lower learning_rate, alpha or beta may give."
+
+
+def train_with(**changes: Any) -> Callable[[Path], Any]:
+    return lambda path: train(run_config(path).replace(**changes), path.parent / "runs")
+
+
 def train_beside(path: Path) -> Any:
     return train(run_config(path), path.parent / "runs")
 
@@ -976,7 +1186,9 @@ def finished_run(name: str, content: str) -> Callable[[Path], Path]:
     def build(folder: Path) -> Path:
         (folder / "run").mkdir()
         RunConfig().save(folder / "run" / "config.json")
-        write(folder / "run" / "metrics.json", '{"splits": {}, "task_metrics": ["accuracy"], "label_names": []}')
+        totals = {"train_seconds": 1.0, "train_tokens": 1, "tokens_per_second": 1.0}
+        metrics = {"splits": {}, "task_metrics": ["accuracy"], "label_names": [], **totals}
+        write(folder / "run" / "metrics.json", json.dumps(metrics))
         write(folder / "run" / "environment.json", '{"packages": {}}')
         write(folder / "run" / name, content)
         return folder / "run"
@@ -1054,6 +1266,89 @@ RUNS = [
         "{path}/metrics.json has None as label_names; expected a list, as training wrote.",
     ),
     Case(
+        "metrics-in-words",
+        finished_run(
+            "metrics.json", '{"splits": {"test": {"primary": "high"}}, "task_metrics": [], "label_names": []}'
+        ),
+        load_run,
+        "{path}/metrics.json has 'high' as primary of test; expected a number, as training wrote.",
+    ),
+    Case(
+        "metrics-without-seconds",
+        finished_run("metrics.json", '{"splits": {}, "task_metrics": [], "label_names": []}'),
+        load_run,
+        "{path}/metrics.json has None as train_seconds; expected a number, as training wrote.",
+    ),
+    Case(
+        "predictions-without-labels",
+        finished_run("predictions_test.jsonl", '{"idx": "0", "input_text": "x", "prediction": 0}\n'),
+        lambda path: load_run(path).predictions("test"),
+        "{path}/predictions_test.jsonl lacks label, probabilities, group, rationale; expected what training wrote.",
+    ),
+    Case(
+        "no-predictions",
+        finished_run("predictions_test.jsonl", ""),
+        lambda path: load_run(path).predictions("test"),
+        "{path}/predictions_test.jsonl lacks idx, input_text, label, prediction, probabilities, group, rationale; "
+        "expected what training wrote.",
+    ),
+    *(
+        Case(
+            f"answers-by-cot-{told}",
+            file("cot_test.json", told),
+            lambda path: ablations._read_cot(path, 2),
+            "{path} has no answers to 2 rows; expected that file removed, and they come anew.",
+        )
+        for told in ("[]", "{}", '{"predictions": [0]}', '{"predictions": ["a", "b"]}')
+    ),
+    unusable("optimizer.pt", b"x", "Weights only load failed"),
+    unusable("optimizer.pt", b"PK\x03\x04 a zip file that was cut off", TORN_ZIP),
+    unusable("optimizer.pt", None, "optimizer.pt isn't there"),
+    unusable("scheduler.pt", None, "scheduler.pt isn't there"),
+    unusable("model.safetensors", b"torn", "Error while deserializing header: header too small"),
+    unusable(
+        "trainer_state.json",
+        '{"cost": 1}',
+        "TrainerState.__init__() got an unexpected keyword argument 'cost'",
+    ),
+    damaged(f"{STATE}/progress.json", "[]", NO_PROGRESS),
+    damaged(f"{STATE}/progress.json", '{"train_seconds": "long", "train_tokens": null}', NO_PROGRESS),
+    damaged(
+        f"{STATE}/config.json",
+        '{"id2label": []}',
+        f"{{folder}}/runs/run/{STATE}/config.json has [] as id2label; expected two labels or more, numbered from "
+        "0.",
+    ),
+    damaged(
+        "rows.json",
+        "[]",
+        "{folder}/runs/run/rows.json is a list; expected a hash for each split, as training wrote.",
+    ),
+    Case(
+        "a-rate-that-diverges",
+        file("a.jsonl", jsonl(*good_rows())),
+        train_with(training__learning_rate=1e30, training__max_steps=4, training__warmup_steps=0),
+        f"the loss is nan at step 3; {FINITE}",
+    ),
+    Case(
+        "a-last-step-that-diverges",
+        file("a.jsonl", jsonl(*good_rows())),
+        train_with(training__learning_rate=1e38, training__classifier_learning_rate=1e38, training__warmup_steps=0),
+        f"the trained model gives dev logits that aren't finite; {FINITE}",
+    ),
+    Case(
+        "a-weight-beyond-float32",
+        file("a.jsonl", jsonl(*good_rows())),
+        train_with(training__alpha=1e300),
+        f"the loss is inf at step 1; {FINITE}",
+    ),
+    Case(
+        "a-reporter-that-is-none",
+        file("a.jsonl", jsonl(*good_rows())),
+        train_with(training__report_to=["nonesuch"]),
+        "report_to has 'nonesuch', which isn't installed here; expected one of 'all', 'none', 'tensorboard'.",
+    ),
+    Case(
         "environment-without-packages",
         finished_run("environment.json", "[]"),
         load_run,
@@ -1061,7 +1356,7 @@ RUNS = [
     ),
     Case(
         "no-history",
-        finished_run("metrics.json", '{"splits": {}, "task_metrics": [], "label_names": []}'),
+        finished_run("nothing", ""),
         lambda path: load_run(path).history,
         "{path}/history.jsonl can't be read (No such file or directory); expected what training wrote.",
     ),
@@ -1188,6 +1483,22 @@ OUTS = [
         f"{A_FILE} another folder of runs may be named.",
     ),
     Case(
+        "an-export-of-a-name-too-long",
+        beside_a_file(model_folder(lambda folder: None)),
+        command("export", "{folder}/model", "--format", "hf", "--out", "{folder}/" + "n" * 300),
+        "{folder} can't be written ([Errno 36] File name too long: '{folder}/"
+        + "n" * 300
+        + "'); expected room there "
+        "and the right to write; out may name another folder.",
+    ),
+    Case(
+        "rationales-exported-over-a-folder",
+        lambda folder: (folder / "x.jsonl").mkdir() or folder,
+        lambda path: export({"0": "r"}, path / "x.jsonl"),
+        "{path} can't be written ([Errno 21] Is a directory: '{path}/x.jsonl.part' -> '{path}/x.jsonl'); expected "
+        "room there and the right to write; they may be written to another folder.",
+    ),
+    Case(
         "a-rationale-store-in-a-files-place",
         file("taken", "x"),
         command("rationales", "--protocol", "human", "--rows", "1", "--folder", "{path}"),
@@ -1278,6 +1589,17 @@ def resumed_beside_a_torn_checkpoint(folder: Path) -> Path:
     return path
 
 
+def copied_checkpoint(folder: Path) -> Path:
+    shutil.copytree(stopped_training(), folder, dirs_exist_ok=True)
+    checkpoints = folder / "runs" / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "checkpoint-1", checkpoints / "checkpoint-best")
+    return folder / "runs"
+
+
+def train_again(runs: Path) -> int:
+    return train(RunConfig.load(runs / "run" / "config.json"), runs).metrics["resumed_from_step"]
+
+
 def cut_counts(texts: list[str]) -> list[int]:
     return [cut for _, _, cut in classified([{"text": text} for text in texts])]
 
@@ -1363,6 +1685,18 @@ ACCEPTED = [
         lambda path: rows_of(load(path)),
         {str(n): (f"t{n}", None) for n in range(20)},
     ),
+    Case(
+        "a-dev-fraction-next-to-0-with-groups",
+        file("a.jsonl", jsonl(*({**row, "group": f"g{n // 4}"} for n, row in enumerate(good_rows())))),
+        lambda path: shape_of(load_task(str(path), dev_fraction=1e-320)),
+        {"train": (12, {0, 1}), "dev": (4, {0, 1}), "test": (4, {0, 1})},
+    ),
+    Case(
+        "a-checkpoint-copied-by-hand",
+        copied_checkpoint,
+        train_again,
+        1,
+    ),
     Case("labels-that-are-no-texts", numbers_and_truths, gold_of_both, [["1", "true"], [1, 0]]),
     Case(
         "a-checkpoint-torn-by-a-kill",
@@ -1385,7 +1719,7 @@ def test_what_can_be_read_is_read_and_what_is_cut_or_missing_is_counted(case, tm
     built = case.build(tmp_path)
     before = on_disk(tmp_path)
     assert case.call(built) == case.expected
-    if case.id != "a-checkpoint-torn-by-a-kill":  # a finished run takes its checkpoints away
+    if not case.id.startswith("a-checkpoint-"):  # a finished run takes its checkpoints away
         assert on_disk(tmp_path).items() >= before.items()
 
 

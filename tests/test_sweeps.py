@@ -11,7 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
+import sqlalchemy
+from optuna.storages import fail_stale_trials
 from typer.testing import CliRunner
 
 from dhrd_lib import __main__ as cli
@@ -219,6 +222,90 @@ def test_after_a_kill_in_the_middle_of_a_cell_the_next_call_resumes_it_and_does_
     assert load_run(tmp_path / "runs" / begun).metrics["resumed_from_step"] == 2
 
 
+def killed(study: optuna.Study, beating: bool = True) -> None:
+    """Take a cell as a process does that is killed at once, and long ago."""
+    trial = study.ask()
+    if beating:
+        trial.suggest_categorical("training.alpha", (1,))
+        study._storage.record_heartbeat(trial._trial_id)
+        with study._storage._backend.engine.begin() as connection:
+            connection.execute(sqlalchemy.text("update trial_heartbeats set heartbeat = '2000-01-01 00:00:00'"))
+
+
+TAKEN_BY_HAND = pytest.mark.filterwarnings("ignore::UserWarning")  # optuna's: experimental, and meant for optimize
+
+
+@TAKEN_BY_HAND
+@pytest.mark.parametrize("killed_before", [True, False])
+def test_only_kills_during_a_call_count_towards_giving_up_a_cell(killed_before, tmp_path):
+    grid = a_grid(training__alpha=[1])
+    url = sweeps._default_storage(grid, tmp_path)
+    study = sweeps._study(grid, url)
+    for _ in range(sweeps._MAX_RETRIES):
+        killed(study)
+        fail_stale_trials(study)
+    killed(study)
+    if killed_before:  # as the next call begins, nobody has missed its heartbeat yet
+        study = sweeps._study(grid, url, begun=len(study.trials))
+    fail_stale_trials(study)
+    expected = "waiting" if killed_before else "stopped"
+    assert dict(cells(grid, tmp_path)[["run", "state"]].values) == {"g": expected}
+
+
+@TAKEN_BY_HAND
+@pytest.mark.timeout(60)
+def test_a_queued_cell_whose_process_was_killed_before_its_first_heartbeat_is_taken_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(sweeps, "_MISSED_HEARTBEATS", 1)
+    grid = a_grid(training__alpha=[1])
+    study = sweeps._study(grid, sweeps._default_storage(grid, tmp_path))
+    for _ in range(sweeps._MAX_RETRIES):
+        killed(study)
+        fail_stale_trials(study)
+    killed(study, beating=False)
+    assert dict(cells(grid, tmp_path)[["run", "state"]].values) == {"g": "running"}
+    assert set(sweep(grid, tmp_path)["state"]) == {"finished"}
+
+
+def test_a_cell_whose_files_are_torn_is_listed_with_the_reason_and_the_rest_go_on(tmp_path):
+    grid = a_grid(training__alpha=[0, 1])
+    (tmp_path / "g").mkdir()
+    grid.config("g").save(tmp_path / "g" / "config.json")
+    (tmp_path / "g" / "metrics.json").write_text("{")
+    with pytest.warns(UserWarning, match="The run is left out"):
+        table = sweep(grid, tmp_path).set_index("run")
+    assert set(table.loc["g-alpha0", "state"]) == {"finished"}
+    reason = f"{tmp_path}/g/metrics.json is not JSON: Expecting property name enclosed in double quotes"
+    assert table.loc["g", "state"] == "failed"
+    assert table.loc["g", "reason"].startswith(reason)
+    (tmp_path / "g-alpha0" / "metrics.json").write_text("[]")  # after it was finished here
+    with pytest.warns(UserWarning, match="The run is left out"):
+        table = cells(grid, tmp_path).set_index("run")
+    told = f"{tmp_path}/g-alpha0/metrics.json has no metrics of splits; expected what training wrote."
+    assert tuple(table.loc["g-alpha0", ["state", "reason"]]) == ("failed", told)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("nothing", "--storage, can't be used (Could not parse SQLAlchemy URL from given URL string)"),
+        ("foo://ada:secret@host/x", "--storage, can't be used (Can't load plugin: sqlalchemy.dialects:foo)"),
+        (
+            "postgresql://ada:secret@localhost:1/x",
+            "--storage, can't be used (Failed to import DB access module for the specified storage URL)",
+        ),
+        ("sqlite:///{folder}/no/x.db", "the file {folder}/no/x.db, can't be used (unable to open database file)"),
+        ("sqlite:///{folder}/text.db", "the file {folder}/text.db, can't be used (file is not a database)"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_refused_in_one_sentence_without_its_password(url, told, tmp_path):
+    (tmp_path / "text.db").write_text("no database, and long enough to be taken for one " * 20)
+    with pytest.raises(ConfigError) as caught:
+        sweep(a_grid(training__alpha=[1]), tmp_path / "runs", storage=url.format(folder=tmp_path))
+    told = told.format(folder=tmp_path)
+    assert str(caught.value) == (f"the storage of grid 'g', {told}; expected a database that Optuna can write to.")
+
+
 @pytest.mark.timeout(120)
 def test_the_command_works_with_several_processes_and_says_what_is_not_finished(tmp_path):
     grid = {"name": "g", "base": BASE, "grid": {"model.freeze_layers": [0, 99]}}
@@ -244,6 +331,8 @@ def test_the_command_works_with_several_processes_and_says_what_is_not_finished(
         ({}, "the grid varies no field"),
         ({"training.alpha": []}, "expected one or more values, each once"),
         ({"training.alpha": [1, 1]}, "expected one or more values, each once"),
+        ({"training.alpha": [1, 1.0]}, "expected one or more values, each once"),
+        ({"training.keep_model": [0, False]}, "expected one or more values, each once"),
         ({"training.alpha": 1}, "expected a list of values"),
         ({"data.text": [["a", "b"]]}, "expected texts, numbers, truth values or null"),
     ],
