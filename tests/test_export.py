@@ -138,10 +138,14 @@ def test_an_int8_onnx_export_has_every_product_of_the_decoder_in_8_bits_and_the_
         for node in graph.node
         if node.op_type == "MatMulNBits"
     ]
-    # Query, key and value are one product in the graph, and so are gate and up.
-    assert len(settings) == 4 * model.config.backbone_config.num_hidden_layers
+    layers = model.config.backbone_config.num_hidden_layers
+    # Query, key and value are one product in the graph, and so are gate and up, whose activations have one scale.
+    assert len(settings) == 3 * layers
     assert {(of["bits"], of["block_size"], of["accuracy_level"]) for of in settings} == {(8, 128, 4)}
-    assert sum(node.op_type == "Gemm" for node in graph.node) == 2
+    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == layers
+    whole = {one.name for one in graph.initializer if one.data_type == onnx.TensorProto.FLOAT}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in whole]
+    assert len(products) == 2  # the classifier's
 
 
 @pytest.mark.parametrize("changes", [{}, {"finetune": "lora"}, {"finetune": "lora", "markers": "special"}])
