@@ -119,6 +119,12 @@ def test_the_readmes_ablations_are_the_stored_ones():
     for row in ablations.compare(table, ["alignment"], {"alignment": "consistent"}).itertuples():
         if row.alignment != "shuffle_rationale_label":
             assert f"({in_points(row._asdict())})" in readme
+    table = ablations.load_results(results / "ablation_loss_weights_everyday_nli.json")
+    table = table[table["split"] == "test"]
+    (row,) = ablations.compare(table, weights, baseline).itertuples()
+    first, second = (f"({value:.1%})" for value in ablations.summarise(table, weights)["value"])
+    assert f"leaves chance {first} and DHRD\nwith alpha 1 doesn't {second}: {in_points(row._asdict())}" in readme
+    assert f"p {row.p_holm:.3f}. Notebooks 03" in readme
 
 
 def test_the_readmes_two_seeds_are_the_stored_ones():
