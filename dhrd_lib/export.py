@@ -9,12 +9,12 @@ limits, format and precision. Tracing, the repair of what tracing breaks, and qu
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 import onnx_ir
 import torch
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -162,7 +162,7 @@ class _Int8(OnnxRuntimeQuantizer):
 
     def quantize(self, model: onnx_ir.Model, *arguments: Any) -> onnx_ir.Model:
         fast = [node.name for node in model.graph if self._leads_into_mlp(node)]
-        others = MatMulNBitsQuantizer(
+        others = _quantizer_in_blocks()(
             onnx_ir.to_proto(model),
             bits=8,
             block_size=_BLOCK,
@@ -180,6 +180,17 @@ class _Int8(OnnxRuntimeQuantizer):
         """Whether a product gives more than three times the width that it reads: query, key and value don't."""
         weight = node.inputs[1].const_value if node.op_type == "MatMul" else None
         return weight is not None and weight.shape[1] > 3 * weight.shape[0]
+
+
+def _quantizer_in_blocks() -> type:
+    """ONNX Runtime's own, whose import makes every library of the process log what it does; that is taken back."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    return MatMulNBitsQuantizer
 
 
 def _write_onnx(model: DHRDModel, folder: Path, int8: bool) -> None:

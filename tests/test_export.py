@@ -148,6 +148,15 @@ def test_an_int8_onnx_export_has_every_product_of_the_decoder_in_8_bits_and_the_
     assert len(products) == 2  # the classifier's
 
 
+def test_exporting_leaves_the_process_logging_as_it_was():
+    script = (
+        "import logging; from dhrd_lib.export import _quantizer_in_blocks; before = logging.getLogger().level\n"
+        "assert _quantizer_in_blocks().__name__ == 'MatMulNBitsQuantizer'\n"
+        "assert (logging.getLogger().level, logging.getLogger().handlers) == (before, [])"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.parametrize("changes", [{}, {"finetune": "lora"}, {"finetune": "lora", "markers": "special"}])
 def test_transformers_own_pipeline_loads_an_hf_export_with_equal_logits(plain, tmp_path, changes):
     model = saved(plain, tmp_path / "model", head="linear", **changes)
