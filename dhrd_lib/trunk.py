@@ -65,7 +65,9 @@ def _key(model: DHRDModel, trunk_layers: int) -> str:
     for module in [*embeddings, *layers_of(model.backbone)[:trunk_layers]]:
         for parameter in module.parameters():
             digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
-    settings = [model.config.backbone_config.to_dict(), trunk_layers]
+    shape = model.config.backbone_config.to_dict()
+    shape.pop("_name_or_path", None)  # The same backbone may lie in another folder.
+    settings = [shape, trunk_layers]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 

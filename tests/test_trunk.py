@@ -52,6 +52,15 @@ def test_states_are_computed_once_and_serve_the_inputs_alone(task, monkeypatch):
         assert np.array_equal(alone[i], full[i][: row["input_length"]])
 
 
+def test_the_states_of_a_backbone_serve_it_in_another_folder_too(task, monkeypatch):
+    model = tiny_model(task)
+    seen = computed(model, monkeypatch)
+    for folder in ("here/backbone", "there/backbone"):
+        model.config.backbone_config._name_or_path = folder
+        cached_trunk_states(model, rows(model), 2)
+    assert sum(seen) == 3
+
+
 def test_a_changed_row_layer_count_or_backbone_is_computed_anew(task, monkeypatch):
     model = tiny_model(task)
     seen = computed(model, monkeypatch)
