@@ -17,6 +17,7 @@ import re
 import time
 import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class Grid:
             raise ConfigError(f"{path} is no grid; expected objects as its grid and base.")
         return cls(given["name"], given["grid"], given.get("base", {}))
 
-    @property
+    @cached_property  # Whoever asks for one cell's configuration asks for all cells.
     def cells(self) -> dict[str, dict[str, Value]]:
         """Each cell's values by the name of its run."""
         cells, shared = {}, self._config("base", {})

@@ -136,6 +136,13 @@ def test_the_run_of_a_cell_has_the_bases_values_and_its_own(tmp_path):
     assert (config.training.epochs, config.data.dev_fraction) == (1, 0.2)
 
 
+def test_the_cells_of_a_grid_are_worked_out_once_however_many_are_asked_for(monkeypatch):
+    grid, made = a_grid(training__seed=list(range(20))), []
+    monkeypatch.setattr(Grid, "_config", lambda *of, own=Grid._config: made.append(of) or own(*of))
+    assert len({grid.config(run).training.seed for run in grid.cells}) == 20
+    assert len(made) == 21  # what the cells share, and each of them
+
+
 def test_cells_whose_values_read_the_same_as_a_file_name_keep_runs_of_their_own():
     grid = a_grid(model__backbone=["org/model", "org_model", "x" * 200])
     assert len(grid.cells) == 3
