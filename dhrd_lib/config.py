@@ -50,9 +50,19 @@ def _one_of(owner: object, name: str, allowed: tuple[str, ...]) -> None:
 
 def _whole(owner: object, name: str, minimum: int, highest: float = math.inf) -> None:
     value = getattr(owner, name)
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= highest:
+    if not is_whole(value, minimum) or value > highest:
         allowed = f"{minimum} or more" if highest == math.inf else f"{minimum} to {highest}"
         raise ConfigError(f"{name} is {value!r}; expected a whole number, {allowed}.")
+
+
+def is_whole(value: Any, minimum: int = 0) -> bool:
+    """Whether something is a whole number, the minimum or more; a truth value isn't one."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def is_number(value: Any) -> bool:
+    """Whether something is a number; a truth value isn't one."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_finite(value: float) -> bool:
@@ -78,8 +88,7 @@ def _number(
     highest: float = math.inf,
 ) -> None:
     value = getattr(owner, name)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    in_range = is_number and is_finite(value) and minimum <= value < below and value <= highest
+    in_range = is_number(value) and is_finite(value) and minimum <= value < below and value <= highest
     if not in_range or (above and value == minimum):
         low = f"above {minimum:g}" if above else f"{minimum:g} or more"
         high = "" if below == math.inf else f" and below {below:g}"

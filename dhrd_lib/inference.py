@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import softmax
 from tokenizers import Tokenizer
 
-from dhrd_lib.config import ConfigError, WorkbenchError, read_json, reason_of
+from dhrd_lib.config import ConfigError, WorkbenchError, is_whole, read_json, reason_of
 from dhrd_lib.inputs import cut_to_fit, keep_no_words, render_inputs
 
 if TYPE_CHECKING:
@@ -68,10 +68,6 @@ def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iter
         start += rows
 
 
-def _is_count(value: Any, minimum: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 1 and all(isinstance(one, str) for one in value)
 
@@ -80,9 +76,9 @@ def _are_names(value: Any) -> bool:
 _RIGHT: dict[str, Callable[[Any], bool]] = {
     "template": lambda value: isinstance(value, str),
     "label_names": _are_names,
-    "max_input_tokens": lambda value: _is_count(value, 1),
-    "start_ids": lambda value: isinstance(value, list) and all(map(_is_count, value)),
-    "pad_token_id": _is_count,
+    "max_input_tokens": lambda value: is_whole(value, 1),
+    "start_ids": lambda value: isinstance(value, list) and all(map(is_whole, value)),
+    "pad_token_id": is_whole,
 }
 
 
@@ -244,11 +240,11 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{found}; expected 'dhrd', a DHRDModel's.")
     if not (isinstance(config.get("template"), str) and isinstance(config.get("verbalizers"), list)):
         raise ConfigError(f"{path} lacks a template or verbalizers; expected what training wrote.")
-    labels, words = read_label_names(folder), config["verbalizers"]
+    labels, words = label_names_of(config, path), config["verbalizers"]
     if len(words) != len(labels) or not all(isinstance(word, str) for word in words):
         raise ConfigError(f"{path} has the verbalizers {words!r}; expected {len(labels)} texts, one a label.")
     limit = config.get("max_input_tokens", 1)
-    if not _is_count(limit, 1):
+    if not is_whole(limit, 1):
         raise ConfigError(f"{path} has {limit!r} as max_input_tokens; expected a whole number, 1 or more.")
     backbone = config.get("backbone_config")
     if not (isinstance(backbone, dict) and isinstance(backbone.get("model_type"), str)):
@@ -256,14 +252,16 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_label_names(folder: Path) -> list[str]:
-    """The labels that a saved model's config.json names, by their numbers; raises `ConfigError` on others."""
+def label_names_of(config: Mapping[str, Any], path: Path) -> list[str]:
+    """The labels that a saved model's config.json names, by their numbers; raises `ConfigError` on others.
+
+    `path` is the file, which the error names.
+    """
     # transformers leaves out its own two.
-    names = read_config(folder).get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    names = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     places = [str(place) for place in range(len(names))] if isinstance(names, dict) else []
     found = [names.get(place) for place in places]
     if not _are_names(found):
-        path = folder / "config.json"
         raise ConfigError(f"{path} has {names!r} as id2label; expected two labels or more, numbered from 0.")
     return found
 

@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from dhrd_lib.config import ConfigError, RunConfig, read_json, reason_of
+from dhrd_lib.config import ConfigError, RunConfig, is_number, read_json, reason_of
 
 PACKAGES = (
     "torch",
@@ -126,12 +126,8 @@ def _check_metrics(path: Path, metrics: Any) -> None:
             raise ConfigError(f"{path} has {metrics.get(name)!r} as {name}; expected a list, as training wrote.")
     figures = {f"{name} of {split}": value for split, of in splits.items() for name, value in of.items()}
     for name, value in (figures | {name: metrics.get(name) for name in TOTALS}).items():
-        if not _is_number(value):
+        if not is_number(value):
             raise ConfigError(f"{path} has {value!r} as {name}; expected a number, as training wrote.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_runs(root: str | Path = "runs") -> tuple[list[Run], list[str]]:

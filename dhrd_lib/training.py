@@ -47,7 +47,7 @@ from dhrd_lib.config import (
     reason_of,
 )
 from dhrd_lib.evaluation import task_metrics
-from dhrd_lib.inference import read_label_names
+from dhrd_lib.inference import label_names_of, read_config
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import Run, environment, is_finished, load_run, write_json
 from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, SequenceReport, encode_split
@@ -580,7 +580,7 @@ def _step_of(checkpoint: Path) -> int:
 
 def _check_labels(checkpoint: Path, task: Task) -> None:
     """Refuse to go on with a classifier of other labels, which a file that changed meanwhile has."""
-    saved = read_label_names(checkpoint)
+    saved = label_names_of(read_config(checkpoint), checkpoint / "config.json")
     if saved != list(task.label_names):
         there, now = (", ".join(map(repr, labels)) for labels in (saved, task.label_names))
         raise ConfigError(f"{checkpoint} has the labels {there}; expected those of the data, {now}.")
