@@ -65,6 +65,9 @@ def main(arguments: list[str] | None = None) -> dict:
             "engines": [{**one.row(), "folder_mib": folder_mib(folders[one.system.name])} for one in found],
             "to_torch": {one.system.name: against(found[0], one, labels) for one in found[1:]},
             "start_seconds": {name: start_seconds(folders[name], rows[0]) for name in folders},
+            "start_seconds_empty_cache": {
+                name: start_seconds(folders[name], rows[0], empty_cache=True) for name in EXPORTS
+            },
             "gflop_per_second": {
                 "torch float32": matmul_peak(classifiers["torch"], tokens=CPU_PART_TOKENS),
                 **{
@@ -134,15 +137,20 @@ def logits_in_order(measured: Measured, rows: int) -> np.ndarray:
     return logits
 
 
-def start_seconds(folder: Path, row: dict[str, Any], times: int = 3) -> float:
-    """The wall time of a fresh process that loads a classifier and answers one row, the median of a few."""
+def start_seconds(folder: Path, row: dict[str, Any], times: int = 3, empty_cache: bool = False) -> float:
+    """The wall time of a fresh process that loads a classifier and answers one row, the median of a few.
+
+    An export has left what its engine compiles in the cache; an empty one is what another machine has.
+    """
     fields = {key: value for key, value in row.items() if isinstance(value, str)}
     command = [sys.executable, "-c", START.format(row=fields), str(folder)]
     seconds = []
     for _ in range(times):
-        started = time.perf_counter()
-        subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ)
-        seconds.append(time.perf_counter() - started)
+        with tempfile.TemporaryDirectory() as scratch:
+            env = {**os.environ, "DHRD_CACHE": scratch} if empty_cache else os.environ
+            started = time.perf_counter()
+            subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL, env=env)
+            seconds.append(time.perf_counter() - started)
     return float(np.median(seconds))
 
 

@@ -36,7 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dhrd_lib.config import WorkbenchError, reason_of, user_path
+from dhrd_lib.config import WorkbenchError, cache_dir, reason_of, user_path
 from dhrd_lib.inputs import keep_no_words
 
 EMBEDDED = "smollm2-135m"
@@ -145,12 +145,6 @@ def lm_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def logit_softcap(model: PreTrainedModel) -> float | None:
     """The bound that some decoders (Gemma 2) put on their logits, or None."""
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-
-
-def cache_dir() -> Path:
-    """Where converted backbones and cached states are kept: `DHRD_CACHE`, or the user's cache folder."""
-    named = os.environ.get("DHRD_CACHE")
-    return user_path(named) if named else Path.home() / ".cache" / "dhrd"
 
 
 def check_own_weights(folder: Path) -> None:

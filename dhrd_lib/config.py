@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -414,6 +415,12 @@ def user_path(name: str | Path) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"{name} begins with a home folder that isn't known here; expected a path.") from error
+
+
+def cache_dir() -> Path:
+    """Where backbones, states and graphs are kept for next time: `DHRD_CACHE`, or the user's cache folder."""
+    named = os.environ.get("DHRD_CACHE")
+    return user_path(named) if named else Path.home() / ".cache" / "dhrd"
 
 
 def read_json(path: str | Path) -> Any:

@@ -31,7 +31,7 @@ from transformers.exporters import (
 
 from dhrd_lib.backbones import load_tokenizer, locked, new_folder, writing
 from dhrd_lib.config import ConfigError
-from dhrd_lib.inference import EXPORT_KEY, RUNNERS, ExportConfig, model_folder, read_config
+from dhrd_lib.inference import EXPORT_KEY, RUNNERS, ExportConfig, load_classifier, model_folder, read_config
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import write_json
 from dhrd_lib.throughput import sequence_classifier
@@ -72,6 +72,8 @@ def export(source: str | Path, format: str, *, int8: bool = False, out: str | Pa
             model.tokenizer.save_pretrained(scratch)
             _write_config(model, scratch, format, "int8" if int8 else "float32")
             scratch.chmod(0o755)  # mkdtemp's is the owner's alone
+    if format == "openvino":
+        load_classifier(out)  # Compiling takes seconds: it is done here, and a start on this machine finds it done.
     return out
 
 

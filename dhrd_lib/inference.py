@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import softmax
 from tokenizers import Tokenizer
 
-from dhrd_lib.config import ConfigError, WorkbenchError, is_whole, read_json, reason_of
+from dhrd_lib.config import ConfigError, WorkbenchError, cache_dir, is_whole, read_json, reason_of
 from dhrd_lib.inputs import cut_to_fit, keep_no_words, render_inputs
 
 if TYPE_CHECKING:
@@ -283,16 +283,33 @@ def _onnx_runner(folder: Path) -> Run:
     return lambda ids, mask: session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]
 
 
+def _kept_graphs(graph: Path) -> dict[str, str]:
+    """OpenVINO's settings by which the next start finds what this one compiled, where that can be kept.
+
+    Most weights are read from the export as ever, but not all: OpenVINO looks at the graph's path, size and time,
+    so those of the weights' file are put into the folder's name.
+    """
+    try:
+        of_weights = graph.with_suffix(".bin").stat()
+        folder = cache_dir() / "openvino" / f"{of_weights.st_size}-{of_weights.st_mtime_ns}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return {}
+    return {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE"} if os.access(folder, os.W_OK) else {}
+
+
 def _openvino_runner(folder: Path) -> Run:
     import openvino
 
+    graph = (folder / "openvino_model.xml").resolve()
     # float32 everywhere: on some processors the engine would choose bfloat16.
     settings = {
         "INFERENCE_NUM_THREADS": _threads(),
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
+        **_kept_graphs(graph),
     }
-    model = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", settings)
+    model = openvino.Core().compile_model(graph, "CPU", settings)
     # A request takes one call at a time, and the model itself has a single one for all its callers.
     own = threading.local()
 

@@ -16,7 +16,8 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
-from dhrd_lib.backbones import cache_dir, decoder_of, layers_of, locked, writing_cache
+from dhrd_lib.backbones import decoder_of, layers_of, locked, writing_cache
+from dhrd_lib.config import cache_dir
 from dhrd_lib.inference import length_sorted_batches
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import write_json

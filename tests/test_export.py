@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
 from conftest import tiny_model
@@ -54,7 +56,7 @@ def saved(task: Task, folder: Path, architecture: str = "llama", **config: objec
 
 
 @pytest.fixture(scope="module")
-def exports(plain, tmp_path_factory):
+def exports(plain, tmp_path_factory, own_cache):
     """Model and export of a format and of options of the model, each traced once for all tests."""
 
     @cache
@@ -225,6 +227,50 @@ def test_an_export_answers_without_torch_transformers_or_datasets(exports):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == model.predict(["My lamp broke."]).labels
+
+
+def compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> openvino.CompiledModel:
+    """What `load_classifier` compiles."""
+    found = []
+    compile_model = openvino.Core.compile_model
+    monkeypatch.setattr(
+        openvino.Core, "compile_model", lambda *args: found.append(compile_model(*args)) or found[-1]
+    )
+    load_classifier(folder)
+    return found[-1]
+
+
+def test_the_first_start_of_an_openvino_export_finds_its_graph_compiled(exports, tmp_path, monkeypatch):
+    model, folder = exports("openvino", pooling="last", head="mlp")
+    assert compiled(folder, monkeypatch).get_property("LOADED_FROM_CACHE")
+    monkeypatch.chdir(folder.parent)
+    assert compiled(Path(folder.name), monkeypatch).get_property("LOADED_FROM_CACHE")
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert not compiled(moved, monkeypatch).get_property("LOADED_FROM_CACHE")
+    np.testing.assert_allclose(logits(load_classifier(moved)), logits(model), rtol=0, atol=1e-4)
+
+
+def test_other_weights_under_the_same_graph_are_compiled_anew(exports, tmp_path, monkeypatch):
+    _, folder = exports("openvino", pooling="last", head="mlp")
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    before = logits(load_classifier(moved))
+    weights = moved / "openvino_model.bin"
+    content = bytearray(weights.read_bytes())
+    numbers = np.frombuffer(content, dtype=np.float32, count=len(content) // 4)
+    numbers[(np.abs(numbers) > 1e-3) & (np.abs(numbers) < 1)] /= 2  # Others may be whole numbers, of shapes.
+    weights.write_bytes(content)
+    assert not compiled(moved, monkeypatch).get_property("LOADED_FROM_CACHE")
+    found = logits(load_classifier(moved))
+    monkeypatch.setenv("DHRD_CACHE", str(tmp_path / "empty"))
+    np.testing.assert_array_equal(found, logits(load_classifier(moved)))
+    assert np.abs(found - before).max() > 1e-3
+
+
+def test_an_openvino_export_starts_where_the_cache_cant_be_written(exports, tmp_path, monkeypatch):
+    model, folder = exports("openvino", pooling="last", head="mlp")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DHRD_CACHE", str(tmp_path / "file"))
+    np.testing.assert_allclose(logits(load_classifier(folder)), logits(model), rtol=0, atol=1e-4)
 
 
 def test_the_commands_export_and_predict_from_an_export(plain, tmp_path):
