@@ -126,20 +126,32 @@ def _part(name: str, text: str) -> str:
     return f"<b>{name}</b><div style='white-space: pre-wrap; margin-bottom: .5em'>{text}</div>"
 
 
-class LiveLossCurves(TrainerCallback):
-    """Draws `plots.loss_curves` while `train` runs: pass it as `train(config, callbacks=[LiveLossCurves()])`.
+class _LiveFigure:
+    """A figure that is an ordinary output and can be drawn anew, so a saved notebook shows it as it was last.
 
-    The figure is an ordinary output that is drawn anew, so it stays in a saved notebook as it was last.
+    JupyterLab passes over an update of a plotly figure that it shows already (plotly.py's issue 3053), and draws
+    one that replaces something else: an empty place of the same height stands there for a moment.
     """
+
+    def __init__(self, figure: go.Figure) -> None:
+        self._handle: DisplayHandle = display(figure._repr_mimebundle_(), raw=True, display_id=True)
+
+    def update(self, figure: go.Figure) -> None:
+        self._handle.update(HTML(f"<div style='height: {figure.layout.height}px'></div>"))
+        self._handle.update(figure._repr_mimebundle_(), raw=True)
+
+
+class LiveLossCurves(TrainerCallback):
+    """Draws `plots.loss_curves` while `train` runs: pass it as `train(config, callbacks=[LiveLossCurves()])`."""
 
     def __init__(self, seconds_between: float = 2.0) -> None:
         self.seconds_between = seconds_between
         self.figure: go.Figure | None = None
-        self._handle: DisplayHandle | None = None
+        self._shown: _LiveFigure | None = None
         self._drawn_at = 0.0
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self._handle is None or time.monotonic() - self._drawn_at >= self.seconds_between:
+        if self._shown is None or time.monotonic() - self._drawn_at >= self.seconds_between:
             self._draw(state)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -151,11 +163,10 @@ class LiveLossCurves(TrainerCallback):
         history = pd.DataFrame(state.log_history)
         setting = "DHRD" if "lm_loss" in history else "pooled baseline"
         self.figure = plots.loss_curves(history.assign(setting=setting, name="this run"))
-        bundle = self.figure._repr_mimebundle_()
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
+        if self._shown is None:
+            self._shown = _LiveFigure(self.figure)
         else:
-            self._handle.update(bundle, raw=True)
+            self._shown.update(self.figure)
         self._drawn_at = time.monotonic()
 
 
@@ -336,8 +347,7 @@ class AblationDashboard:
     """The runs of an ablation by metric, task, split, factor and line; hover shows the run.
 
     `table` is of `ablations.collect` or `load_results`. A field that is neither factor nor line is held at the
-    value that most runs have. The figure is an ordinary output that is drawn anew, so a saved notebook shows it
-    as it was last, without a kernel.
+    value that most runs have. A saved notebook shows the figure as it was last, without a kernel.
     """
 
     METRICS = ("accuracy", "macro_f1")
@@ -354,7 +364,7 @@ class AblationDashboard:
         }
         self.choices["line"].value = factors[1] if len(factors) > 1 else None
         self.controls = widgets.HBox(list(self.choices.values()), layout={"flex_flow": "row wrap"})
-        self._handle: DisplayHandle | None = None
+        self._shown: _LiveFigure | None = None
         for one in self.choices.values():
             one.observe(lambda _: self._draw(), names="value")
 
@@ -371,12 +381,12 @@ class AblationDashboard:
         return plots.factor_effect(summary, ablations.by_seed(rows, [metric]), factor, metric)
 
     def _draw(self) -> None:
-        if self._handle is not None:
-            self._handle.update(self.figure()._repr_mimebundle_(), raw=True)
+        if self._shown is not None:
+            self._shown.update(self.figure())
 
     def _ipython_display_(self) -> None:
         display(self.controls)
-        self._handle = display(self.figure()._repr_mimebundle_(), raw=True, display_id=True)
+        self._shown = _LiveFigure(self.figure())
 
 
 def _spoken(names: Sequence[str]) -> list[tuple[str, str]]:
