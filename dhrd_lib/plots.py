@@ -228,47 +228,56 @@ def per_class_f1(tables: Mapping[str, pd.DataFrame], split: str = "") -> go.Figu
 def accuracy_by_tokens(
     rows: pd.DataFrame, reference: Mapping[str, float] | None = None, metric: str = "accuracy"
 ) -> go.Figure:
-    """The metric against the tokens written for a row, a line a way to read the answer, and the pooled systems.
+    """The metric against the tokens written for a row: a panel a way to ask, a line a way to read the answer.
 
-    `rows` is of `cot.accuracy_by_budget`, with a column setting ("CoT (parsed)"); `reference` has the metric
-    (fractions) of systems that write nothing, drawn as level lines. The axis is linear up to 1 token and
-    logarithmic above, so that 0 has its place.
+    `rows` is of `cot.accuracy_by_budget`; `reference` has the metric (fractions) of systems that write nothing,
+    drawn as level lines in every panel. The axis is linear up to 1 token and logarithmic above, so that 0 has its
+    place.
     """
-    figure = _figure(f"What does a token of reasoning buy? {_plain(metric)} with 95% intervals")
+    ways = list(dict.fromkeys(rows["cot"]))
+    titles = [f"CoT, {_plain(way)}" for way in ways]
+    figure = make_subplots(cols=len(ways), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
+    _dress(figure, f"What does a token of reasoning buy? {_plain(metric)} with 95% intervals")
     reference = reference or {}
-    styles = _styles([*reference, *rows["setting"]])
-    for setting, part in rows.groupby("setting", sort=False):
-        style = styles[setting]
-        figure.add_scatter(
-            x=_tokens(part["tokens"]),
-            y=100 * part["value"],
-            error_y=_error_bars(part["value"], part["low"], part["high"]),
-            mode="lines+markers",
-            line={"color": style.color, "dash": style.dash, "width": 1.5},
-            marker={"color": style.color, "symbol": style.symbol, "size": 9},
-            name=_plain(setting),
-            customdata=part[["budget", "tokens", "unanswered", "rows"]].to_numpy(),
-            hovertemplate=f"{_plain(setting)}, at most %{{customdata[0]}} tokens<br>%{{y:.1f}}% with "
-            "%{customdata[1]:.1f} tokens a row<br>%{customdata[2]} of %{customdata[3]} rows without an answer"
-            "<extra></extra>",
-        )
+    styles = _styles([*reference, *(f"CoT ({reading})" for reading in rows["reading"])])
     ticks = [0, 1, 3, 10, 30, 100, 300, 1000]
     ticks = [tick for tick in ticks if tick <= max(2 * rows["tokens"].max(), 1)]
-    for setting, value in reference.items():
-        figure.add_scatter(
-            x=_tokens(pd.Series([0, max(ticks[-1], rows["tokens"].max())])),
-            y=[100 * value] * 2,
-            mode="lines",
-            line={"color": styles[setting].color, "width": 2},
-            name=f"{_plain(setting)}, no token",
-            hovertemplate=f"{_plain(setting)}: %{{y:.1f}}%<extra></extra>",
-        )
-    # Beside the figure: as many entries as there are ways to ask and to read would cover the title.
-    legend = {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}
-    figure.update_layout(height=430, showlegend=True, legend=legend)
-    figure.update_xaxes(title="tokens written for a row (mean)", tickvals=_tokens(pd.Series(ticks)), ticktext=ticks)
-    figure.update_yaxes(title=f"{_plain(metric)} (%)")
+    ends = _tokens(pd.Series([0, max(ticks[-1], rows["tokens"].max())]))
+    for col, way in enumerate(ways, start=1):
+        for reading, part in rows[rows["cot"] == way].groupby("reading", sort=False):
+            figure.add_trace(_by_budget(part, _plain(reading), styles[f"CoT ({reading})"]), row=1, col=col)
+        for setting, value in reference.items():
+            name = f"{_plain(setting)}, no token"
+            line = {"color": styles[setting].color, "width": 2}
+            hover = f"{_plain(setting)}: %{{y:.1f}}%<extra></extra>"
+            figure.add_scatter(
+                x=ends, y=[100 * value] * 2, mode="lines", line=line, name=name, hovertemplate=hover, row=1, col=col
+            )
+    for name in {trace.name: None for trace in figure.data}:
+        for place, trace in enumerate(figure.select_traces({"name": name})):
+            trace.update(legendgroup=name, showlegend=place == 0)
+    figure.update_layout(height=430, showlegend=True, legend={"y": 1.1}, margin={"t": 125})
+    figure.update_xaxes(
+        matches="x", title="tokens a row (mean)", tickvals=_tokens(pd.Series(ticks)), ticktext=ticks
+    )
+    figure.update_yaxes(title=f"{_plain(metric)} (%)", col=1)
     return figure
+
+
+def _by_budget(part: pd.DataFrame, name: str, style: _Style) -> go.Scatter:
+    """One way to ask and to read, at every budget."""
+    return go.Scatter(
+        x=_tokens(part["tokens"]),
+        y=100 * part["value"],
+        error_y=_error_bars(part["value"], part["low"], part["high"]),
+        mode="lines+markers",
+        line={"color": style.color, "dash": style.dash, "width": 1.5},
+        marker={"color": style.color, "symbol": style.symbol, "size": 9},
+        name=name,
+        customdata=part[["budget", "tokens", "unanswered", "rows"]].to_numpy(),
+        hovertemplate=f"{name}, at most %{{customdata[0]}} tokens<br>%{{y:.1f}}% with %{{customdata[1]:.1f}} "
+        "tokens a row<br>%{customdata[2]} of %{customdata[3]} rows without an answer<extra></extra>",
+    )
 
 
 def _tokens(tokens: pd.Series) -> np.ndarray:

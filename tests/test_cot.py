@@ -375,15 +375,20 @@ class TestCascade:
 
 
 class TestFigures:
-    def test_accuracy_is_drawn_against_tokens_with_the_pooled_systems_as_level_lines(self):
-        rows = pd.DataFrame({"setting": ["CoT (parsed)"] * 2, "budget": [9, 99], "tokens": [9.0, 99.0]})
-        rows = rows.assign(value=[0.2, 0.6], low=[0.1, 0.5], high=[0.3, 0.7], unanswered=[3, 0], rows=10)
-        line, level = plots.accuracy_by_tokens(rows, {"DHRD": 0.8}).data
+    def test_accuracy_is_drawn_against_tokens_with_the_pooled_systems_as_level_lines_in_every_panel(self):
+        rows = pd.DataFrame({"cot": ["zero-shot", "zero-shot", "3-shot"], "reading": ["parsed"] * 3})
+        rows = rows.assign(budget=[9, 99, 9], tokens=[9.0, 99.0, 9.0], value=[0.2, 0.6, 0.4])
+        rows = rows.assign(low=rows["value"] - 0.1, high=rows["value"] + 0.1, unanswered=0, rows=10)
+        figure = plots.accuracy_by_tokens(rows, {"DHRD": 0.8})
+        line, level, other, again = figure.data
         assert np.allclose(line.x, [1, 2])  # log10(1 + tokens), so that 0 has its place
         assert np.allclose(line.y, [20, 60])
         assert np.allclose(line.error_y.arrayminus, [10, 10])
-        assert level.name == "DHRD, no token"
-        assert set(level.y) == {80}
+        assert np.allclose(other.y, [40])
+        assert level.name == again.name == "DHRD, no token"
+        assert set(level.y) == set(again.y) == {80}
+        assert [trace.xaxis for trace in figure.data] == ["x", "x", "x2", "x2"]
+        assert [trace.showlegend for trace in figure.data] == [True, True, False, False]
 
     def test_the_cascade_has_its_ends_marked(self):
         curve = cascade([0, 1], [[0.9, 0.1], [0.6, 0.4]], [0, 1], classifier_seconds=1.0, cot_seconds=9.0)

@@ -22,11 +22,20 @@ from transformers import pipeline
 from typer.testing import CliRunner
 
 from dhrd_lib import __main__ as cli
-from dhrd_lib.config import HEADS, POOLING_MODES, ConfigError
+from dhrd_lib.config import (
+    HEADS,
+    POOLING_MODES,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from dhrd_lib.export import export
 from dhrd_lib.inference import ExportedClassifier, load_classifier
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.tasks import Task
+from dhrd_lib.training import train
 
 # One token, a few, and more than `max_input_tokens`: rows of a batch are padded, and the last is cut.
 TEXTS = [
@@ -282,3 +291,21 @@ def test_the_commands_export_and_predict_from_an_export(plain, tmp_path):
         result = CliRunner().invoke(cli.app, list(map(str, command)), catch_exceptions=False)
         assert result.exit_code == 0, result.output
     assert result.stdout.startswith(model.predict(["My lamp broke."]).labels[0])
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_int8_compares_every_row_of_every_run_with_what_training_stored(tmp_path):
+    config = RunConfig(
+        name="run",
+        model=ModelConfig(backbone="tiny", device="cpu"),
+        data=DataConfig("support_triage", max_train_rows=8, max_eval_rows=20),
+        training=TrainingConfig(max_steps=2),
+    )
+    runs = [train(config.replace(name=f"seed{seed}", training__seed=seed), tmp_path) for seed in (0, 1)]
+    script = Path(__file__).parents[1] / "benchmarks" / "int8_accuracy.py"
+    subprocess.run([sys.executable, script, *(run.folder for run in runs), "--out", tmp_path], check=True)
+    stored = json.loads((tmp_path / "int8_accuracy.json").read_text())
+    assert (stored["runs"], stored["rows"]) == (["seed0", "seed1"], 60)
+    for found in stored["engines"].values():
+        assert found["accuracy_difference"]["n_seeds"] == 2
+        assert found["rows_with_another_label"] <= 6  # Untrained logits lie close together.

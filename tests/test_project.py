@@ -99,6 +99,18 @@ def test_the_readmes_exports_are_the_stored_benchmarks():
         assert f"| {name} | {speed} | {own} | {other} |" in readme
 
 
+def test_the_readmes_cost_of_int8_is_the_stored_benchmark():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "int8_accuracy.json").read_text())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert stored["runs"] == [f"quick-support_triage-{setting}-seed0" for setting in ("baseline", "dhrd")]
+    assert f"on all {stored['rows']} rows that neither" in readme
+    openvino, onnx = (stored["engines"][f"{name} int8"] for name in ("OpenVINO", "ONNX Runtime"))
+    points = in_points(openvino["accuracy_difference"]).replace(" [", " points [")
+    others = f"{openvino['rows_with_another_label']} other labels of {2 * stored['rows']:,}"
+    assert f"OpenVINO {points} and {others}, ONNX Runtime\n" in readme
+    assert f"\n{in_points(onnx['accuracy_difference'])} and {onnx['rows_with_another_label']}." in readme
+
+
 def in_points(row) -> str:
     return points_interval(row["difference"], row["low"], row["high"]).replace("\xa0", " ")
 
