@@ -29,17 +29,23 @@ from transformers.exporters import (
     OpenVINOExporter,
 )
 
-from dhrd_lib.backbones import load_tokenizer, locked, new_folder, writing
+from dhrd_lib.backbones import layers_of, load_tokenizer, locked, new_folder, writing
 from dhrd_lib.config import ConfigError
 from dhrd_lib.inference import EXPORT_KEY, RUNNERS, ExportConfig, load_classifier, model_folder, read_config
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import write_json
+from dhrd_lib.tasks import load_task
 from dhrd_lib.throughput import sequence_classifier
 
 # Inputs that share a scale in an int8 ONNX export; with 64 it is slower, and hardly nearer to float32.
 _BLOCK = 128
 # ONNX Runtime's accuracy level at which the products themselves are of 8-bit numbers.
 _INT8_PRODUCTS = 4
+# Decoders whose norms only multiply and stand right before the products that read them.
+_SMOOTHED = ("llama", "mistral", "qwen2", "qwen3")
+# Whose activations are looked at for that: rows of packaged tasks. A product's input is at least so large.
+_TASKS_SEEN, _ROWS_SEEN = ("support_triage", "everyday_nli"), 24
+_TINY = 1e-5
 
 
 def export(source: str | Path, format: str, *, int8: bool = False, out: str | Path | None = None) -> Path:
@@ -195,7 +201,53 @@ def _quantizer_in_blocks() -> type:
     return MatMulNBitsQuantizer
 
 
+def _smooth(model: DHRDModel) -> None:
+    """Share activations' outliers with the weights that they meet, as both will have 8 bits (SmoothQuant).
+
+    What is large beside its weights is divided where it is made, and the weights are multiplied (Xiao et al. 2023,
+    equation 4, with alpha = 0.5): in float32 the model says what it said. Decoders of other families stay as they
+    are.
+    """
+    if model.config.backbone_config.model_type not in _SMOOTHED:
+        return
+    layers = layers_of(model.backbone)
+    largest = _largest_inputs(model, layers)
+    for layer in layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for maker, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            (mlp.up_proj, (mlp.down_proj,)),
+        ):
+            weights = torch.stack([reader.weight.abs().amax(0) for reader in readers]).amax(0)
+            share = (largest[readers[0]].clamp(min=_TINY) / weights.clamp(min=_TINY)).sqrt()
+            for reader in readers:
+                reader.weight.data *= share
+            for parameter in maker.parameters():
+                parameter.data /= share.view(-1, *[1] * (parameter.dim() - 1))
+
+
+def _largest_inputs(model: DHRDModel, layers: nn.ModuleList) -> dict[nn.Module, torch.Tensor]:
+    """The largest magnitude of each input of the layers' products, over texts of the packaged tasks."""
+    largest: dict[nn.Module, torch.Tensor] = {}
+
+    def see(product: nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        seen = arguments[0].abs().flatten(0, -2).amax(0)
+        largest[product] = torch.maximum(largest.get(product, seen), seen)
+
+    products = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+    hooks = [product.register_forward_pre_hook(see) for product in products]
+    texts = [text for name in _TASKS_SEEN for text in load_task(name)[1]["train"]["input_text"][:_ROWS_SEEN]]
+    for row in model.encode_inputs(texts):
+        model.classify_rows([row])  # One by one: what padding is like doesn't count.
+    for hook in hooks:
+        hook.remove()
+    return largest
+
+
 def _write_onnx(model: DHRDModel, folder: Path, int8: bool) -> None:
+    if int8:
+        _smooth(model)
     config = OnnxConfig(ort_fusions="cpu", quantizer=_Int8() if int8 else None)
     _trace(model, OnnxExporter(), config, folder / "model.onnx")
 

@@ -31,7 +31,7 @@ from dhrd_lib.config import (
     RunConfig,
     TrainingConfig,
 )
-from dhrd_lib.export import export
+from dhrd_lib.export import _smooth, export
 from dhrd_lib.inference import ExportedClassifier, load_classifier
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.tasks import Task
@@ -157,6 +157,35 @@ def test_an_int8_onnx_export_has_every_product_of_the_decoder_in_8_bits_and_the_
     whole = {one.name for one in graph.initializer if one.data_type == onnx.TensorProto.FLOAT}
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in whole]
     assert len(products) == 2  # the classifier's
+
+
+def with_outliers(model: DHRDModel) -> DHRDModel:
+    """The same function, but that a few of a layer's activations are a thousand times the others."""
+    for layer in model.backbone.model.layers:
+        layer.post_attention_layernorm.weight.data[:2] *= 1000
+        for product in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            product.weight.data[:, :2] /= 1000
+    return model
+
+
+def test_an_int8_onnx_export_isnt_thrown_by_activations_that_are_outliers(plain, tmp_path):
+    even = saved(plain, tmp_path / "even")
+    outlying = with_outliers(saved(plain, tmp_path / "even"))
+    outlying.save_pretrained(tmp_path / "outlying")
+    np.testing.assert_allclose(logits(outlying), logits(even), rtol=0, atol=1e-4)
+    exports = [load_classifier(export(tmp_path / name, "onnx", int8=True)) for name in ("even", "outlying")]
+    errors = [np.abs(logits(exported) - logits(even)).max() for exported in exports]
+    assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_smoothing_leaves_a_model_saying_what_it_said(plain, tmp_path, architecture):
+    model = saved(plain, tmp_path / "model", architecture)
+    expected, before = logits(model), [parameter.clone() for parameter in model.parameters()]
+    _smooth(model)
+    np.testing.assert_allclose(logits(model), expected, rtol=0, atol=1e-4)
+    changed = not all(map(torch.equal, model.parameters(), before))
+    assert changed == (architecture in ("llama", "qwen3"))
 
 
 def test_exporting_leaves_the_process_logging_as_it_was():
