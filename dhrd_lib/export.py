@@ -43,9 +43,9 @@ _BLOCK = 128
 _INT8_PRODUCTS = 4
 # Decoders whose norms only multiply and stand right before the products that read them.
 _SMOOTHED = ("llama", "mistral", "qwen2", "qwen3")
-# Whose activations are looked at for that: rows of packaged tasks. A product's input is at least so large.
+# Packaged tasks, and rows of each, on which their activations are looked at.
 _TASKS_SEEN, _ROWS_SEEN = ("support_triage", "everyday_nli"), 24
-_TINY = 1e-5
+_TINY = 1e-5  # What never acts counts as this large.
 
 
 def export(source: str | Path, format: str, *, int8: bool = False, out: str | Path | None = None) -> Path:

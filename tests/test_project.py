@@ -82,8 +82,17 @@ def test_the_readmes_throughput_is_the_stored_benchmarks():
     assert f"{stored['largest_logit_difference']:.0e}" in readme
 
 
+def stored_benchmark(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def speed(stored: dict, engine: str) -> str:
+    ratio = stored["to_torch"][engine]["queries_per_second_ratio"]
+    return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
 def test_the_readmes_exports_are_the_stored_benchmarks():
-    stored = json.loads((ROOT / "benchmarks" / "results" / "inference.json").read_text())
+    stored, vnni = stored_benchmark("inference"), stored_benchmark("inference_vnni")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for engine in stored["engines"]:
         name, start = engine["system"], stored["start_seconds"][engine["system"]]
@@ -91,24 +100,25 @@ def test_the_readmes_exports_are_the_stored_benchmarks():
         if name == "torch":
             assert f"| torch | 1 | {own} | | |" in readme
             continue
+        own += f" ({stored['start_seconds_empty_cache'][name]:.1f})"
         to = stored["to_torch"][name]
-        faster, points = to["queries_per_second_ratio"], to["accuracy_difference"]
+        points = to["accuracy_difference"]
         told = [f"{100 * points[key] + 0.0:+.1f}" for key in ("difference", "low", "high")]
-        speed = f"{faster['value']:.2f} ({faster['low']:.2f} to {faster['high']:.2f})"
         other = f"{told[0]} [{told[1]}, {told[2]}] | {to['rows_with_another_label']} of {stored['rows']}"
-        assert f"| {name} | {speed} | {own} | {other} |" in readme
+        assert f"| {name} | {speed(stored, name)} | {own} | {other} |" in readme
+    onnx, openvino = (speed(vnni, f"{name} int8") for name in ("ONNX Runtime", "OpenVINO"))
+    assert f"ONNX Runtime answered {onnx} and OpenVINO\n{openvino} times as many queries" in readme
 
 
 def test_the_readmes_cost_of_int8_is_the_stored_benchmark():
-    stored = json.loads((ROOT / "benchmarks" / "results" / "int8_accuracy.json").read_text())
+    stored, vnni = stored_benchmark("int8_accuracy"), stored_benchmark("int8_accuracy_vnni")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert stored["runs"] == [f"quick-support_triage-{setting}-seed0" for setting in ("baseline", "dhrd")]
-    assert f"on all {stored['rows']} rows that neither" in readme
-    openvino, onnx = (stored["engines"][f"{name} int8"] for name in ("OpenVINO", "ONNX Runtime"))
-    points = in_points(openvino["accuracy_difference"]).replace(" [", " points [")
-    others = f"{openvino['rows_with_another_label']} other labels of {2 * stored['rows']:,}"
-    assert f"OpenVINO {points} and {others}, ONNX Runtime\n" in readme
-    assert f"\n{in_points(onnx['accuracy_difference'])} and {onnx['rows_with_another_label']}." in readme
+    for one in (stored, vnni):
+        assert one["runs"] == [f"quick-support_triage-{setting}-seed0" for setting in ("baseline", "dhrd")]
+        for name, found in one["engines"].items():
+            points = in_points(found["accuracy_difference"])
+            others = f"{found['rows_with_another_label']} of {len(one['runs']) * one['rows']:,}"
+            assert f"| {name}{', with VNNI' * (one is vnni)} | {points} | {others} |" in readme
 
 
 def in_points(row) -> str:
@@ -136,7 +146,14 @@ def test_the_readmes_ablations_are_the_stored_ones():
     (row,) = ablations.compare(table, weights, baseline).itertuples()
     first, second = (f"({value:.1%})" for value in ablations.summarise(table, weights)["value"])
     assert f"leaves chance {first} and DHRD\nwith alpha 1 doesn't {second}: {in_points(row._asdict())}" in readme
-    assert f"p {row.p_holm:.3f}. Notebooks 03" in readme
+    assert f"p {row.p_holm:.3f}. Of" in readme
+    table = ablations.load_results(results / "ablation_pooling_everyday_nli.json")
+    table, chosen = table[(table["split"] == "test") & (table["alpha"] == 0)], ["pooling", "head"]
+    values = ablations.summarise(table, chosen).set_index(chosen)["value"].sort_values(ascending=False)
+    assert list(values.index[:2]) == [("weightedmean", "mlp"), ("last", "mlp")]
+    assert f"is level with the last token ({values.iloc[0]:.1%})" in readme
+    assert f"the others lie at {100 * values.iloc[-1]:.1f} to {values.iloc[2]:.1%}; none differs after" in readme
+    assert (ablations.compare(table, chosen, {"pooling": "last", "head": "mlp"})["p_holm"] > 0.05).all()
 
 
 def test_the_readmes_two_seeds_are_the_stored_ones():
