@@ -146,7 +146,14 @@ def test_the_readmes_ablations_are_the_stored_ones():
     (row,) = ablations.compare(table, weights, baseline).itertuples()
     first, second = (f"({value:.1%})" for value in ablations.summarise(table, weights)["value"])
     assert f"leaves chance {first} and DHRD\nwith alpha 1 doesn't {second}: {in_points(row._asdict())}" in readme
-    assert f"p {row.p_holm:.3f}. Of" in readme
+    assert f"p {row.p_holm:.3f}. The label alone" in readme
+    table = ablations.load_results(results / "ablation_alignment_everyday_nli.json")
+    table = table[(table["split"] == "test") & (table["alpha"] > 0) & (table["shuffled_share"] == 1)]
+    values = ablations.summarise(table, ["alignment"]).set_index("alignment")["value"]
+    compared = ablations.compare(table, ["alignment"], {"alignment": "consistent"}).set_index("alignment")
+    told = f"{values['only_label']:.1%} there, {in_points(compared.loc['only_label'])} against\naligned rationales"
+    assert f"The label alone reaches {told}" in readme
+    assert (values[["shuffle_rationale", "shuffle_rationale_label"]] < 0.35).all()
     table = ablations.load_results(results / "ablation_pooling_everyday_nli.json")
     table, chosen = table[(table["split"] == "test") & (table["alpha"] == 0)], ["pooling", "head"]
     values = ablations.summarise(table, chosen).set_index(chosen)["value"].sort_values(ascending=False)
