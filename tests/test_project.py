@@ -154,11 +154,17 @@ def test_the_readmes_ablations_are_the_stored_ones():
     told = f"{values['only_label']:.1%} there, {in_points(compared.loc['only_label'])} against\naligned rationales"
     assert f"The label alone reaches {told}" in readme
     assert (values[["shuffle_rationale", "shuffle_rationale_label"]] < 0.35).all()
+    table = ablations.load_results(results / "ablation_rationale_length_everyday_nli.json")
+    table = table[(table["split"] == "test") & (table["max_rationale_tokens"] < 128)]
+    first, second = ablations.summarise(table, ["max_rationale_tokens"])["value"]
+    assert f"Cut to 8 and 16 tokens, rationales give {first:.1%} and {second:.1%}" in readme
+    by_seed = ablations.by_seed(table)
+    assert list((by_seed["value"] < 0.34).groupby(by_seed["max_rationale_tokens"]).sum()) == [1, 1]
     table = ablations.load_results(results / "ablation_pooling_everyday_nli.json")
     table, chosen = table[(table["split"] == "test") & (table["alpha"] == 0)], ["pooling", "head"]
     values = ablations.summarise(table, chosen).set_index(chosen)["value"].sort_values(ascending=False)
     assert list(values.index[:2]) == [("weightedmean", "mlp"), ("last", "mlp")]
-    assert f"is level with the last token ({values.iloc[0]:.1%})" in readme
+    assert f"is level\nwith the last token ({values.iloc[0]:.1%})" in readme
     assert f"the others lie at {100 * values.iloc[-1]:.1f} to {values.iloc[2]:.1%}; none differs after" in readme
     assert (ablations.compare(table, chosen, {"pooling": "last", "head": "mlp"})["p_holm"] > 0.05).all()
 
