@@ -70,8 +70,16 @@ def test_the_readmes_table_is_the_stored_comparison():
         assert line in readme
 
 
+def stored_benchmark(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def in_points(row) -> str:
+    return points_interval(row["difference"], row["low"], row["high"]).replace("\xa0", " ")
+
+
 def test_the_readmes_throughput_is_the_stored_benchmarks():
-    stored = json.loads((ROOT / "benchmarks" / "results" / "throughput.json").read_text())
+    stored = stored_benchmark("throughput")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for row in stored["systems"]:
         ratio = stored["ratios"].get(f"DHRD / {row['system']}")
@@ -80,10 +88,6 @@ def test_the_readmes_throughput_is_the_stored_benchmarks():
         assert f"| {row['system']} | {read} | {said}" + (f" {ratio['value']:.3g} |" if ratio else " |") in readme
     assert f"{stored['classify']['share']:.0%} of the matmul peak" in readme
     assert f"{stored['largest_logit_difference']:.0e}" in readme
-
-
-def stored_benchmark(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def speed(stored: dict, engine: str) -> str:
@@ -102,9 +106,7 @@ def test_the_readmes_exports_are_the_stored_benchmarks():
             continue
         own += f" ({stored['start_seconds_empty_cache'][name]:.1f})"
         to = stored["to_torch"][name]
-        points = to["accuracy_difference"]
-        told = [f"{100 * points[key] + 0.0:+.1f}" for key in ("difference", "low", "high")]
-        other = f"{told[0]} [{told[1]}, {told[2]}] | {to['rows_with_another_label']} of {stored['rows']}"
+        other = f"{in_points(to['accuracy_difference'])} | {to['rows_with_another_label']} of {stored['rows']}"
         assert f"| {name} | {speed(stored, name)} | {own} | {other} |" in readme
     onnx, openvino = (speed(vnni, f"{name} int8") for name in ("ONNX Runtime", "OpenVINO"))
     assert f"ONNX Runtime answered {onnx} and OpenVINO\n{openvino} times as many queries" in readme
@@ -113,16 +115,13 @@ def test_the_readmes_exports_are_the_stored_benchmarks():
 def test_the_readmes_cost_of_int8_is_the_stored_benchmark():
     stored, vnni = stored_benchmark("int8_accuracy"), stored_benchmark("int8_accuracy_vnni")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"on all {stored['rows']} rows that neither" in readme
     for one in (stored, vnni):
         assert one["runs"] == [f"quick-support_triage-{setting}-seed0" for setting in ("baseline", "dhrd")]
         for name, found in one["engines"].items():
             points = in_points(found["accuracy_difference"])
             others = f"{found['rows_with_another_label']} of {len(one['runs']) * one['rows']:,}"
             assert f"| {name}{', with VNNI' * (one is vnni)} | {points} | {others} |" in readme
-
-
-def in_points(row) -> str:
-    return points_interval(row["difference"], row["low"], row["high"]).replace("\xa0", " ")
 
 
 def test_the_readmes_ablations_are_the_stored_ones():
@@ -141,10 +140,15 @@ def test_the_readmes_ablations_are_the_stored_ones():
     for row in ablations.compare(table, ["alignment"], {"alignment": "consistent"}).itertuples():
         if row.alignment != "shuffle_rationale_label":
             assert f"({in_points(row._asdict())})" in readme
+
+
+def test_the_readmes_ablations_of_everyday_nli_are_the_stored_ones():
+    results, readme = ROOT / "notebooks" / "results", (ROOT / "README.md").read_text(encoding="utf-8")
+    weights = {"alpha": 0.0, "beta": 1.0, "alpha_schedule": "constant"}
     table = ablations.load_results(results / "ablation_loss_weights_everyday_nli.json")
     table = table[table["split"] == "test"]
-    (row,) = ablations.compare(table, weights, baseline).itertuples()
-    first, second = (f"({value:.1%})" for value in ablations.summarise(table, weights)["value"])
+    (row,) = ablations.compare(table, list(weights), weights).itertuples()
+    first, second = (f"({value:.1%})" for value in ablations.summarise(table, list(weights))["value"])
     assert f"leaves chance {first} and DHRD\nwith alpha 1 doesn't {second}: {in_points(row._asdict())}" in readme
     assert f"p {row.p_holm:.3f}. The label alone" in readme
     table = ablations.load_results(results / "ablation_alignment_everyday_nli.json")

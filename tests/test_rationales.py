@@ -781,17 +781,17 @@ def test_transformers_serve_writes_rationales_for_twenty_rows(real_server, triag
     task, data = triage
     rows = data.select(range(20))
     base_url, model = real_server
-    config = TeacherConfig(kind="openai", model=model, base_url=base_url, max_tokens=8, concurrency=2)
+    config = TeacherConfig(kind="openai", model=model, base_url=base_url, max_tokens=16, concurrency=2)
     done = generate(task, rows, config, tmp_path, progress=False)
     assert (done.stored, done.failed, done.replies_without_usage) == (20, {}, 0)
     assert done.tokens_in > 20 * 100
     found = select(store_for(task, config, tmp_path), task, rows, config)
     assert [one.idx for one in found] == list(rows["idx"])
     assert all(one.rationale and one.finish_reason in ("stop", "length") for one in found)
-    assert all(one.tokens_out <= 8 and one.seconds > 0 for one in found)
+    assert all(one.tokens_out <= 16 and one.seconds > 0 for one in found)
     assert generate(task, rows, config, tmp_path, progress=False).replies == 0
     # The same model asked directly, in one batch, sees the same prompts and says the same.
-    direct = TeacherConfig(model=EMBEDDED, device="cpu", max_tokens=8, batch_size=3)
+    direct = TeacherConfig(model=EMBEDDED, device="cpu", max_tokens=16, batch_size=3)
     generate(task, rows.select(range(3)), direct, tmp_path, progress=False)
     local = select(store_for(task, direct, tmp_path), task, rows.select(range(3)), direct)
     assert [one.tokens_in for one in local] == [one.tokens_in for one in found[:3]]
