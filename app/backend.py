@@ -15,15 +15,15 @@ import torch
 
 from app import stored
 from app.settings import KEPT_MODELS, MAX_CHARACTERS, MAX_FIELDS, MAX_NEW_TOKENS, Settings
-from dhrd_lib import cot as cots
+from benchmarks.harness import synchronise
 from dhrd_lib.backbones import Backbone, load_backbone, resolve_device
 from dhrd_lib.config import ConfigError
-from dhrd_lib.cot import CoT, Decoding, Written
+from dhrd_lib.cot import decoding as cots
+from dhrd_lib.cot.decoding import CoT, Decoding, Written
 from dhrd_lib.evaluation import NO_ANSWER
-from dhrd_lib.inference import predictions
 from dhrd_lib.modeling import DHRDModel
+from dhrd_lib.serving.classifier import predictions
 from dhrd_lib.tasks import TaskError, render, template_fields
-from dhrd_lib.throughput import synchronise
 
 ZERO_SHOT = "zero-shot"  # stands in place of a run's name: CoT of the bare backbone
 _WARM_UP = ("A short text.", "A text of a length that is usual, so that the second call is of another one.")

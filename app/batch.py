@@ -14,10 +14,11 @@ import plotly.graph_objects as go
 
 from app.backend import Backend
 from app.settings import MAX_FILE_MIB, MAX_ROWS, MAX_UNFOLDED_MIB
-from dhrd_lib import evaluation, plots
+from dhrd_lib import evaluation
 from dhrd_lib.config import ConfigError
 from dhrd_lib.inputs import as_text
-from dhrd_lib.report import percent_interval
+from dhrd_lib.studies import plots
+from dhrd_lib.studies.report import percent_interval
 from dhrd_lib.tasks import SUFFIXES, Task, TaskError, read_rows
 
 AGREE, DISAGREE = "yes", "no"

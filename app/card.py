@@ -7,8 +7,8 @@ from typing import Any
 
 from app import views
 from dhrd_lib import evaluation
-from dhrd_lib.report import percent_interval
 from dhrd_lib.runs import Run, load_run
+from dhrd_lib.studies.report import percent_interval
 
 _PURPOSE = {
     "pooled baseline": "A decoder with a pooled classifier, trained on labels alone (alpha = 0).",

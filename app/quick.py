@@ -126,7 +126,7 @@ class Training:
 
 def train_all(configs: Sequence[RunConfig], root: Path) -> None:
     """Train and compare as `python -m dhrd_lib compare` does, with a line of JSON for each logged step."""
-    from dhrd_lib.report import write_report
+    from dhrd_lib.studies.report import write_report
 
     done = [_train(config, number, root) for number, config in enumerate(configs, start=1)]
     write_report(done, root / "report.html")

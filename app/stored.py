@@ -11,12 +11,12 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
-from dhrd_lib import plots
-from dhrd_lib.ablations import by_seed, factors, load_results, one_factor, summarise
 from dhrd_lib.backbones import EMBEDDED
 from dhrd_lib.config import ConfigError, DataConfig, WorkbenchError, user_path
-from dhrd_lib.inference import read_model_config
 from dhrd_lib.runs import Run, find_runs, load_runs
+from dhrd_lib.serving.classifier import read_model_config
+from dhrd_lib.studies import plots
+from dhrd_lib.studies.ablations import by_seed, factors, load_results, one_factor, summarise
 from dhrd_lib.tasks import TASKS, Task
 from dhrd_lib.training import load_rows
 

@@ -13,7 +13,7 @@ import gradio as gr
 
 from app.backend import Answer, Stream
 from app.quick import Progress
-from dhrd_lib.plots import COLORS
+from dhrd_lib.studies.plots import COLORS
 
 SYSTEMS = ("pooled baseline", "DHRD", "CoT")
 SYSTEM_COLORS = {**COLORS, "CoT": COLORS["reasoning only"]}

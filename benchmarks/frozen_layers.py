@@ -17,9 +17,9 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dhrd_lib import ablations
 from dhrd_lib.runs import load_run
-from dhrd_lib.sweeps import Grid, sweep
+from dhrd_lib.studies import ablations
+from dhrd_lib.studies.sweeps import Grid, sweep
 
 FIELDS = ["freeze_layers", "learning_rate"]
 

@@ -29,15 +29,15 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dhrd_lib import plots
+from benchmarks.harness import memory_added, synchronise
 from dhrd_lib.backbones import load_backbone, resolve_device
 from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.evaluation import bootstrap_interval, task_metrics
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import environment, write_json
 from dhrd_lib.sequences import encode_split
+from dhrd_lib.studies import plots
 from dhrd_lib.tasks import load_task, read_rows
-from dhrd_lib.throughput import memory_added, synchronise
 from dhrd_lib.training import load_rows, train
 
 WORDS = [first + second for first in "bdfgklmnprst" for second in ("ale", "ime", "one", "ute", "art")]
@@ -103,7 +103,7 @@ def points(options: argparse.Namespace) -> list[Point]:
 def in_own_process(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     """The measurement in a process that has imported the libraries, and done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dhrd_lib.training", "dhrd_lib.plots"])
+    context.set_forkserver_preload(["dhrd_lib.training", "dhrd_lib.studies.plots"])
     with ProcessPoolExecutor(1, context) as executor:
         found = executor.submit(measure, point, options.backbone).result()
     print(f"{point.what}, {point.size:,} {point.factor}: {found['seconds']:.3g} s", flush=True)

@@ -26,21 +26,21 @@ from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.harness import MIB, Measured, matmul_peak, measure, pooled_system, ratio
 from dhrd_lib.backbones import layers_of
 from dhrd_lib.config import ModelConfig
 from dhrd_lib.evaluation import paired_comparison
-from dhrd_lib.export import export
-from dhrd_lib.inference import CPU_PART_TOKENS, load_classifier, model_folder
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import environment, load_run, write_json
+from dhrd_lib.serving.classifier import CPU_PART_TOKENS, load_classifier, model_folder
+from dhrd_lib.serving.export import export
 from dhrd_lib.tasks import load_task
-from dhrd_lib.throughput import MIB, Measured, matmul_peak, measure, pooled_system, ratio
 from dhrd_lib.training import load_rows
 
 ROOT = Path(__file__).parents[1]
 EXPORTS = {"ONNX Runtime": ("onnx", False), "OpenVINO": ("openvino", False)}
 EXPORTS |= {f"{name} int8": (format, True) for name, (format, _) in EXPORTS.items()}
-START = "import sys; from dhrd_lib.inference import load_classifier; load_classifier(sys.argv[1]).predict([{row}])"
+START = "import sys; from dhrd_lib import load_classifier; load_classifier(sys.argv[1]).predict([{row}])"
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -22,10 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dhrd_lib.evaluation import paired_comparison_over_seeds
-from dhrd_lib.export import export
-from dhrd_lib.inference import load_classifier
-from dhrd_lib.report import points_interval
 from dhrd_lib.runs import Run, environment, load_run, write_json
+from dhrd_lib.serving.classifier import load_classifier
+from dhrd_lib.serving.export import export
+from dhrd_lib.studies.report import points_interval
 from dhrd_lib.training import load_rows
 
 ENGINES = {"ONNX Runtime int8": "onnx", "OpenVINO int8": "openvino"}

@@ -19,14 +19,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dhrd_lib import plots
-from dhrd_lib.backbones import Backbone, load_backbone
-from dhrd_lib.config import ModelConfig
-from dhrd_lib.cot import BUDGETS, CoT, Decoding, fine_tuned, zero_shot
-from dhrd_lib.modeling import DHRDModel, build_model
-from dhrd_lib.runs import environment, write_json
-from dhrd_lib.tasks import TASKS, Task
-from dhrd_lib.throughput import (
+from benchmarks.harness import (
     MIXED_TASKS,
     Measured,
     System,
@@ -41,6 +34,13 @@ from dhrd_lib.throughput import (
     profile_classify,
     ratio,
 )
+from dhrd_lib.backbones import Backbone, load_backbone
+from dhrd_lib.config import ModelConfig
+from dhrd_lib.cot.decoding import BUDGETS, CoT, Decoding, fine_tuned, zero_shot
+from dhrd_lib.modeling import DHRDModel, build_model
+from dhrd_lib.runs import environment, write_json
+from dhrd_lib.studies import plots
+from dhrd_lib.tasks import TASKS, Task
 
 # The pipeline's default of 1 answers every text, batches (whose padding takes minutes) some of them.
 PIPELINES = {1: {}, 8: {"rounds": 1, "queries_per_round": 24}}

@@ -30,12 +30,12 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, Train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.harness import StepTimer, matmul_peak, train_flops
 from dhrd_lib.backbones import Backbone, load_backbone
 from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import build_model
 from dhrd_lib.runs import environment, write_json
 from dhrd_lib.sequences import IGNORE_INDEX, SequenceFormat, encode_split
-from dhrd_lib.throughput import StepTimer, matmul_peak, train_flops
 from dhrd_lib.training import load_rows, train
 
 OURS, TRAINER, TWO_PASSES = "workbench", "Trainer", "two passes"

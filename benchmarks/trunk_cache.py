@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.harness import StepTimer, train_flops
 from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import RunConfig
 from dhrd_lib.runs import environment, write_json
-from dhrd_lib.sweeps import Grid, sweep
-from dhrd_lib.throughput import StepTimer, train_flops
+from dhrd_lib.studies.sweeps import Grid, sweep
 from dhrd_lib.training import train
 
 GRID = {"training.alpha": (0.0, 0.5, 1.0, 2.0), "model.pooling": ("last", "mean")}

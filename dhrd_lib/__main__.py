@@ -58,8 +58,8 @@ def compare(
 ) -> None:
     """Train the pooled baseline and DHRD, compare them on the final splits, write runs/report.html."""
     from dhrd_lib.backbones import writing
-    from dhrd_lib.report import print_table, write_report
     from dhrd_lib.runs import write_json
+    from dhrd_lib.studies.report import print_table, write_report
     from dhrd_lib.training import train
 
     if profile not in PROFILES:
@@ -121,7 +121,7 @@ def predict(
     row: Annotated[list[str] | None, typer.Option(help="The fields of an input as JSON; may stand again.")] = None,
 ) -> None:
     """Classify texts or rows with a trained run, or with an export of one."""
-    from dhrd_lib.inference import load_classifier, predictions
+    from dhrd_lib.serving.classifier import load_classifier, predictions
 
     said = [*(texts or ()), *(row or ())]
     if not said:
@@ -157,7 +157,7 @@ def export_command(
     out: Annotated[Path | None, typer.Option(help="A new folder; left out, one in the run's.")] = None,
 ) -> None:
     """Write a trained classifier as a folder that runs without torch, or with transformers alone."""
-    from dhrd_lib.export import export
+    from dhrd_lib.serving.export import export
 
     print(f"Export: {export(run, format, int8=int8, out=out)}")
 
@@ -185,7 +185,7 @@ def rationales(
     stopped goes on where it was. A folder that --export-to filled is used through DHRD_RATIONALES_DIR. Exits
     with 1 where a row failed.
     """
-    from dhrd_lib.rationales import export, generate, report_on, select, store_for
+    from dhrd_lib.rationales.generate import export, generate, report_on, select, store_for
     from dhrd_lib.tasks import load_task
 
     chosen = {"kind": kind, "model": model, "base_url": base_url, "protocol": protocol}
@@ -224,7 +224,7 @@ def sweep_command(
 
     Exits with 1 where a cell isn't finished at the end.
     """
-    from dhrd_lib.sweeps import Grid, sweep
+    from dhrd_lib.studies.sweeps import Grid, sweep
 
     table = sweep(Grid.load(grid), runs, storage=storage, workers=workers, again=again)
     for run, rows in table.groupby("run", sort=False):
@@ -245,8 +245,8 @@ def ablate(
     out: Annotated[Path | None, typer.Option(help="Where the results go; left out, the folder of runs.")] = None,
 ) -> None:
     """Train an ablation's cells that aren't trained yet, and store their results for the notebooks."""
-    from dhrd_lib import ablations
     from dhrd_lib.backbones import writing
+    from dhrd_lib.studies import ablations
 
     if ablation not in ablations.ABLATIONS:
         raise typer.BadParameter(f"ablation is {ablation!r}; expected one of {', '.join(ablations.ABLATIONS)}.")

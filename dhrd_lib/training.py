@@ -47,12 +47,12 @@ from dhrd_lib.config import (
     reason_of,
 )
 from dhrd_lib.evaluation import task_metrics
-from dhrd_lib.inference import label_names_of, read_config
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import Run, environment, is_finished, load_run, write_json
+from dhrd_lib.scaling.trunk_cache import TrunkStates, cached_trunk_states
 from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, SequenceReport, encode_split
+from dhrd_lib.serving.classifier import label_names_of, read_config
 from dhrd_lib.tasks import Task, load_task
-from dhrd_lib.trunk import TrunkStates, cached_trunk_states
 
 # In a checkpoint's folder: what the run has come to, beside transformers' own state.
 _PROGRESS = "progress.json"

@@ -15,12 +15,12 @@ from datasets import Dataset
 from IPython.display import HTML, DisplayHandle, display
 from transformers import TrainerCallback, TrainerState
 
-from dhrd_lib import ablations, plots
 from dhrd_lib.config import TeacherConfig
-from dhrd_lib.rationale_store import RationaleStore, Record
-from dhrd_lib.rationales import FLAGS, Filters, flags, report_on, review, select
+from dhrd_lib.rationales.generate import FLAGS, Filters, flags, report_on, review, select
+from dhrd_lib.rationales.store import RationaleStore, Record
 from dhrd_lib.runs import Run
 from dhrd_lib.sequences import IGNORE_INDEX, SequenceFormat
+from dhrd_lib.studies import ablations, plots
 from dhrd_lib.tasks import Task
 
 

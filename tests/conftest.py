@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,6 +26,8 @@ from dhrd_lib.backbones import Backbone, load_backbone
 from dhrd_lib.config import ModelConfig
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.tasks import Task
+
+ROOT = Path(__file__).parents[1]
 
 # Tiny models are slower on two threads than on one.
 torch.set_num_threads(1)

@@ -18,9 +18,9 @@ from typing import Any
 from datasets import Dataset
 
 from dhrd_lib.config import TeacherConfig
-from dhrd_lib.rationales import Generation, generate
+from dhrd_lib.rationales.generate import Generation, generate
+from dhrd_lib.rationales.teachers import SENTINEL
 from dhrd_lib.tasks import Task, load_task
-from dhrd_lib.teachers import SENTINEL
 
 STATUS = {"429": 429, "500": 500, "401": 401, "404": 404, "400": 400}
 

@@ -36,9 +36,8 @@ from typer.testing import CliRunner
 from app import batch
 from app.backend import Backend
 from app.settings import Settings
-from dhrd_lib import ablations, backbones, training
+from dhrd_lib import backbones, training
 from dhrd_lib.__main__ import app
-from dhrd_lib.ablations import load_results
 from dhrd_lib.backbones import load_backbone, resolve_device
 from dhrd_lib.config import (
     ConfigError,
@@ -49,15 +48,17 @@ from dhrd_lib.config import (
     TrainingConfig,
     WorkbenchError,
 )
-from dhrd_lib.export import export as export_model
-from dhrd_lib.inference import load_classifier
 from dhrd_lib.inputs import render_inputs
 from dhrd_lib.modeling import DHRDModel, build_model
-from dhrd_lib.rationale_store import RationaleStore, Record, StoreError
-from dhrd_lib.rationales import export, generate, report_on
+from dhrd_lib.rationales.generate import export, generate, report_on
+from dhrd_lib.rationales.store import RationaleStore, Record, StoreError
 from dhrd_lib.runs import load_run
 from dhrd_lib.sequences import DHRDCollator, encode_example, encode_split
-from dhrd_lib.sweeps import Grid
+from dhrd_lib.serving.classifier import load_classifier
+from dhrd_lib.serving.export import export as export_model
+from dhrd_lib.studies import ablations
+from dhrd_lib.studies.ablations import load_results
+from dhrd_lib.studies.sweeps import Grid
 from dhrd_lib.tasks import Task, load_task, read_rows
 from dhrd_lib.training import train
 

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from typer.testing import CliRunner
 
 from dhrd_lib import __main__ as cli
@@ -82,7 +82,7 @@ def test_what_the_caller_can_mend_is_said_in_one_sentence_without_a_traceback(tm
 
 def documented(command: str) -> list[str]:
     """The arguments of a command that the README gives in a line of text."""
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     (found,) = re.findall(rf"`python -m dhrd_lib ({command} [^`]*)`", text)
     return shlex.split(found)
 

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from dhrd_lib import ablations
-from dhrd_lib.report import points_interval
+from dhrd_lib.studies import ablations
+from dhrd_lib.studies.report import points_interval
 
-ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 HEADINGS = ("## Set-up", "## Takeaways", "## What's next")
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from app_runs import BASELINE, DHRD, store_runs
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -31,18 +31,17 @@ from app.app import build, launch
 from app.settings import MAX_FIELDS, MAX_FILE_MIB, MAX_ROWS, Settings
 from dhrd_lib import __main__ as cli
 from dhrd_lib import tasks
-from dhrd_lib.ablations import load_results
 from dhrd_lib.backbones import BackboneError, load_backbone
 from dhrd_lib.config import ConfigError, RunConfig, TeacherConfig, WorkbenchError
-from dhrd_lib.export import export
-from dhrd_lib.inference import load_classifier
 from dhrd_lib.modeling import DHRDModel
-from dhrd_lib.rationales import store_for
-from dhrd_lib.sweeps import Grid, sweep
+from dhrd_lib.rationales.generate import store_for
+from dhrd_lib.serving.classifier import load_classifier
+from dhrd_lib.serving.export import export
+from dhrd_lib.studies.ablations import load_results
+from dhrd_lib.studies.sweeps import Grid, sweep
 from dhrd_lib.tasks import TaskError
 from dhrd_lib.training import train
 
-ROOT = Path(__file__).parent.parent
 SOURCES = [path for folder in ("dhrd_lib", "app", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 KEY = "sk-a-key-that-must-stay-where-it-is-0123456789"
 

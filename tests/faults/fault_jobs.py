@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dhrd_lib import sweeps
 from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import RunConfig, TeacherConfig
-from dhrd_lib.export import export
-from dhrd_lib.inference import load_classifier
-from dhrd_lib.rationale_store import RationaleStore
-from dhrd_lib.rationales import generate
+from dhrd_lib.rationales.generate import generate
+from dhrd_lib.rationales.store import RationaleStore
 from dhrd_lib.runs import Run, find_runs
-from dhrd_lib.sweeps import Grid, sweep
+from dhrd_lib.serving.classifier import load_classifier
+from dhrd_lib.serving.export import export
+from dhrd_lib.studies import sweeps
+from dhrd_lib.studies.sweeps import Grid, sweep
 from dhrd_lib.tasks import load_task
 from dhrd_lib.training import train
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from fault_jobs import CONFIG, JOBS, outcome, prepare
 
-from dhrd_lib import trunk
 from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import RunConfig, WorkbenchError
-from dhrd_lib.rationale_store import RationaleStore
+from dhrd_lib.rationales.store import RationaleStore
+from dhrd_lib.scaling import trunk_cache as trunk
 from dhrd_lib.training import DHRDTrainer, train
 
 resource = pytest.importorskip("resource", reason="limits on the size of a file are a Unix system's")

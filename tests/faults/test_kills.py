@@ -25,9 +25,9 @@ from dhrd_lib.training import train
 _CONTEXT = multiprocessing.get_context("forkserver")
 # What the jobs import; the server looks for modules where it was installed, and not beside the tests.
 _PRELOADED = [
-    "dhrd_lib.sweeps",
-    "dhrd_lib.export",
-    "dhrd_lib.rationales",
+    "dhrd_lib.studies.sweeps",
+    "dhrd_lib.serving.export",
+    "dhrd_lib.rationales.generate",
     "transformers.models.llama.modeling_llama",
 ]
 _LONGEST_SECONDS = 180

@@ -1,0 +1,1 @@
+"""Chain-of-thought decoding on the same backbone."""

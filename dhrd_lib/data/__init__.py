@@ -1,0 +1,1 @@
+"""Data readers, splits, alignment variants and the embedded data."""

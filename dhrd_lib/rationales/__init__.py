@@ -1,0 +1,1 @@
+"""Rationales: ask teachers, store replies, report on their quality."""

@@ -1,0 +1,1 @@
+"""The frozen-trunk cache and fully sharded training."""

@@ -1,0 +1,1 @@
+"""Load, export and quantize trained classifiers."""

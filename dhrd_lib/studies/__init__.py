@@ -1,0 +1,1 @@
+"""Comparisons, ablations, statistics and figures of stored runs."""

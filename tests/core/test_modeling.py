@@ -1,0 +1,295 @@
+"""One forward serves both heads, for every architecture; saving keeps everything."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_backbone, tiny_model
+
+from dhrd_lib.backbones import decoder_of, layers_of, load_backbone
+from dhrd_lib.config import POOLING_MODES, ConfigError, ModelConfig
+from dhrd_lib.inputs import TaskError
+from dhrd_lib.modeling import DHRDModel, build_model, pool
+from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, encode_example
+from dhrd_lib.serving.classifier import length_sorted_batches
+
+TEXTS = ["My lamp broke.", "I was charged twice for one night, and want the money back.", "Why?"]
+RATIONALE = "The guest paid for a night that was never slept, so the sum is owed."
+EXACT = {"rtol": 0, "atol": 1e-5}
+
+
+def rows(model: DHRDModel, with_rationale: bool) -> list[dict]:
+    fmt = model.sequence_format
+    tail = (RATIONALE, "refund") if with_rationale else ()
+    made = [encode_example(fmt, f"Customer: {text}\nWhat must happen next?", *tail) for text in TEXTS]
+    return [{**row, "class_labels": i} for i, row in enumerate(made)]
+
+
+def forward(model: DHRDModel, rows: list[dict], **kwargs):
+    with torch.no_grad():
+        return model(**DHRDCollator(model.tokenizer.pad_token_id)(rows), **kwargs)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request, task) -> DHRDModel:
+    return tiny_model(task, request.param)
+
+
+def test_class_logits_do_not_change_when_a_rationale_is_appended(model):
+    alone, followed = forward(model, rows(model, False)), forward(model, rows(model, True))
+    torch.testing.assert_close(followed.logits, alone.logits, **EXACT)
+    assert alone.logits.std(0).max() > 1e-4  # The texts do give different logits.
+
+
+def test_class_logits_do_not_change_with_padding_or_batch(model):
+    together = forward(model, rows(model, False)).logits
+    one_by_one = torch.cat([forward(model, [row]).logits for row in rows(model, False)])
+    torch.testing.assert_close(together, one_by_one, **EXACT)
+
+
+@pytest.mark.parametrize("pooling", POOLING_MODES)
+def test_every_pooling_sees_the_input_span_and_nothing_else(task, pooling):
+    model = tiny_model(task, pooling=pooling)
+    if pooling == "attention":
+        torch.nn.init.normal_(model.pooling_query)
+    alone, followed = forward(model, rows(model, False)), forward(model, rows(model, True))
+    torch.testing.assert_close(followed.logits, alone.logits, **EXACT)
+
+
+def test_predict_gives_the_logits_of_training_and_keeps_the_order(model):
+    expected = forward(model, rows(model, True)).logits.softmax(-1)
+    labels, probabilities = model.predict(TEXTS, max_batch_tokens=64)
+    torch.testing.assert_close(torch.from_numpy(probabilities), expected, **EXACT)
+    assert labels == [model.label_names[i] for i in expected.argmax(-1)]
+
+
+def test_predict_holds_a_window_of_inputs_as_ids_and_names_a_bad_one_by_its_place_among_all(model, monkeypatch):
+    expected, texts = model.predict(TEXTS), [*TEXTS, *TEXTS]
+    monkeypatch.setattr("dhrd_lib.serving.classifier.ROWS_A_WINDOW", 2)
+    windows, classify_rows = [], model.classify_rows
+    monkeypatch.setattr(
+        model, "classify_rows", lambda rows, *args: windows.append(len(rows)) or classify_rows(rows, *args)
+    )
+    labels, probabilities = model.predict(texts)
+    assert windows == [2, 2, 2]
+    assert labels == expected.labels * 2
+    np.testing.assert_allclose(probabilities, np.tile(expected.probabilities, (2, 1)), atol=1e-5)
+    with pytest.raises(TaskError, match="input 5 has no text"):
+        model.predict([*texts[:4], " "])
+    assert len(windows) == 3
+    assert model.predict([]).probabilities.shape == (0, 3)
+
+
+def test_predict_does_not_run_the_lm_head(task):
+    model = tiny_model(task)
+    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the LM head ran"))
+    assert len(model.predict(TEXTS).labels) == 3
+
+
+def test_lm_loss_equals_the_backbones_own_loss(model):
+    batch = DHRDCollator(model.tokenizer.pad_token_id)(rows(model, True))
+    own = model.backbone(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["lm_labels"]
+    ).loss
+    torch.testing.assert_close(forward(model, rows(model, True)).lm_loss, own, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_are_divided_by_the_counts_that_are_given(task):
+    model = tiny_model(task)
+    made = rows(model, True)
+    whole = forward(model, made)
+    tokens = sum(label != IGNORE_INDEX for row in made for label in row["lm_labels"])
+    counts = {"num_examples": torch.tensor(3.0), "num_lm_tokens": torch.tensor(float(tokens))}
+    parts = [forward(model, [row], **counts) for row in made]
+    torch.testing.assert_close(sum(part.class_loss for part in parts), whole.class_loss)
+    torch.testing.assert_close(sum(part.lm_loss for part in parts), whole.lm_loss)
+
+
+def test_cached_trunk_states_give_the_states_of_a_whole_pass(model):
+    batch = DHRDCollator(model.tokenizer.pad_token_id)(rows(model, True))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    states = model.trunk_states(ids, mask, 2)
+    with torch.no_grad():
+        expected = decoder_of(model.backbone)(input_ids=ids, attention_mask=mask).last_hidden_state
+        found = model._hidden(ids, mask, states, 2)
+        after = decoder_of(model.backbone)(input_ids=ids, attention_mask=mask).last_hidden_state
+    real = mask.bool()
+    torch.testing.assert_close(found[real], expected[real], **EXACT)
+    assert torch.equal(after, expected)  # The layers are back in their places.
+
+
+def test_pool_modes_equal_a_computation_by_hand():
+    hidden = torch.tensor([[[1.0, 4.0], [3.0, 2.0], [9.0, 9.0]]])
+    mask = torch.tensor([[1, 1, 0]])
+    expected = {
+        "last": [3.0, 2.0],
+        "mean": [2.0, 3.0],
+        "weightedmean": [(1 + 2 * 3) / 3, (4 + 2 * 2) / 3],
+        "max": [3.0, 4.0],
+    }
+    for mode, value in expected.items():
+        torch.testing.assert_close(pool(hidden, mask, mode), torch.tensor([value]))
+    query = torch.tensor([2.0, 0.0])
+    weights = torch.softmax(torch.tensor([2.0, 6.0]) / 2**0.5, 0)
+    found = pool(hidden, mask, "attention", query)
+    torch.testing.assert_close(found, (weights[:, None] * hidden[0, :2]).sum(0)[None])
+    with pytest.raises(ConfigError, match="pooling is 'median'; expected last, mean"):
+        pool(hidden, mask, "median")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"finetune": "lora"},
+        {"finetune": "lora", "markers": "special"},
+        {"markers": "special"},
+        {"pooling": "attention", "head": "linear"},
+    ],
+)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_save_and_load_keep_logits_labels_and_template(task, tmp_path, changes, architecture):
+    model = tiny_model(task, architecture, **changes)
+    with torch.no_grad():  # Adapters start at zero: move them, so that losing one shows.
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    before = forward(model, rows(model, True))
+    model.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    again = DHRDModel.from_pretrained(tmp_path)
+    after = forward(again, rows(again, True))
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.lm_loss, after.lm_loss)
+    assert again.label_names == list(task.label_names)
+    assert again.config.template == task.template
+    assert again.predict(TEXTS).labels == model.predict(TEXTS).labels
+    tied = again.lm_head.weight is again.get_input_embeddings().weight
+    assert tied == (model.lm_head.weight is model.get_input_embeddings().weight)
+
+
+def test_in_bfloat16_head_and_adapters_stay_in_float32(task, tmp_path):
+    backbone = load_backbone("tiny", device="cpu", dtype="bfloat16")
+    config = ModelConfig(backbone="tiny", dtype="bfloat16", finetune="lora", pooling="attention")
+    model = build_model(config, task, backbone=backbone).eval()
+    model.save_pretrained(tmp_path)
+    for each in (model, DHRDModel.from_pretrained(tmp_path)):
+        for name, parameter in each.named_parameters():
+            small = any(part in name for part in ("classifier", "pooling_query", "lora_"))
+            assert parameter.dtype == (torch.float32 if small else torch.bfloat16), name
+    again = DHRDModel.from_pretrained(tmp_path)
+    assert torch.equal(forward(again, rows(again, True)).logits, forward(model, rows(model, True)).logits)
+
+
+def test_building_a_model_keeps_the_pretrained_weights(task):
+    own = {name: tensor.clone() for name, tensor in tiny_backbone("llama").model.state_dict().items()}
+    kept = tiny_model(task).backbone.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in own.items())
+
+
+def test_heads_are_the_papers_two_layers_or_one(task):
+    assert [type(layer).__name__ for layer in tiny_model(task).classifier] == ["Linear", "GELU", "Linear"]
+    assert type(tiny_model(task, head="linear").classifier) is torch.nn.Linear
+
+
+def test_lora_wraps_the_papers_seven_projections_and_trains_them_and_the_classifier_alone(task):
+    model = tiny_model(task, finetune="lora", lora_r=2)
+    trained = {name.split(".lora_")[0].rsplit(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name for name in trained if name.endswith("_proj")} == projections
+    others = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
+    assert all(name.startswith("classifier.") for name in others)
+    rank, width = model.backbone.model.layers[0].mlp.up_proj.lora_A["default"].weight.shape
+    assert (rank, width) == (2, 16)
+
+
+def test_special_markers_are_single_tokens_with_trainable_rows_under_lora(task):
+    model = tiny_model(task, finetune="lora", markers="special")
+    assert len(model.sequence_format.encode("<REASON>")) == 1
+    row = encode_example(model.sequence_format, "text", "why", "fix")
+    marker = model.tokenizer.convert_tokens_to_ids("<REASON>")
+    assert row["input_ids"][row["input_length"]] == marker
+    batch = DHRDCollator(model.tokenizer.pad_token_id)([{**row, "class_labels": 0}])
+    model(**batch).loss.backward()
+    (gradient,) = [p.grad for n, p in model.named_parameters() if "trainable_tokens" in n]
+    assert (gradient.abs().sum(1) > 0).all()
+
+
+def test_special_markers_trained_rows_reach_the_lm_loss(task):
+    model = tiny_model(task, finetune="lora", markers="special")
+    row = {**encode_example(model.sequence_format, "text", "why", "fix"), "class_labels": 0}
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens" in name:
+            torch.nn.init.normal_(parameter)
+    batch = DHRDCollator(model.tokenizer.pad_token_id)([row])
+    own = model.backbone(input_ids=batch["input_ids"], labels=batch["lm_labels"]).loss
+    torch.testing.assert_close(forward(model, [row]).lm_loss, own.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_freeze_layers_freezes_the_embedding_and_the_lowest_layers(model, task, request):
+    frozen = tiny_model(task, request.node.callspec.params["model"], freeze_layers=2)
+    layers = layers_of(frozen.backbone)
+    for layer in layers[:2]:
+        assert not any(p.requires_grad for p in layer.parameters())
+    assert all(p.requires_grad for p in layers[2].parameters())
+    assert not frozen.get_input_embeddings().weight.requires_grad
+    with pytest.raises(ConfigError, match=r"freeze_layers is 9; the backbone has 3|4 layers"):
+        tiny_model(task, "gpt2", freeze_layers=9)
+
+
+def test_limits_beyond_the_context_are_refused(task):
+    with pytest.raises(ConfigError, match="need a context of 4128 tokens .* the backbone's is 2048"):
+        build_model(ModelConfig(), task, backbone=tiny_backbone("llama"), max_input_tokens=3840)
+
+
+def test_the_seed_draws_the_head(task):
+    heads = [
+        build_model(ModelConfig(), task, backbone=tiny_backbone("llama"), seed=seed).classifier[0].weight
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_rationale_continues_from_reason_and_streams_the_same_text(task):
+    model = tiny_model(task)
+    fmt = model.sequence_format
+    prompt = fmt.encode("Customer: My lamp broke.\nWhat must happen next?") + fmt.encode("\nReasoning:")
+    written = model.backbone.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[
+        0, len(prompt) :
+    ]
+    expected = model.tokenizer.decode(written, skip_special_tokens=True)
+    expected = expected.split("\nAnswer:")[0].strip()
+    assert model.generate_rationale(TEXTS[0], max_new_tokens=20) == expected
+    assert "".join(model.generate_rationale(TEXTS[0], max_new_tokens=20, stream=True)) == expected
+
+
+def test_rationale_ends_before_the_answer_marker(task, monkeypatch):
+    model = tiny_model(task)
+    ids = model.tokenizer(" money is owed\nAnswer: refund", return_tensors="pt").input_ids
+
+    def generate(input_ids, streamer=None, **_):
+        if streamer is not None:
+            streamer.put(input_ids)
+            for token in ids[0]:
+                streamer.put(token[None])
+            streamer.end()
+        return torch.cat([input_ids, ids], dim=1)
+
+    monkeypatch.setattr(model.backbone, "generate", generate)
+    assert model.generate_rationale(TEXTS[0]) == "money is owed"
+    assert "".join(model.generate_rationale(TEXTS[0], stream=True)) == "money is owed"
+
+
+def test_length_sorted_batches_hold_every_row_once_within_the_token_budget():
+    lengths = [5, 40, 7, 7, 100, 1, 12]
+    batches = list(length_sorted_batches(lengths, 50))
+    assert sorted(place for batch in batches for place in batch) == list(range(7))
+    assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= 50 for b in batches)
+    assert batches[0] == [4]
+
+
+def test_dropping_padding_changes_no_probability(task):
+    model = tiny_model(task)
+    small, large = model.predict(TEXTS, max_batch_tokens=1), model.predict(TEXTS, max_batch_tokens=10_000)
+    np.testing.assert_allclose(small.probabilities, large.probabilities, atol=1e-5)
