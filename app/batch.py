@@ -18,7 +18,7 @@ from dhrd_lib import evaluation
 from dhrd_lib.config import ConfigError
 from dhrd_lib.inputs import as_text
 from dhrd_lib.studies import plots
-from dhrd_lib.studies.report import percent_interval
+from dhrd_lib.studies.statistics import bootstrap_interval, paired_comparison
 from dhrd_lib.tasks import SUFFIXES, Task, TaskError, read_rows
 
 AGREE, DISAGREE = "yes", "no"
@@ -176,8 +176,8 @@ def figures_of(result: Result) -> list[dict[str, str]]:
     for setting, seconds in result.seconds.items():
         row = {"system": setting}
         if result.inputs.gold is not None:
-            found = evaluation.bootstrap_interval(metrics, result.inputs.gold, result.predictions(setting))
-            row[f"{_named(metrics)} [95% interval]"] = percent_interval(found.value, found.low, found.high)
+            found = bootstrap_interval(metrics, result.inputs.gold, result.predictions(setting))
+            row[f"{_named(metrics)} [95% interval]"] = str(found)
         row["rows a second"] = f"{len(result.inputs.texts) / seconds:,.1f}"
         row["inputs cut at the front"] = f"{result.inputs_cut[setting]:,}"
         rows.append(row)
@@ -201,7 +201,7 @@ def difference_in_words(result: Result) -> str:
     told = f"The two systems disagree on {(a != b).sum():,} of {len(a):,} rows."
     if result.inputs.gold is None:
         return told
-    found = evaluation.paired_comparison(metric_names(result.task), result.inputs.gold, a, b)
+    found = paired_comparison(metric_names(result.task), result.inputs.gold, a, b)
     points = f"{100 * found.difference:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
     return f"{told} DHRD minus pooled baseline: {points}, p = {found.p_value:.3f} ({found.test}); one run each."
 

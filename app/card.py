@@ -6,9 +6,8 @@ from functools import lru_cache
 from typing import Any
 
 from app import views
-from dhrd_lib import evaluation
 from dhrd_lib.runs import Run, load_run
-from dhrd_lib.studies.report import percent_interval
+from dhrd_lib.studies.statistics import bootstrap_interval
 
 _PURPOSE = {
     "pooled baseline": "A decoder with a pooled classifier, trained on labels alone (alpha = 0).",
@@ -85,7 +84,6 @@ def _figures(folder: str, changed: float) -> tuple[dict[str, str], ...]:
 def _figure(run: Run, split: str) -> dict[str, str]:
     predictions, metrics = run.predictions(split), run.metrics["task_metrics"]
     groups = predictions["group"] if predictions["group"].notna().all() else None
-    found = evaluation.bootstrap_interval(metrics, predictions["label"], predictions["prediction"], groups)
+    found = bootstrap_interval(metrics, predictions["label"], predictions["prediction"], groups)
     name = " and ".join(metrics)
-    interval = percent_interval(found.value, found.low, found.high)
-    return {"split": split, "rows": f"{len(predictions):,}", f"{name} [95% interval]": interval}
+    return {"split": split, "rows": f"{len(predictions):,}", f"{name} [95% interval]": str(found)}

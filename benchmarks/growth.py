@@ -32,11 +32,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.harness import memory_added, synchronise
 from dhrd_lib.backbones import load_backbone, resolve_device
 from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from dhrd_lib.evaluation import bootstrap_interval, task_metrics
+from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import environment, write_json
 from dhrd_lib.sequences import encode_split
 from dhrd_lib.studies import plots
+from dhrd_lib.studies.statistics import bootstrap_interval
 from dhrd_lib.tasks import load_task, read_rows
 from dhrd_lib.training import load_rows, train
 

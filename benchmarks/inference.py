@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.harness import MIB, Measured, matmul_peak, measure, pooled_system, ratio
 from dhrd_lib.backbones import layers_of
 from dhrd_lib.config import ModelConfig
-from dhrd_lib.evaluation import paired_comparison
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import environment, load_run, write_json
 from dhrd_lib.serving.classifier import CPU_PART_TOKENS, load_classifier, model_folder
 from dhrd_lib.serving.export import export
+from dhrd_lib.studies.statistics import paired_comparison
 from dhrd_lib.tasks import load_task
 from dhrd_lib.training import load_rows
 

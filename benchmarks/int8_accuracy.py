@@ -21,11 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dhrd_lib.evaluation import paired_comparison_over_seeds
 from dhrd_lib.runs import Run, environment, load_run, write_json
 from dhrd_lib.serving.classifier import load_classifier
 from dhrd_lib.serving.export import export
-from dhrd_lib.studies.report import points_interval
+from dhrd_lib.studies.statistics import paired_comparison, points_interval
 from dhrd_lib.training import load_rows
 
 ENGINES = {"ONNX Runtime int8": "onnx", "OpenVINO int8": "openvino"}
@@ -74,7 +73,7 @@ def answers_of_export(run: Run, format: str) -> np.ndarray:
 def compared(labels: np.ndarray, float32: list[np.ndarray], int8: list[np.ndarray]) -> dict[str, Any]:
     """int8 minus float32 over rows and runs, and how many labels differ."""
     return {
-        "accuracy_difference": asdict(paired_comparison_over_seeds(["accuracy"], labels, float32, int8)),
+        "accuracy_difference": asdict(paired_comparison(["accuracy"], labels, float32, int8)),
         "accuracy_difference_by_run": [
             float((b == labels).mean() - (a == labels).mean()) for a, b in zip(float32, int8, strict=True)
         ],

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from dhrd_lib.studies import ablations
-from dhrd_lib.studies.report import points_interval
+from dhrd_lib.studies.statistics import points_interval
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 HEADINGS = ("## Set-up", "## Takeaways", "## What's next")

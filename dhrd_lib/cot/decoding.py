@@ -27,10 +27,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from dhrd_lib.backbones import Backbone, decoder_of, lm_logits
 from dhrd_lib.config import ConfigError
-from dhrd_lib.evaluation import NO_ANSWER, bootstrap_interval, task_metrics
+from dhrd_lib.evaluation import NO_ANSWER, task_metrics
 from dhrd_lib.modeling import DHRDModel, stream_tokens
 from dhrd_lib.rationales.teachers import SENTINEL
 from dhrd_lib.serving.classifier import length_sorted_batches
+from dhrd_lib.studies.statistics import bootstrap_interval
 from dhrd_lib.tasks import Task, render
 
 BUDGETS = (0, 16, 32, 64, 128, 256, 500)

@@ -19,6 +19,7 @@ from dhrd_lib.config import CHANGES_NO_RESULT, HEADS, POOLING_MODES, RunConfig, 
 from dhrd_lib.cot import decoding as cot
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import TOTALS, Run, load_run, write_json
+from dhrd_lib.studies.statistics import PairedComparison, bootstrap_interval, holm, paired_comparison
 from dhrd_lib.studies.sweeps import Grid, sweep
 from dhrd_lib.training import load_rows
 
@@ -329,9 +330,7 @@ def summarise(table: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] | N
         _one_run_a_seed(part, by)
         first = part.iloc[0]
         names = metrics or first["task_metrics"]
-        found = evaluation.bootstrap_interval_over_seeds(
-            names, first["labels"], list(part["predictions"]), first["groups"]
-        )
+        found = bootstrap_interval(names, first["labels"], list(part["predictions"]), first["groups"])
         std = by_seed(part, metrics)["value"].std()
         rows.append({**_named(by, key), "n_seeds": len(part), **vars(found), "std": std})
     return pd.DataFrame(rows)
@@ -361,17 +360,17 @@ def compare(table: pd.DataFrame, by: Sequence[str], reference: Mapping[str, Any]
             said = other.set_index("seed")["predictions"]
             seeds = sorted(set(said.index) & set(base.index))
             if seeds:
-                found = evaluation.paired_comparison_over_seeds(
+                found = paired_comparison(
                     first["task_metrics"], first["labels"], list(base[seeds]), list(said[seeds]), first["groups"]
                 )
                 rows.append({**_named(by, (task, split, *key)), **_compared(found)})
     frame = pd.DataFrame(rows)
     if rows:
-        frame["p_holm"] = frame.groupby(["task", "split"])["p_value"].transform(evaluation.holm)
+        frame["p_holm"] = frame.groupby(["task", "split"])["p_value"].transform(holm)
     return frame
 
 
-def _compared(found: evaluation.PairedComparison) -> dict[str, Any]:
+def _compared(found: PairedComparison) -> dict[str, Any]:
     return {name: getattr(found, name) for name in ("n_seeds", "difference", "low", "high", "p_value")}
 
 

@@ -27,6 +27,15 @@ from rich.table import Table
 from dhrd_lib import evaluation
 from dhrd_lib.config import CHANGES_NO_RESULT, WorkbenchError
 from dhrd_lib.studies import plots
+from dhrd_lib.studies.statistics import (
+    Interval,
+    PairedComparison,
+    SeedSummary,
+    bootstrap_interval,
+    over_seeds,
+    paired_comparison,
+    points_interval,
+)
 
 if TYPE_CHECKING:
     from dhrd_lib.runs import Run
@@ -35,7 +44,6 @@ COLUMNS = ("task", "split", "setting", "n_seeds", "value", "low", "high")
 COLUMNS += ("difference", "diff_low", "diff_high", "p_value")
 MAX_EXAMPLES = 50
 _ORDER = ("pooled baseline", "DHRD", "reasoning only")
-_NBSP = "\N{NO-BREAK SPACE}"
 _METRIC_NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "f1a": "F1a", "em": "EM"}
 # Runs that differ in these alone are the same setting: the seed, and what changes no result.
 _NOT_OF_THE_SETTING = {f"training.{name}" for name in ("seed", *CHANGES_NO_RESULT)}
@@ -72,9 +80,9 @@ class _Result:
     setting: _Setting
     baseline: _Setting | None
     scores: dict[str, float]
-    interval: evaluation.Interval
-    spread: evaluation.SeedSummary
-    comparison: evaluation.PairedComparison | None
+    interval: Interval
+    spread: SeedSummary
+    comparison: PairedComparison | None
 
     def row(self) -> dict[str, Any]:
         """The result as a row of the tidy table."""
@@ -138,7 +146,7 @@ def print_table(frame: pd.DataFrame, console: Console | None = None) -> None:
             cells = (
                 row.split,
                 row.setting,
-                percent_interval(row.value, row.low, row.high),
+                str(Interval(row.value, row.low, row.high)),
                 points_interval(row.difference, row.diff_low, row.diff_high) if compared else "",
                 _p(row.p_value) if compared else "",
             )
@@ -241,7 +249,7 @@ def _result(task: str, split: str, setting: _Setting, settings: Sequence[_Settin
     if baseline:
         others = baseline.predictions[split]
         seeds = [seed for seed in frames if seed in others]
-        comparison = evaluation.paired_comparison_over_seeds(
+        comparison = paired_comparison(
             metrics,
             labels,
             [others[seed]["prediction"] for seed in seeds],
@@ -255,8 +263,8 @@ def _result(task: str, split: str, setting: _Setting, settings: Sequence[_Settin
         setting=setting,
         baseline=baseline,
         scores=by_seed.mean().to_dict(),
-        interval=evaluation.bootstrap_interval_over_seeds(metrics, labels, said, groups),
-        spread=evaluation.over_seeds(by_seed["primary"]),
+        interval=bootstrap_interval(metrics, labels, said, groups),
+        spread=over_seeds(by_seed["primary"]),
         comparison=comparison,
     )
 
@@ -296,7 +304,7 @@ def _score_table(results: Sequence[_Result], metrics: Sequence[str], metric: str
             {
                 "split": result.split,
                 "setting": result.setting.label,
-                f"{metric} [95% interval]": percent_interval(interval.value, interval.low, interval.high),
+                f"{metric} [95% interval]": str(interval),
                 **(scores if several else {}),
                 "seeds": spread.n_seeds,
                 "std over seeds": "—" if spread.std is None else f"{100 * spread.std:.1f} points",
@@ -314,7 +322,7 @@ def _comparison_table(compared: Sequence[_Result]) -> pd.DataFrame:
             {
                 "split": result.split,
                 "setting": result.setting.label,
-                "points [95% interval]": points_interval(pair.difference, pair.low, pair.high),
+                "points [95% interval]": str(pair),
                 "p": _p(pair.p_value),
                 "test": pair.test,
                 "right alone: setting / baseline": f"{pair.b_only_right} / {pair.a_only_right}",
@@ -551,16 +559,6 @@ def _excludes_zero(result: _Result) -> bool:
 
 def _span(numbers: Sequence[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-
-
-def percent_interval(value: float, low: float, high: float) -> str:
-    """A fraction and its interval, in percent: "74.6% [70.0, 79.1]"."""
-    return f"{100 * value:.1f}% [{100 * low:.1f},{_NBSP}{100 * high:.1f}]"
-
-
-def points_interval(value: float, low: float, high: float) -> str:
-    """A difference of fractions and its interval, in points: "+0.6 [-2.9, +4.6]"."""
-    return f"{100 * value:+.1f} [{100 * low:+.1f},{_NBSP}{100 * high:+.1f}]"
 
 
 def _p(value: float) -> str:

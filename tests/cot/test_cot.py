@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import decoding as cots
 from dhrd_lib.cot.decoding import GREEDY, AnswerReader, CoT, Decoding, Written, cascade, vote
-from dhrd_lib.evaluation import NO_ANSWER, reliability
+from dhrd_lib.evaluation import NO_ANSWER
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.rationales.teachers import SENTINEL
 from dhrd_lib.sequences import encode_example
 from dhrd_lib.studies import plots
+from dhrd_lib.studies.calibration import reliability
 
 TEXTS = ["My lamp broke.", "I was charged twice for one night, and want the money back.", "Why?"]
 SHORT = Decoding(max_new_tokens=24, early_stop=False, temperature=1.0, top_p=1.0)

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from dhrd_lib import evaluation
 from dhrd_lib.__main__ import app
 from dhrd_lib.config import RunConfig
 from dhrd_lib.runs import find_runs, write_json
@@ -23,6 +22,7 @@ from dhrd_lib.studies.ablations import (
     store_results,
     summarise,
 )
+from dhrd_lib.studies.statistics import bootstrap_interval
 from dhrd_lib.widgets import AblationDashboard
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -119,7 +119,7 @@ def test_a_summary_is_the_mean_over_seeds_with_the_bootstrap_over_seeds_and_rows
     labels = [0, 1] * 20
     wrong = [1 - labels[0], *labels[1:]]
     found = summarise(made({(1.0, 0): labels, (1.0, 1): wrong}, labels), ["alpha"]).iloc[0]
-    expected = evaluation.bootstrap_interval_over_seeds(["accuracy"], labels, [labels, wrong])
+    expected = bootstrap_interval(["accuracy"], labels, [labels, wrong])
     assert (found["value"], found["low"], found["high"]) == (expected.value, expected.low, expected.high)
     assert found["value"] == pytest.approx(1 - 0.5 / 40)
     assert found["n_seeds"] == 2

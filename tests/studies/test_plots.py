@@ -14,6 +14,7 @@ from rich.console import Console
 from dhrd_lib import evaluation
 from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.studies import plots, report
+from dhrd_lib.studies.statistics import paired_comparison
 
 LABELS = ["refund", "replace", "fix", "explain", "escalate"]
 SPLITS = {"dev": 60, "test": 140, "test_new_domain": 80}
@@ -256,7 +257,7 @@ class TestReport:
         _, frame = written
         row = frame[(frame["split"] == "test") & (frame["setting"] == "DHRD")].iloc[0]
         base, dhrd = (run.predictions("test") for run in runs)
-        pair = evaluation.paired_comparison(["accuracy"], base["label"], base["prediction"], dhrd["prediction"])
+        pair = paired_comparison(["accuracy"], base["label"], base["prediction"], dhrd["prediction"])
         assert (row["difference"], row["diff_low"], row["diff_high"], row["p_value"]) == pytest.approx(
             (pair.difference, pair.low, pair.high, pair.p_value)
         )
