@@ -6,7 +6,6 @@ Replies are kept in FOLDER/TASK/TEACHER.jsonl (see `rationale_store`).
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import os
 import re
@@ -17,10 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
-import plotly.graph_objects as go
 import snowballstemmer
 from datasets import Dataset, Value
-from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -37,7 +34,6 @@ from dhrd_lib.rationales.teachers import (
     teacher_parameters,
 )
 from dhrd_lib.sequences import draw_share, exchange
-from dhrd_lib.studies.plots import TEMPLATE
 from dhrd_lib.tasks import Task
 
 
@@ -406,10 +402,6 @@ class RationaleReport:
         """The distribution of lengths, in words."""
         return self._there["words"].astype(float).describe(percentiles=[0.05, 0.25, 0.5, 0.75, 0.95])
 
-    def figure(self, name: str = "teacher") -> go.Figure:
-        """See `compare_reports`."""
-        return compare_reports({name: self})
-
 
 def report_on(
     task: Task,
@@ -444,43 +436,6 @@ def report_on(
             }
         )
     return RationaleReport(pd.DataFrame(rows), dict(failed or {}))
-
-
-def compare_reports(reports: Mapping[str, RationaleReport]) -> go.Figure:
-    """Reports side by side, a colour each: what the filters find, the lengths, who agrees with gold.
-
-    Rationales that the data brings come without an answer and have no bar in the last panel.
-    """
-    titles = (
-        "share that fails each filter, and share kept (%)",
-        "words a rationale (%)",
-        "answer agrees with gold (%)",
-    )
-    figure = make_subplots(rows=3, cols=1, subplot_titles=titles, vertical_spacing=0.1, row_heights=[3, 2, 2])
-    for number, (name, report) in enumerate(reports.items()):
-        look = {"marker": {"color": _COLORS[number % len(_COLORS)]}, "name": html.escape(name, quote=False)}
-        look["legendgroup"] = look["name"]
-        numbers = {"texttemplate": "%{text:.0f}", "textposition": "outside", "textfont_size": 11}
-        shares = 100 * report.table().loc[[*FLAGS, "kept"], "share"]
-        labels = [flag.replace("_", " ") for flag in shares.index]
-        figure.add_bar(x=shares, y=labels, text=shares, orientation="h", row=1, col=1, **look, **numbers)
-        words = report.rows.loc[report.rows["rationale"].notna(), "words"]
-        look["showlegend"] = False
-        figure.add_histogram(x=words, xbins={"start": 0, "size": 5}, histnorm="percent", row=2, col=1, **look)
-        agreed = 100 * report.by_label()["agreed"].dropna()
-        names = [html.escape(str(label), quote=False) for label in agreed.index]
-        figure.add_bar(x=names, y=agreed, text=agreed, row=3, col=1, **look, **numbers)
-    title = {"text": "How good are the rationales?", "y": 0.985, "yanchor": "top"}
-    figure.update_layout(template=TEMPLATE, title=title, height=860, barmode="group")
-    figure.update_layout(margin={"t": 110}, legend={"y": 1.045})
-    figure.update_annotations(x=0, xanchor="left", font_size=13)
-    figure.update_xaxes(range=[0, 110], tickvals=[0, 25, 50, 75, 100], row=1, col=1)
-    figure.update_yaxes(autorange="reversed", row=1, col=1)
-    figure.update_yaxes(range=[0, 120], tickvals=[0, 50, 100], row=3, col=1)
-    return figure
-
-
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
 # ---------------------------------------------------------------------- corruptions

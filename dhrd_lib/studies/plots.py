@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +17,12 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from dhrd_lib.rationales.generate import FLAGS, RationaleReport
+
 COLORS = {"pooled baseline": "#D55E00", "DHRD": "#0072B2", "reasoning only": "#009E73", "pipeline": "#E69F00"}
 # What isn't a setting (a head, a value of alpha) has a figure to itself, so these may repeat.
 _OTHER_COLORS = ("#CC79A7", "#56B4E9", "#E69F00", "#009E73", "#0072B2", "#D55E00")
+_REPORT_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _HATCHES = ("", "/", ".", "x", "-")
@@ -465,6 +469,38 @@ def throughput_bars(rows: pd.DataFrame) -> go.Figure:
     figure.update_layout(height=170 + 30 * len(rows), bargap=0.3, margin={"t": 50, "r": 50})
     figure.update_xaxes(title="queries a second (log axis)", type="log", dtick=1, range=shown)
     figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def compare_reports(reports: Mapping[str, RationaleReport]) -> go.Figure:
+    """Rationales of several teachers, a color each: what the filters flag, lengths, agreement with the gold label.
+
+    `reports` are those of `quality_report`, by name. Rationales of the data have no answer, so they have no bar in
+    the last panel.
+    """
+    titles = (
+        "share flagged by each filter, and share kept (%)",
+        "words per rationale (%)",
+        "answer is the gold label (%)",
+    )
+    figure = make_subplots(rows=3, cols=1, subplot_titles=titles, vertical_spacing=0.1, row_heights=[3, 2, 2])
+    numbers = {"texttemplate": "%{text:.0f}", "textposition": "outside", "textfont_size": 11}
+    for color, (name, report) in zip(cycle(_REPORT_COLORS), reports.items(), strict=False):
+        look = {"marker": {"color": color}, "name": _plain(name), "legendgroup": _plain(name)}
+        shares = 100 * report.table().loc[[*FLAGS, "kept"], "share"]
+        labels = [flag.replace("_", " ") for flag in shares.index]
+        figure.add_bar(x=shares, y=labels, text=shares, orientation="h", row=1, col=1, **look, **numbers)
+        words = report.rows.loc[report.rows["rationale"].notna(), "words"]
+        look["showlegend"] = False
+        figure.add_histogram(x=words, xbins={"start": 0, "size": 5}, histnorm="percent", row=2, col=1, **look)
+        agreed = 100 * report.by_label()["agreed"].dropna()
+        figure.add_bar(x=list(map(_plain, agreed.index)), y=agreed, text=agreed, row=3, col=1, **look, **numbers)
+    _dress(figure, "How good are the rationales?").update_layout(height=860, barmode="group", margin_t=110)
+    figure.update_layout(title={"y": 0.985, "yanchor": "top"}, legend_y=1.045)
+    figure.update_annotations(x=0, xanchor="left", font_size=13)
+    figure.update_xaxes(range=[0, 110], tickvals=[0, 25, 50, 75, 100], row=1, col=1)
+    figure.update_yaxes(autorange="reversed", row=1, col=1)
+    figure.update_yaxes(range=[0, 120], tickvals=[0, 50, 100], row=3, col=1)
     return figure
 
 

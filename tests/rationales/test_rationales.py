@@ -58,6 +58,7 @@ from dhrd_lib.rationales.teachers import (
     teacher_parameters,
 )
 from dhrd_lib.sequences import SequenceFormat
+from dhrd_lib.studies.plots import compare_reports
 from dhrd_lib.tasks import TASKS, Task, load_task
 from dhrd_lib.widgets import ReviewPanel
 
@@ -918,7 +919,7 @@ def test_the_report_counts_every_filter_and_row(task):
     assert by_label.loc["refund", "agreed"] == pytest.approx(2 / 3)
     assert by_label["rationales"].sum() == 8
     assert report.lengths()["max"] == 7
-    figure = report.figure("small")
+    figure = compare_reports({"small": report})
     bars = figure.data[0]
     shown = dict(zip(bars.y, bars.x, strict=True))
     assert set(shown) == {name.replace("_", " ") for name in [*FLAGS, "kept"]}
