@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 
 from dhrd_lib.config import WorkbenchError
 
+# What a prompt asks for between rationale and answer.
+SENTINEL = "[END OF REASONING]"
 # As Python objects, rows and tokens take several times their place in Arrow: so many at once are held as such.
 ROWS_A_PART = 1000
 

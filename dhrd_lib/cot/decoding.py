@@ -7,7 +7,6 @@ smaller budget, because what a causal decoder writes first doesn't depend on how
 from __future__ import annotations
 
 import math
-import re
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,14 +21,15 @@ from datasets import Dataset
 from numpy.typing import ArrayLike
 from scipy.special import softmax
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dhrd_lib.backbones import Backbone, decoder_of, lm_logits
 from dhrd_lib.config import ConfigError
+from dhrd_lib.cot.answers import AnswerReader, vote
 from dhrd_lib.evaluation import NO_ANSWER, task_metrics
-from dhrd_lib.modeling import DHRDModel, stream_tokens
-from dhrd_lib.rationales.teachers import SENTINEL
+from dhrd_lib.generation import check_context, encode_chat, end_ids, generate, left_padded, stream
+from dhrd_lib.inputs import SENTINEL
+from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.serving.classifier import length_sorted_batches
 from dhrd_lib.studies.statistics import bootstrap_interval
 from dhrd_lib.tasks import Task, render
@@ -43,8 +43,6 @@ of the text lead to the answer. After the explanation write {sentinel}, and afte
 {input}
 
 Let's think step by step."""
-_LONGEST_ANSWER = 80  # characters; what writes more after the marker isn't answering any more
-_WINDOW = 160  # tokens; holds a marker and the longest answer, so that the cost of a step stays the same
 
 
 @dataclass(frozen=True)
@@ -90,44 +88,6 @@ class Decoding:
 
 
 GREEDY = Decoding(sample=False)
-
-
-class AnswerReader:
-    """Reads the class that a text names after a marker.
-
-    The answer is the first verbalizer or label name, whole and in any case, in the first line after the marker;
-    of those that begin at one place, the longest ("not entailment" isn't "entailment").
-    """
-
-    def __init__(self, marker: str, label_names: Sequence[str], verbalizers: Sequence[str]) -> None:
-        self.marker = marker
-        self._names = {name.lower(): i for i, name in [*enumerate(label_names), *enumerate(verbalizers)]}
-        longest_first = sorted(self._names, key=len, reverse=True)
-        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
-
-    def read(self, text: str) -> int:
-        """The class, or `NO_ANSWER` where the marker is missing or no label stands after it."""
-        found = self._pattern.search(self._line(text)[0])
-        return self._names[found.group()] if found else NO_ANSWER
-
-    def settled(self, text: str) -> bool:
-        """Whether no text that goes on from this one reads otherwise."""
-        line, complete = self._line(text)
-        found = self._pattern.search(line)
-        if complete or not found:
-            return complete
-        return found.end() < len(line) and not self._may_grow(line, found.start())
-
-    def _line(self, text: str) -> tuple[str, bool]:
-        """The answer's line, and whether nothing can be added to it."""
-        after = text.partition(self.marker)[2].lstrip().lower()
-        line, newline, _ = after.partition("\n")
-        return line[:_LONGEST_ANSWER], bool(newline) or len(line) >= _LONGEST_ANSWER
-
-    def _may_grow(self, line: str, start: int) -> bool:
-        """Whether the end of the line begins a name that would stand at `start` or earlier."""
-        ends = [line[place:] for place in range(start + 1)]
-        return any(name.startswith(end) and name != end for end in ends for name in self._names)
 
 
 @dataclass(frozen=True)
@@ -200,17 +160,17 @@ class CoT:
         decoding = decoding or Decoding()
         inputs = [render(self.template, text) for text in texts]
         prompts = [ids for ids in map(self.encode_prompt, inputs) for _ in range(decoding.n_samples)]
-        self._check_context(prompts, decoding.max_new_tokens)
+        check_context(self.lm, prompts, decoding.max_new_tokens)
         written: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         started = time.perf_counter()
-        with self._seeded(), tqdm(total=len(order), desc="CoT", unit="row", delay=2) as bar:
+        with tqdm(total=len(order), desc="CoT", unit="row", delay=2) as bar:
             for number, first in enumerate(range(0, len(order), decoding.batch_size)):
                 places = order[first : first + decoding.batch_size]
                 # Each batch has its own seed: how long the one before ran must not change its draws.
-                torch.manual_seed(decoding.seed * 1_000_003 + number)
-                found = self._generate([prompts[i] for i in places], decoding)
-                for place, ids in zip(places, found, strict=True):
+                batch = [prompts[i] for i in places]
+                new = generate(self.lm, self.tokenizer, batch, **self._options(decoding, number))
+                for place, ids in zip(places, new, strict=True):
                     written[place] = ids
                 bar.update(len(places))
         seconds = time.perf_counter() - started
@@ -229,18 +189,12 @@ class CoT:
             raise ConfigError(f"n_samples is {decoding.n_samples}; expected 1, a stream being one sample.")
         inputs = [render(self.template, text)]
         prompts = [self.encode_prompt(inputs[0])]
-        self._check_context(prompts, decoding.max_new_tokens)
+        check_context(self.lm, prompts, decoding.max_new_tokens)
 
-        def generate(streamer: BaseStreamer) -> None:
-            with self._seeded():
-                torch.manual_seed(decoding.seed * 1_000_003)
-                self._generate(prompts, decoding, streamer=streamer)
-
-        ids: list[int] = []
-        with closing(stream_tokens(generate)) as tokens:
-            for token, seconds in tokens:
-                ids.append(token)
-                yield Written(inputs, [[list(ids)]], decoding.max_new_tokens, seconds)
+        options = self._options(decoding)
+        with closing(stream(self.lm, self.tokenizer, prompts[0], **options)) as steps:
+            for ids, seconds in steps:
+                yield Written(inputs, [[ids]], decoding.max_new_tokens, seconds)
 
     def parse(self, written: Written) -> Answers:
         """Answers as they stand in the text after the marker; several samples vote (see `vote`)."""
@@ -264,7 +218,7 @@ class CoT:
             ids + rationale + marker for ids, row in zip(inputs, parts, strict=True) for rationale, _ in row
         ]
         words = [self._encode(f" {word}") for word in self.verbalizers]
-        self._check_context(prefixes, max(map(len, words)))
+        check_context(self.lm, prefixes, max(map(len, words)))
         scores = score_continuations(
             self.lm, prefixes, words, self.tokenizer.pad_token_id, mean=mean, max_batch_tokens=max_batch_tokens
         )
@@ -277,32 +231,15 @@ class CoT:
         inputs = [render(self.template, text) for text in texts]
         return self.score(Written(inputs, [[[]] for _ in inputs], 0, 0.0), **options)
 
-    def _generate(self, prompts: list[list[int]], decoding: Decoding, **more: Any) -> list[list[int]]:
-        ids, mask = _left_padded(prompts, self.tokenizer.pad_token_id, self.lm.device)
-        stop = _Stop(self, ids.shape[1], len(prompts), enabled=decoding.early_stop)
-        rows = self.lm.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            pad_token_id=self.tokenizer.pad_token_id,
-            stopping_criteria=[stop],
-            **decoding.arguments(),
-            **more,
-        )[:, ids.shape[1] :].tolist()
-        return [row[: end or len(row)] for row, end in zip(rows, stop.ends.tolist(), strict=True)]
-
-    def _seeded(self) -> Any:
-        devices = [self.lm.device] if self.lm.device.type == "cuda" else []
-        return torch.random.fork_rng(devices=devices)
-
-    def _end_ids(self) -> set[int]:
-        ends = self.lm.generation_config.eos_token_id
-        return {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    def _options(self, decoding: Decoding, batch: int = 0) -> dict[str, Any]:
+        options = {**decoding.arguments(), "seed": decoding.seed * 1_000_003 + batch}
+        return {**options, "is_complete": self.reader.is_settled} if decoding.early_stop else options
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _without_end(self, ids: list[int]) -> list[int]:
-        return ids[:-1] if ids and ids[-1] in self._end_ids() else ids
+        return ids[:-1] if ids and ids[-1] in end_ids(self.lm, self.tokenizer) else ids
 
     def _text(self, ids: list[int]) -> str:
         # Markers may be special tokens, so these aren't skipped.
@@ -321,30 +258,6 @@ class CoT:
 
         spent = bisect_left(steps, place + len(self.answer_marker), key=characters)
         return kept[: bisect_right(steps, place, key=characters) - 1], spent
-
-    def _check_context(self, prompts: list[list[int]], new_tokens: int) -> None:
-        context = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        wanted = max(map(len, prompts), default=0) + new_tokens
-        if wanted > context:
-            raise ConfigError(f"Prompt and new tokens take {wanted} places; the backbone's context is {context}.")
-
-
-class _Stop(StoppingCriteria):
-    """Ends a row at the end token, or once its answer stands; remembers where. All rows done ends the batch."""
-
-    def __init__(self, cot: CoT, start: int, rows: int, enabled: bool) -> None:
-        self._tokenizer, self._reader, self._end_ids = cot.tokenizer, cot.reader, cot._end_ids()
-        self._start, self._enabled = start, enabled
-        self.ends = torch.zeros(rows, dtype=torch.long)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.BoolTensor:
-        written = input_ids.shape[1] - self._start
-        if self._enabled:
-            latest = input_ids[:, max(self._start, input_ids.shape[1] - _WINDOW) :].tolist()
-            for i in (self.ends == 0).nonzero().flatten().tolist():
-                if latest[i][-1] in self._end_ids or self._reader.settled(self._tokenizer.decode(latest[i])):
-                    self.ends[i] = written
-        return (self.ends > 0).to(input_ids.device)
 
 
 # ---------------------------------------------------------------------- prompts
@@ -388,8 +301,7 @@ def few_shot(backbone: Backbone, task: Task, examples: Sequence[Mapping[str, Any
         turns.append(_turn("assistant", answer))
 
     def encode(text: str) -> list[int]:
-        chat = _as_text(backbone.tokenizer, [*turns, _turn("user", _question(task, text))])
-        return backbone.tokenizer(chat, add_special_tokens=not backbone.tokenizer.chat_template).input_ids
+        return encode_chat(backbone.tokenizer, [*turns, _turn("user", _question(task, text))])
 
     return CoT(
         name=f"{len(examples)}-shot" if examples else "zero-shot",
@@ -428,12 +340,6 @@ def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _as_text(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
-    if not tokenizer.chat_template:
-        return "\n".join(turn["content"] for turn in turns) + "\n"
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-
 # ---------------------------------------------------------------------- scoring
 
 
@@ -463,7 +369,7 @@ def _score_batch(
     lm: PreTrainedModel, prefixes: list[list[int]], continuations: Sequence[list[int]], pad_token_id: int
 ) -> torch.Tensor:
     several = max(map(len, continuations)) > 1
-    ids, mask = _left_padded(prefixes, pad_token_id, lm.device)
+    ids, mask = left_padded(prefixes, pad_token_id, lm.device)
     places = (mask.cumsum(1) - 1).clamp(min=0)
     out = decoder_of(lm)(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=several)
     first = _log_probs(lm, out.last_hidden_state[:, -1])
@@ -504,32 +410,7 @@ def _log_probs(lm: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return lm_logits(lm, hidden).float().log_softmax(-1)
 
 
-def _left_padded(
-    rows: Sequence[list[int]], pad_token_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, both (B, S): what goes on from a row must stand next to its last token."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad_token_id] * (longest - len(row)) + row for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids, (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-
-
 # ---------------------------------------------------------------------- votes, budgets, cascade
-
-
-def vote(read: np.ndarray, probabilities: np.ndarray | None = None) -> np.ndarray:
-    """The majority of each row's samples: class indices (N, n) to (N,).
-
-    `NO_ANSWER` has no vote; a row of nothing else is `NO_ANSWER`. Ties go to the class of the greatest summed
-    probability (`probabilities (N, n, K)`), and without probabilities to the class that was read first.
-    """
-    voted = np.full(len(read), NO_ANSWER)
-    for row, said in enumerate(read):
-        classes = [c for c in dict.fromkeys(said.tolist()) if c != NO_ANSWER]
-        if classes:
-            weight = {c: 0.0 if probabilities is None else probabilities[row, :, c].sum() for c in classes}
-            voted[row] = max(classes, key=lambda c: ((said == c).sum(), weight[c]))
-    return voted
 
 
 def accuracy_by_budget(

@@ -18,9 +18,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from dhrd_lib.backbones import EMBEDDED, load_backbone
 from dhrd_lib.config import ConfigError, TeacherConfig, WorkbenchError
+from dhrd_lib.inputs import SENTINEL
 from dhrd_lib.tasks import Task, render, template_fields
-
-SENTINEL = "[END OF REASONING]"
 
 GOLD_PROMPT = """You write explanations for a classifier. Read the text and its right answer, and explain \
 step by step, in two or three sentences, which facts of the text lead to it. Don't name the answer in the \

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import decoding as cots
-from dhrd_lib.cot.decoding import GREEDY, AnswerReader, CoT, Decoding, Written, cascade, vote
+from dhrd_lib.cot.answers import AnswerReader, vote
+from dhrd_lib.cot.decoding import GREEDY, CoT, Decoding, Written, cascade
 from dhrd_lib.evaluation import NO_ANSWER
+from dhrd_lib.inputs import SENTINEL
 from dhrd_lib.modeling import DHRDModel
-from dhrd_lib.rationales.teachers import SENTINEL
 from dhrd_lib.sequences import encode_example
 from dhrd_lib.studies import plots
 from dhrd_lib.studies.calibration import reliability
@@ -138,9 +139,9 @@ class TestReading:
     def test_a_label_that_may_still_grow_is_waited_for(self):
         reader = AnswerReader("A:", ["fix", "fix now"], ["fix", "fix now"])
         grown = ["A:", "A: fix", "A: fix ", "A: fix n"]
-        assert not any(reader.settled(text) for text in grown)
-        assert reader.settled("A: fix nu")
-        assert reader.settled("A: fix now.")
+        assert not any(reader.is_settled(text) for text in grown)
+        assert reader.is_settled("A: fix nu")
+        assert reader.is_settled("A: fix now.")
         assert (reader.read("A: fix nu"), reader.read("A: fix now.")) == (0, 1)
 
     @settings(max_examples=300, deadline=None)
@@ -149,8 +150,8 @@ class TestReading:
         reader = AnswerReader("A:", ["fix", "fix now", "not fix at all"], ["fix", "entailment", "not entailment"])
         texts = ["".join(parts[:n]) for n in range(len(parts) + 1)]
         for before, after in pairwise(texts):
-            if reader.settled(before):
-                assert reader.settled(after)
+            if reader.is_settled(before):
+                assert reader.is_settled(after)
                 assert reader.read(after) == reader.read(before)
 
     def test_a_row_without_an_answer_is_counted_and_wrong(self, cot, model):

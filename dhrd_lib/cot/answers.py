@@ -1,0 +1,104 @@
+"""Reading an answer: the label that a text names after a marker, however it is decorated or spelled."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+import regex
+
+from dhrd_lib.evaluation import NO_ANSWER
+
+MAX_ANSWER_CHARACTERS = 80  # A longer line after the marker is no answer any more.
+_WORD = r"[\p{L}\p{M}\p{N}]"
+# Scripts that write words without spaces, or attach particles to them: a label may begin and end inside a word.
+_JOINING = (
+    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\p{Arabic}\p{Hebrew}"
+)
+_SEPARATED = rf"[{_WORD}--[{_JOINING}]]"
+
+
+class AnswerReader:
+    """Reads the class that a text names after a marker, by verbalizer or label name.
+
+    The answer is in the first line after the marker; lines without a word ("**") and headings that end with a colon
+    ("**Answer:**") are skipped. Case, decoration and the separators inside a label do not matter (`Card-arrival` is
+    `card_arrival`). Of labels that begin at the same place the longest counts ("not entailment" is not
+    "entailment"). Whole words come first; else, in scripts that join words, a label inside a word counts.
+    """
+
+    def __init__(self, marker: str, label_names: Sequence[str], verbalizers: Sequence[str]) -> None:
+        self.marker = marker
+        classes = {_normalized(name).strip(): i for i, name in [*enumerate(label_names), *enumerate(verbalizers)]}
+        names = sorted(classes, key=len, reverse=True)
+        self._classes = [classes[name] for name in names]
+        either = "|".join(f"({_flexible(name)})" for name in names)
+        self._label = regex.compile(either)
+        # A hyphen or an underscore joins words: "pre-refund" is not "refund".
+        whole = rf"(?<!{_WORD}[_-]?)(?:{either})(?![_-]?{_WORD})"
+        inside = rf"(?<!{_SEPARATED}[_-]?)(?:{either})(?![_-]?{_SEPARATED})"
+        self._whole, self._inside = (regex.compile(pattern, regex.V1) for pattern in (whole, inside))
+
+    def read(self, text: str) -> int:
+        """Return the class that is named first; `NO_ANSWER` where the marker is missing or no label follows it."""
+        return next(iter(self.read_all(text)), NO_ANSWER)
+
+    def read_all(self, text: str) -> list[int]:
+        """Return the classes that the answer names, in their order; a label named twice is there twice."""
+        line, _ = self._answer_line(text)
+        return [self._classes[match.lastindex - 1] for match in self._find(line)]
+
+    def is_settled(self, text: str) -> bool:
+        """Return whether no continuation of the text can change what `read` returns."""
+        line, complete = self._answer_line(text)
+        match = self._whole.search(line)
+        if complete or not match or line[match.end() :] in ("", "_", "-"):
+            return complete
+        # The end of the line may begin a longer label that starts at the match or before it.
+        starts = range(match.start() + 1)
+        return not any(self._label.fullmatch(line, start, partial=True) for start in starts)
+
+    def _find(self, line: str) -> list[regex.Match]:
+        if matches := list(self._whole.finditer(line)):
+            return matches
+        # A short label may be a part of a longer one that begins later.
+        longest_first = sorted(self._inside.finditer(line, overlapped=True), key=lambda m: m.start() - m.end())
+        for match in longest_first:
+            if not any(match.start() < other.end() and other.start() < match.end() for other in matches):
+                matches.append(match)
+        return sorted(matches, key=regex.Match.start)
+
+    def _answer_line(self, text: str) -> tuple[str, bool]:
+        """Return the line with the answer, and whether it is complete."""
+        lines = [line.lstrip() for line in _normalized(text.partition(self.marker)[2]).split("\n")]
+        for line in lines[:-1]:
+            is_heading = line.rstrip(" *_`#").endswith(":") and not self._find(line)
+            if regex.search(_WORD, line) and not is_heading:
+                return line[:MAX_ANSWER_CHARACTERS], True
+        return lines[-1][:MAX_ANSWER_CHARACTERS], len(lines[-1]) >= MAX_ANSWER_CHARACTERS
+
+
+def vote(read: np.ndarray, probabilities: np.ndarray | None = None) -> np.ndarray:
+    """Return the majority of each row's samples: class indices `(N, n)` to `(N,)` (self-consistency).
+
+    `NO_ANSWER` has no vote; a row without a vote is `NO_ANSWER`. Ties go to the class of the greatest summed
+    probability (`probabilities (N, n, K)`), and without probabilities to the class that was read first.
+    """
+    voted = np.full(len(read), NO_ANSWER)
+    for row, votes in enumerate(read):
+        classes = [c for c in dict.fromkeys(votes.tolist()) if c != NO_ANSWER]
+        if classes:
+            weight = {c: 0.0 if probabilities is None else probabilities[row, :, c].sum() for c in classes}
+            voted[row] = max(classes, key=lambda c: ((votes == c).sum(), weight[c]))
+    return voted
+
+
+def _normalized(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def _flexible(name: str) -> str:
+    """Return a pattern of a label whose words may be separated otherwise, or by an escaped underscore."""
+    words = regex.split(rf"(?<={_WORD})[\s_-]+(?={_WORD})", name)
+    return r"[\s_\\-]*".join(map(regex.escape, words))
