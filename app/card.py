@@ -27,9 +27,9 @@ def model_card(run: Run) -> str:
     parts = [
         f'<article class="model-card"><h3>{views.text(run.name)}</h3><p>{views.text(_PURPOSE[setting])}</p>',
         views.table(list(_figures(str(run.folder), _changed(run))), "Figures by split; dev chose the checkpoint"),
-        _section("Model", {"backbone": config.model.backbone, **_shown(vars(config.model), _MODEL)}),
-        _section("Data", {"task": config.data.task, **_shown(vars(config.data), _DATA), **_rows(run)}),
-        _section("Training", {**_shown(vars(config.training), _TRAINING), **_spent(run)}),
+        _section("Model", {"backbone": config.model.backbone, **_shown(config.model.to_dict(), _MODEL)}),
+        _section("Data", {"task": config.data.task, **_shown(config.data.to_dict(), _DATA), **_rows(run)}),
+        _section("Training", {**_shown(config.training.to_dict(), _TRAINING), **_spent(run)}),
         _section("Environment", _environment(run.environment)),
         f"<h4>Limits</h4><ul>{''.join(f'<li>{views.text(limit)}</li>' for limit in _LIMITS)}</ul></article>",
     ]

@@ -111,7 +111,7 @@ def in_own_process(place: int) -> dict[str, Any]:
 
 def data(options: argparse.Namespace) -> DataConfig:
     """The same rows for all."""
-    return DataConfig("everyday_nli", max_train_rows=options.rows, max_eval_rows=8)
+    return DataConfig(task="everyday_nli", max_train_rows=options.rows, max_eval_rows=8)
 
 
 def measure(way: Way, options: argparse.Namespace) -> dict[str, Any]:

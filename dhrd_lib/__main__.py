@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -191,7 +190,7 @@ def rationales(
     chosen = {"kind": kind, "model": model, "base_url": base_url, "protocol": protocol}
     chosen |= {"temperature": temperature, "tries": tries}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    teacher = replace(TeacherConfig.load(config) if config else TeacherConfig(), **chosen)
+    teacher = (TeacherConfig.load(config) if config else TeacherConfig()).replace(chosen)
     loaded, splits = load_task(task, text=text or (), label=label)
     if split not in splits:
         raise typer.BadParameter(f"split is {split!r}; expected one of {', '.join(splits)}.")
@@ -254,7 +253,7 @@ def ablate(
         raise typer.BadParameter(
             f"--task is {task!r} and --base {str(base)!r}; expected one of them: a base has a task."
         )
-    shared = read_json(base) if base else ablations.base(task or DataConfig.task)
+    shared = read_json(base) if base else ablations.base(task or DataConfig().task)
     out = out or runs / f"ablation_{ablation}_{ablations.task_stem(shared)}.json"
     # Before hours of training, so that the results have a place to go.
     with writing(out.parent, "--out may name another file"):

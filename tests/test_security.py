@@ -347,7 +347,7 @@ def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(name, tmp_path):
     with pytest.raises(ConfigError, match="expected a plain folder name"):
         RunConfig(name=name)
     with pytest.raises(ConfigError, match="expected a plain folder name"):
-        sweep(Grid(name, {"training.alpha": [0]}, run_config().replace(name="x").to_dict()), tmp_path / "runs")
+        sweep(Grid(name, {"training.alpha": [0]}, run_config().replace({"name": "x"}).to_dict()), tmp_path / "runs")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -622,7 +622,7 @@ def test_the_apps_password_is_in_no_repr(settings):
 def test_no_key_gets_into_a_runs_folder_or_the_output_of_training(tmp_path, monkeypatch, capfd):
     for name in ("OPENAI_API_KEY", "HF_TOKEN", "DHRD_APP_PASSWORD", "WANDB_API_KEY"):
         monkeypatch.setenv(name, KEY)
-    run = train(run_config().replace(training__report_to=["tensorboard"]), tmp_path)
+    run = train(run_config().replace({"training.report_to": ["tensorboard"]}), tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert run.folder / "environment.json" in files
     assert [path.name for path in files if KEY.encode() in path.read_bytes()] == []

@@ -7,7 +7,6 @@ share a storage and a folder of runs work on one grid together.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import itertools
@@ -50,9 +49,9 @@ _MISSED_HEARTBEATS = 4
 # A cell that kills its process each time must not take down every worker.
 _MAX_RETRIES = 3
 _FIELDS = {
-    f"{section}.{one.name}"
+    f"{section}.{name}"
     for section, of in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig))
-    for one in dataclasses.fields(of)
+    for name in of.model_fields
 }
 
 Value = str | float | int | bool | None

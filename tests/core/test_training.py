@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -66,7 +65,7 @@ def config(table: Path, name: str = "run", **changes: object) -> RunConfig:
             logging_steps=1,
         ),
     )
-    return base.replace(**changes)
+    return base.replace({key.replace("__", "."): value for key, value in changes.items()})
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +131,7 @@ def test_a_finished_run_is_given_back_and_another_config_in_its_folder_is_refuse
     monkeypatch.setattr("dhrd_lib.training._prepare", lambda _: pytest.fail("trained again"))
     assert train(finished.config, finished.folder.parent).metrics == finished.metrics
     with pytest.raises(ConfigError, match="holds a run of another configuration"):
-        train(finished.config.replace(training__alpha=0.5), finished.folder.parent)
+        train(finished.config.replace({"training.alpha": 0.5}), finished.folder.parent)
 
 
 def test_load_runs_gives_a_row_a_run_and_split_with_every_field(finished):
@@ -141,7 +140,7 @@ def test_load_runs_gives_a_row_a_run_and_split_with_every_field(finished):
     row = frame[frame["split"] == "test"].iloc[0]
     assert row["setting"] == "DHRD"
     assert row["primary"] == finished.metrics["splits"]["test"]["primary"]
-    fields = {f.name for part in (ModelConfig, DataConfig, TrainingConfig) for f in dataclasses.fields(part)}
+    fields = {name for part in (ModelConfig, DataConfig, TrainingConfig) for name in part.model_fields}
     assert fields <= set(frame.columns)
 
 
@@ -507,7 +506,7 @@ def grouped(folder: Path) -> DataConfig:
 def test_a_limit_draws_whole_groups_and_at_most_so_many_rows(tmp_path):
     data = grouped(tmp_path)
     _, everything = load_rows(data)
-    _, drawn = load_rows(dataclasses.replace(data, max_train_rows=50, max_eval_rows=13))
+    _, drawn = load_rows(data.replace({"max_train_rows": 50, "max_eval_rows": 13}))
     for split, limit in (("train", 50), ("dev", 13), ("test", 13)):
         assert limit - 7 < len(drawn[split]) <= limit
         whole = Counter(everything[split]["group"])
@@ -520,7 +519,7 @@ def test_a_limit_that_no_group_fits_is_refused_in_one_sentence(tmp_path):
         "rows."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(told)}$"):
-        load_rows(dataclasses.replace(grouped(tmp_path), max_eval_rows=1))
+        load_rows(grouped(tmp_path).replace({"max_eval_rows": 1}))
 
 
 def test_a_limit_draws_the_first_shuffled_rows_where_there_are_no_groups():
@@ -650,13 +649,13 @@ def test_a_run_that_keeps_no_model_has_its_predictions_all_the_same(table, tmp_p
 
 def test_every_field_is_covered_by_the_two_tests_above():
     named = {
-        f"{part}__{f.name}"
+        f"{part}__{name}"
         for part, section in (
             ("model", ModelConfig),
             ("data", DataConfig),
             ("training", TrainingConfig),
         )
-        for f in dataclasses.fields(section)
+        for name in section.model_fields
     }
     steered = {
         *("model__device", "model__lora_r", "model__lora_alpha", "model__lora_dropout"),

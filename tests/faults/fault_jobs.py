@@ -57,7 +57,7 @@ def prepare(job: str, folder: Path) -> None:
     elif job == "export":
         os.environ["DHRD_CACHE"] = str(folder / "cache")
         # The hf format alone takes no tracing, which is a minute of work that writes nothing.
-        train(RunConfig.from_dict(CONFIG).replace(model__head="linear", training__max_steps=1), folder)
+        train(RunConfig.from_dict(CONFIG).replace({"model.head": "linear", "training.max_steps": 1}), folder)
 
 
 # ---------------------------------------------------------------------- the jobs

@@ -56,7 +56,7 @@ def pair(tmp_path_factory):
     patch.setattr(plotly.io.renderers, "default", "plotly_mimetype")  # as in a notebook
     seen, live = Shown(patch), LiveLossCurves(seconds_between=0)
     dhrd = train(config, folder, callbacks=[live])
-    baseline = train(config.replace(name="baseline", training__alpha=0.0), folder)
+    baseline = train(config.replace({"name": "baseline", "training.alpha": 0.0}), folder)
     yield baseline, dhrd, seen, live
     patch.undo()
 
@@ -83,12 +83,12 @@ def test_train_hands_its_callbacks_to_the_trainer(pair, tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             steps.append(state.global_step)
 
-    run = train(pair[1].config.replace(name="counted"), tmp_path, callbacks=[Counting()])
+    run = train(pair[1].config.replace({"name": "counted"}), tmp_path, callbacks=[Counting()])
     assert steps == list(range(1, run.metrics["steps"] + 1))
 
 
 def test_live_curves_draw_no_more_often_than_they_are_told(pair, shown, tmp_path):
-    train(pair[1].config.replace(name="slow"), tmp_path, callbacks=[LiveLossCurves(seconds_between=1e6)])
+    train(pair[1].config.replace({"name": "slow"}), tmp_path, callbacks=[LiveLossCurves(seconds_between=1e6)])
     (drawings,) = shown.outputs
     assert sum(isinstance(drawing, dict) for drawing in drawings) == 2  # the first log and the end
 
@@ -203,6 +203,6 @@ def test_a_disagreement_shows_both_predictions_and_the_rationale_as_text(pair, m
 
 def test_runs_on_other_rows_are_not_compared(pair, tmp_path):
     baseline, dhrd, *_ = pair
-    other = train(dhrd.config.replace(name="other", data__split_seed=1), tmp_path)
+    other = train(dhrd.config.replace({"name": "other", "data.split_seed": 1}), tmp_path)
     with pytest.raises(ValueError, match="'baseline' and 'other' differ in the rows of 'test'"):
         DisagreementBrowser(baseline, other, "test")

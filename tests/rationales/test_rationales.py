@@ -238,7 +238,7 @@ def test_a_teachers_file_is_read_and_its_typos_are_refused(tmp_path):
     path.write_text(json.dumps({"kind": "openai", "model": "m", "max_tokens": 99}))
     assert TeacherConfig.load(path).max_tokens == 99
     path.write_text(json.dumps({"maximum": 1}))
-    with pytest.raises(ConfigError, match="teacher.maximum is not a field"):
+    with pytest.raises(ConfigError, match="maximum is not a field"):
         TeacherConfig.load(path)
 
 

@@ -33,8 +33,8 @@ TERMS = ["step", "loss", "class_loss", "lm_loss"]
 CHANGES = {
     "tied": {},
     # A batch of one has a row without a rationale on one process alone: the others mustn't wait for it.
-    "untied": {"model__backbone": "untied", "training__batch_size": 1, "training__epochs": 1},
-    "stopped": {"training__eval_steps": 2},
+    "untied": {"model.backbone": "untied", "training.batch_size": 1, "training.epochs": 1},
+    "stopped": {"training.eval_steps": 2},
 }
 
 
@@ -75,10 +75,10 @@ def config(folder: Path, name: str, processes: int) -> RunConfig:
             logging_steps=1,
         ),
     )
-    changed = base.replace(**CHANGES[name])
+    changed = base.replace(CHANGES[name])
     if changed.model.backbone == "untied":
-        changed = changed.replace(model__backbone=str(folder / "untied"))
-    return changed.replace(training__batch_size=changed.training.batch_size * 2 // processes)
+        changed = changed.replace({"model.backbone": str(folder / "untied")})
+    return changed.replace({"training.batch_size": changed.training.batch_size * 2 // processes})
 
 
 @pytest.fixture(scope="module")

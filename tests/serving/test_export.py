@@ -329,10 +329,10 @@ def test_the_benchmark_of_int8_compares_every_row_of_every_run_with_what_trainin
     config = RunConfig(
         name="run",
         model=ModelConfig(backbone="tiny", device="cpu"),
-        data=DataConfig("support_triage", max_train_rows=8, max_eval_rows=20),
+        data=DataConfig(task="support_triage", max_train_rows=8, max_eval_rows=20),
         training=TrainingConfig(max_steps=2),
     )
-    runs = [train(config.replace(name=f"seed{seed}", training__seed=seed), tmp_path) for seed in (0, 1)]
+    runs = [train(config.replace({"name": f"seed{seed}", "training.seed": seed}), tmp_path) for seed in (0, 1)]
     script = ROOT / "benchmarks" / "int8_accuracy.py"
     subprocess.run([sys.executable, script, *(run.folder for run in runs), "--out", tmp_path], check=True)
     stored = json.loads((tmp_path / "int8_accuracy.json").read_text())
