@@ -21,8 +21,8 @@ from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import decoding as cots
 from dhrd_lib.cot.decoding import CoT, Decoding, Written
 from dhrd_lib.evaluation import NO_ANSWER
+from dhrd_lib.inputs import Predictions
 from dhrd_lib.modeling import DHRDModel
-from dhrd_lib.serving.classifier import predictions
 from dhrd_lib.tasks import TaskError, render, template_fields
 
 ZERO_SHOT = "zero-shot"  # stands in place of a run's name: CoT of the bare backbone
@@ -113,7 +113,7 @@ class Backend:
             for first in range(0, len(rows), _PART_ROWS):
                 elapsed_ms = _clock(model.device)
                 encoded = model.encode_texts(rows[first : first + _PART_ROWS])
-                found = predictions(model.classify_rows(encoded), model.label_names).probabilities
+                found = Predictions.from_logits(model.classify_rows(encoded), model.label_names).probabilities
                 yield found, elapsed_ms() / 1000, sum(row["input_tokens_cut"] > 0 for row in encoded)
 
     def rationale(self, run: str, texts: Texts, is_stopped: Callable[[], bool]) -> Iterator[Stream]:

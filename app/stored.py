@@ -17,8 +17,7 @@ from dhrd_lib.runs import Run, find_runs, load_runs
 from dhrd_lib.serving.classifier import read_model_config
 from dhrd_lib.studies import plots
 from dhrd_lib.studies.ablations import by_seed, factors, load_results, one_factor, summarise
-from dhrd_lib.tasks import TASKS, Task
-from dhrd_lib.training import load_rows
+from dhrd_lib.tasks import TASKS, Task, load_rows
 
 EMBEDDED_TASKS = ("support_triage", "everyday_nli")
 EXAMPLES = 30

@@ -38,8 +38,8 @@ from dhrd_lib.runs import environment, write_json
 from dhrd_lib.sequences import encode_split
 from dhrd_lib.studies import plots
 from dhrd_lib.studies.statistics import bootstrap_interval
-from dhrd_lib.tasks import load_task, read_rows
-from dhrd_lib.training import load_rows, train
+from dhrd_lib.tasks import load_rows, load_task, read_rows
+from dhrd_lib.training import train
 
 WORDS = [first + second for first in "bdfgklmnprst" for second in ("ale", "ime", "one", "ute", "art")]
 TEXT_WORDS, RATIONALE_WORDS = 12, 12

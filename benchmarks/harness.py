@@ -32,8 +32,9 @@ from transformers import (
 from dhrd_lib.backbones import layers_of
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot.decoding import Answers, CoT, Decoding, Written
+from dhrd_lib.inputs import length_sorted_batches
 from dhrd_lib.modeling import DHRDModel
-from dhrd_lib.serving.classifier import CPU_PART_TOKENS, ExportedClassifier, length_sorted_batches
+from dhrd_lib.serving.classifier import CPU_PART_TOKENS, ExportedClassifier
 from dhrd_lib.serving.export import sequence_classifier
 from dhrd_lib.tasks import load_task
 

@@ -34,8 +34,7 @@ from dhrd_lib.runs import environment, load_run, write_json
 from dhrd_lib.serving.classifier import CPU_PART_TOKENS, load_classifier, model_folder
 from dhrd_lib.serving.export import export
 from dhrd_lib.studies.statistics import paired_comparison
-from dhrd_lib.tasks import load_task
-from dhrd_lib.training import load_rows
+from dhrd_lib.tasks import load_rows, load_task
 
 ROOT = Path(__file__).parents[1]
 EXPORTS = {"ONNX Runtime": ("onnx", False), "OpenVINO": ("openvino", False)}

@@ -25,7 +25,7 @@ from dhrd_lib.runs import Run, environment, load_run, write_json
 from dhrd_lib.serving.classifier import load_classifier
 from dhrd_lib.serving.export import export
 from dhrd_lib.studies.statistics import paired_comparison, points_interval
-from dhrd_lib.training import load_rows
+from dhrd_lib.tasks import load_rows
 
 ENGINES = {"ONNX Runtime int8": "onnx", "OpenVINO int8": "openvino"}
 

@@ -36,7 +36,8 @@ from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import build_model
 from dhrd_lib.runs import environment, write_json
 from dhrd_lib.sequences import IGNORE_INDEX, SequenceFormat, encode_split
-from dhrd_lib.training import load_rows, train
+from dhrd_lib.tasks import load_rows
+from dhrd_lib.training import train
 
 OURS, TRAINER, TWO_PASSES = "workbench", "Trainer", "two passes"
 ROOT = Path(__file__).parents[1]

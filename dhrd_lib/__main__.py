@@ -120,7 +120,8 @@ def predict(
     row: Annotated[list[str] | None, typer.Option(help="The fields of an input as JSON; may stand again.")] = None,
 ) -> None:
     """Classify texts or rows with a trained run, or with an export of one."""
-    from dhrd_lib.serving.classifier import load_classifier, predictions
+    from dhrd_lib.inputs import Predictions
+    from dhrd_lib.serving.classifier import load_classifier
 
     said = [*(texts or ()), *(row or ())]
     if not said:
@@ -128,7 +129,7 @@ def predict(
     inputs = [*(texts or ()), *(_fields(number, text) for number, text in enumerate(row or (), 1))]
     classifier = load_classifier(run)
     rows = classifier.encode_texts(inputs)
-    found = predictions(classifier.classify_rows(rows), classifier.label_names)
+    found = Predictions.from_logits(classifier.classify_rows(rows), classifier.label_names)
     if cut := sum(row["input_tokens_cut"] > 0 for row in rows):
         print(f"{cut} of {len(said)} texts were too long and were cut at the front.", file=sys.stderr)
     for text, label, probabilities in zip(said, *found, strict=True):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from scipy.special import softmax
 from tokenizers import Tokenizer
 
 from dhrd_lib.config import WorkbenchError
@@ -122,3 +124,25 @@ def cut_to_fit(ids: list[int], start_ids: Sequence[int], max_input_tokens: int) 
     if not kept:
         raise TaskError("An input is empty: it has no token; expected at least one.")
     return kept, cut
+
+
+def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
+    """Yield indices of rows, longest first, in batches of at most `max_batch_tokens` tokens, padding counted."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    start = 0
+    while start < len(order):
+        rows = max(max_batch_tokens // lengths[order[start]], 1)
+        yield order[start : start + rows]
+        start += rows
+
+
+class Predictions(NamedTuple):
+    """Predicted label names (N) and class probabilities `(N, K)`, float32, in the order of the model's labels."""
+
+    labels: list[str]
+    probabilities: np.ndarray
+
+    @classmethod
+    def from_logits(cls, logits: np.ndarray, label_names: Sequence[str]) -> Predictions:
+        """Convert logits `(N, K)` to labels and probabilities."""
+        return cls([label_names[index] for index in logits.argmax(1)], softmax(logits, axis=1))

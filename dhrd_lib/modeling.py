@@ -40,7 +40,7 @@ from dhrd_lib.backbones import (
     reading_weights,
 )
 from dhrd_lib.config import ConfigError, ModelConfig
-from dhrd_lib.inputs import ROWS_A_PART, render_inputs
+from dhrd_lib.inputs import ROWS_A_PART, Predictions, length_sorted_batches, render_inputs
 from dhrd_lib.losses import class_cross_entropy_sum, dhrd_loss, lm_cross_entropy_sum
 from dhrd_lib.sequences import (
     SPECIAL_MARKERS,
@@ -52,8 +52,6 @@ from dhrd_lib.sequences import (
 )
 from dhrd_lib.serving.classifier import (
     CPU_PART_TOKENS,
-    Predictions,
-    length_sorted_batches,
     predict_in_windows,
     read_model_config,
 )

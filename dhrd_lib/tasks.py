@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from datasets.fingerprint import generate_random_fingerprint
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
-from dhrd_lib.config import parse_json, reason_of, user_path
+from dhrd_lib.config import ConfigError, DataConfig, parse_json, reason_of, user_path
 from dhrd_lib.inputs import ROWS_A_PART, TaskError, as_text, render, template_fields
 
 DATA = Path(__file__).parent / "data"
@@ -178,6 +178,48 @@ def load_task(
     rows, test_splits = _with_dev(where, rows, cut_by, dev_fraction, split_seed)
     task = replace(task, test_splits=test_splits)
     return task, datasets.DatasetDict({split: _dataset(found, task) for split, found in rows.items()})
+
+
+def load_rows(data: DataConfig) -> tuple[Task, datasets.DatasetDict]:
+    """Load the task and the rows that a configuration names (see `load_task`), at most its row limits."""
+    task, splits = load_task(
+        data.task,
+        data.data_dir,
+        text=data.text,
+        label=data.label,
+        rationale=data.rationale,
+        group=data.group,
+        template=data.template,
+        dev_fraction=data.dev_fraction,
+        split_seed=data.split_seed,
+    )
+    for split in list(splits):
+        limit = "max_train_rows" if split == "train" else "max_eval_rows"
+        if n_rows := getattr(data, limit):
+            splits[split] = _draw(splits[split], n_rows, data.split_seed)
+            if not len(splits[split]):
+                found = f"{limit} is {n_rows}, and every group of {split} has more rows"
+                raise ConfigError(f"{found}; expected room for a whole group, or 0 for all rows.")
+    return task, splits
+
+
+def groups_of(dataset: datasets.Dataset) -> list[str] | None:
+    """Return the group of each row, or None where the data has no groups."""
+    groups = dataset["group"][:]
+    return None if all(group is None for group in groups) else groups
+
+
+def _draw(dataset: datasets.Dataset, limit: int, seed: int) -> datasets.Dataset:
+    """Return the first rows after a seeded shuffle, at most `limit`; a group that doesn't fit is left out whole."""
+    shuffled = dataset.shuffle(seed=seed)
+    members: dict[str | int, list[int]] = {}
+    for index, group in enumerate(groups_of(shuffled) or range(len(shuffled))):
+        members.setdefault(group, []).append(index)
+    drawn: list[int] = []
+    for indices in members.values():
+        if len(drawn) + len(indices) <= limit:
+            drawn += indices
+    return shuffled.select(sorted(drawn))
 
 
 def _read_path(path: Path) -> Splits:

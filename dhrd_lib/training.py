@@ -39,7 +39,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dhrd_lib.backbones import Backbone, load_backbone, resolve_device, resolve_dtype, writing
 from dhrd_lib.config import (
     ConfigError,
-    DataConfig,
     ModelConfig,
     RunConfig,
     TrainingConfig,
@@ -52,7 +51,7 @@ from dhrd_lib.runs import Run, environment, is_finished, load_run, write_json
 from dhrd_lib.scaling.trunk_cache import TrunkStates, cached_trunk_states
 from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, SequenceReport, encode_split
 from dhrd_lib.serving.classifier import label_names_of, read_config
-from dhrd_lib.tasks import Task, load_task
+from dhrd_lib.tasks import Task, groups_of, load_rows
 
 # In a checkpoint's folder: what the run has come to, beside transformers' own state.
 _PROGRESS = "progress.json"
@@ -610,22 +609,6 @@ def _digests(rows: Mapping[str, Rows]) -> dict[str, str]:
     return found
 
 
-def load_rows(data: DataConfig) -> tuple[Task, DatasetDict]:
-    """The task and the rows of each split that a configuration names."""
-    task, splits = load_task(
-        data.task,
-        data.data_dir,
-        text=data.text,
-        label=data.label,
-        rationale=data.rationale,
-        group=data.group,
-        template=data.template,
-        dev_fraction=data.dev_fraction,
-        split_seed=data.split_seed,
-    )
-    return task, _limited(splits, data.max_train_rows, data.max_eval_rows, data.split_seed)
-
-
 def _prepare(config: RunConfig) -> _Prepared:
     data, training = config.data, config.training
     task, splits = load_rows(data)
@@ -676,34 +659,6 @@ def _unsharded_backbone(config: ModelConfig) -> Backbone | None:
     return load_backbone(config.backbone, "cpu", str(dtype).removeprefix("torch."))
 
 
-def _limited(splits: DatasetDict, max_train_rows: int, max_eval_rows: int, seed: int) -> DatasetDict:
-    """The first rows of each split after a seeded shuffle, groups whole; 0 keeps all, in their order."""
-    drawn = {}
-    for split, dataset in splits.items():
-        name, limit = ("max_train_rows", max_train_rows) if split == "train" else ("max_eval_rows", max_eval_rows)
-        drawn[split] = dataset
-        if limit:
-            shuffled = dataset.shuffle(seed=seed)
-            places = _whole_groups(_groups(shuffled) or range(len(shuffled)), limit)
-            if not places:
-                found = f"{name} is {limit}, and every group of {split} has more rows"
-                raise ConfigError(f"{found}; expected room for a whole group, or 0 for all rows.")
-            drawn[split] = shuffled.select(places)
-    return DatasetDict(drawn)
-
-
-def _whole_groups(groups: Sequence[str | int], limit: int) -> list[int]:
-    """The places of the first rows, at most `limit`; a group that doesn't fit any more is passed over."""
-    members: dict[str | int, list[int]] = {}
-    for place, group in enumerate(groups):
-        members.setdefault(group, []).append(place)
-    kept: list[int] = []
-    for places in members.values():
-        if len(kept) + len(places) <= limit:
-            kept += places
-    return sorted(kept)
-
-
 def _freeze_unused_head(model: DHRDModel, training: TrainingConfig) -> None:
     """A head whose loss has no weight gets no gradient; weight decay must not move it either."""
     if training.beta == 0:
@@ -718,7 +673,7 @@ def _freeze_unused_head(model: DHRDModel, training: TrainingConfig) -> None:
 def _make_trainer(config: RunConfig, prepared: _Prepared, folder: Path) -> DHRDTrainer:
     training = config.training
     device = resolve_device(config.model.device)
-    groups = _groups(prepared.data["dev"])
+    groups = groups_of(prepared.data["dev"])
 
     def dev_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = prediction.predictions, prediction.label_ids
@@ -736,12 +691,6 @@ def _make_trainer(config: RunConfig, prepared: _Prepared, folder: Path) -> DHRDT
         eval_dataset=prepared.rows["dev"],
         compute_metrics=dev_metrics,
     )
-
-
-def _groups(dataset: Dataset) -> list[str] | None:
-    """The rows' groups, where the task has groups."""
-    groups = dataset["group"][:]
-    return None if all(group is None for group in groups) else groups
 
 
 def _arguments(config: RunConfig, folder: Path, device: torch.device) -> TrainingArguments:
@@ -796,7 +745,7 @@ def _store(
         frame = _predictions(prepared.data[split], outcome.logits[split])
         frame.to_json(folder / f"predictions_{split}.jsonl", orient="records", lines=True, force_ascii=False)
         splits[split] = task_metrics(
-            prepared.task.metrics, frame["label"], frame["prediction"], _groups(prepared.data[split])
+            prepared.task.metrics, frame["label"], frame["prediction"], groups_of(prepared.data[split])
         )
     if config.training.keep_model:
         model.save_pretrained(folder / "model", state_dict=outcome.weights)

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 
 from dhrd_lib.backbones import decoder_of, layers_of, locked, writing_cache
 from dhrd_lib.config import cache_dir
+from dhrd_lib.inputs import length_sorted_batches
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import write_json
 from dhrd_lib.sequences import DHRDCollator
-from dhrd_lib.serving.classifier import length_sorted_batches
 
 
 class TrunkStates:

@@ -1,4 +1,4 @@
-"""Inference: length-sorted batches, which every classifier shares, and `load_classifier`, which runs any of them.
+"""Inference: `load_classifier`, which runs any classifier of the library.
 
 An export for ONNX Runtime or OpenVINO starts without torch, transformers and datasets: nothing of them is imported
 here.
@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import softmax
 from tokenizers import Tokenizer
 
 from dhrd_lib.config import ConfigError, WorkbenchError, cache_dir, is_whole, read_json, reason_of
-from dhrd_lib.inputs import cut_to_fit, keep_no_words, render_inputs
+from dhrd_lib.inputs import Predictions, cut_to_fit, keep_no_words, length_sorted_batches, render_inputs
 
 if TYPE_CHECKING:
     from dhrd_lib.modeling import DHRDModel
@@ -36,18 +35,6 @@ EXPORT_KEY = "dhrd_export"
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-class Predictions(NamedTuple):
-    """`labels`: N label names; `probabilities (N, K)`: float32, in the order of the model's labels."""
-
-    labels: list[str]
-    probabilities: np.ndarray
-
-
-def predictions(logits: np.ndarray, label_names: Sequence[str]) -> Predictions:
-    """What logits `(N, K)` say."""
-    return Predictions([label_names[i] for i in logits.argmax(1)], softmax(logits, axis=1))
-
-
 def predict_in_windows(
     classifier: DHRDModel | ExportedClassifier, texts: Sequence[str | Mapping[str, Any]], max_batch_tokens: int
 ) -> Predictions:
@@ -55,17 +42,7 @@ def predict_in_windows(
     inputs = render_inputs(classifier.config.template, texts)
     windows = [inputs[first : first + ROWS_A_WINDOW] for first in range(0, len(inputs), ROWS_A_WINDOW)] or [[]]
     logits = [classifier.classify_rows(classifier.encode_inputs(window), max_batch_tokens) for window in windows]
-    return predictions(np.concatenate(logits), classifier.label_names)
-
-
-def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
-    """Places of rows, longest first, in batches of at most `max_batch_tokens` tokens, padding counted."""
-    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    start = 0
-    while start < len(order):
-        rows = max(max_batch_tokens // lengths[order[start]], 1)
-        yield order[start : start + rows]
-        start += rows
+    return Predictions.from_logits(np.concatenate(logits), classifier.label_names)
 
 
 def _are_names(value: Any) -> bool:

@@ -21,7 +21,7 @@ from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import TOTALS, Run, load_run, write_json
 from dhrd_lib.studies.statistics import PairedComparison, bootstrap_interval, holm, paired_comparison
 from dhrd_lib.studies.sweeps import Grid, sweep
-from dhrd_lib.training import load_rows
+from dhrd_lib.tasks import load_rows
 
 # The grids of each ablation, whose cells are trained with every seed; they have the cell of plain DHRD in common.
 ABLATIONS: dict[str, list[dict[str, tuple]]] = {

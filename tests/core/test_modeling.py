@@ -9,10 +9,9 @@ from conftest import ARCHITECTURES, tiny_backbone, tiny_model
 
 from dhrd_lib.backbones import decoder_of, layers_of, load_backbone
 from dhrd_lib.config import POOLING_MODES, ConfigError, ModelConfig
-from dhrd_lib.inputs import TaskError
+from dhrd_lib.inputs import TaskError, length_sorted_batches
 from dhrd_lib.modeling import DHRDModel, build_model, pool
 from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, encode_example
-from dhrd_lib.serving.classifier import length_sorted_batches
 
 TEXTS = ["My lamp broke.", "I was charged twice for one night, and want the money back.", "Why?"]
 RATIONALE = "The guest paid for a night that was never slept, so the sum is owed."

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from dhrd_lib.backbones import BackboneError
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import Run, find_runs, load_run, load_runs
-from dhrd_lib.training import LengthGroupedSampler, load_rows, scheduled_alpha, train
+from dhrd_lib.training import LengthGroupedSampler, scheduled_alpha, train
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -489,44 +488,6 @@ def test_grouped_sampler_gives_each_row_once_in_groups_of_like_length_by_seed_an
     sampler.set_epoch(1)
     assert list(sampler) != order
     assert list(LengthGroupedSampler(lengths, group_size=8, seed=5)) != order
-
-
-# ---------------------------------------------------------------------------- fewer rows
-
-
-def grouped(folder: Path) -> DataConfig:
-    """243 rows in groups of two to seven, whose labels alternate."""
-    sizes = [2 + i % 6 for i in range(54)]
-    groups = [group for group, size in enumerate(sizes) for _ in range(size)]
-    rows = [{"text": f"row {i}", "label": ("a", "b")[i % 2], "group": f"g{g}"} for i, g in enumerate(groups)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return DataConfig(task=str(folder / "rows.jsonl"), text=("text",), label="label", group="group")
-
-
-def test_a_limit_draws_whole_groups_and_at_most_so_many_rows(tmp_path):
-    data = grouped(tmp_path)
-    _, everything = load_rows(data)
-    _, drawn = load_rows(data.replace({"max_train_rows": 50, "max_eval_rows": 13}))
-    for split, limit in (("train", 50), ("dev", 13), ("test", 13)):
-        assert limit - 7 < len(drawn[split]) <= limit
-        whole = Counter(everything[split]["group"])
-        assert all(whole[group] == count for group, count in Counter(drawn[split]["group"]).items())
-
-
-def test_a_limit_that_no_group_fits_is_refused_in_one_sentence(tmp_path):
-    told = (
-        "max_eval_rows is 1, and every group of dev has more rows; expected room for a whole group, or 0 for all "
-        "rows."
-    )
-    with pytest.raises(ConfigError, match=f"^{re.escape(told)}$"):
-        load_rows(grouped(tmp_path).replace({"max_eval_rows": 1}))
-
-
-def test_a_limit_draws_the_first_shuffled_rows_where_there_are_no_groups():
-    _, everything = load_rows(DataConfig())
-    _, drawn = load_rows(DataConfig(max_train_rows=20, max_eval_rows=5))
-    for split, limit in (("train", 20), ("dev", 5), ("test", 5)):
-        assert drawn[split].to_list() == everything[split].shuffle(seed=0).select(range(limit)).to_list()
 
 
 # ---------------------------------------------------------------------------- no dead field

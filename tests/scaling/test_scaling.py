@@ -25,7 +25,8 @@ from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import Run, load_run
 from dhrd_lib.sequences import SequenceFormat, encode_split
 from dhrd_lib.studies import ablations
-from dhrd_lib.training import load_rows, train
+from dhrd_lib.tasks import load_rows
+from dhrd_lib.training import train
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TERMS = ["step", "loss", "class_loss", "lm_loss"]
