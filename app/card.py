@@ -84,6 +84,6 @@ def _figures(folder: str, changed: float) -> tuple[dict[str, str], ...]:
 def _figure(run: Run, split: str) -> dict[str, str]:
     predictions, metrics = run.predictions(split), run.metrics["task_metrics"]
     groups = predictions["group"] if predictions["group"].notna().all() else None
-    found = bootstrap_interval(metrics, predictions["label"], predictions["prediction"], groups)
+    found = bootstrap_interval(metrics, predictions["label_id"], predictions["prediction_id"], groups)
     name = " and ".join(metrics)
     return {"split": split, "rows": f"{len(predictions):,}", f"{name} [95% interval]": str(found)}

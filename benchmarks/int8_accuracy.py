@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def answers_of_training(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Gold labels and float32 predictions of all splits but train, by split and idx."""
     frames = [run.predictions(split).sort_values("idx") for split in sorted(run.metrics["splits"])]
-    return tuple(np.concatenate([frame[name] for frame in frames]) for name in ("label", "prediction"))
+    return tuple(np.concatenate([frame[name] for frame in frames]) for name in ("label_id", "prediction_id"))
 
 
 def answers_of_export(run: Run, format: str) -> np.ndarray:

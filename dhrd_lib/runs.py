@@ -1,12 +1,12 @@
-"""Run folders: what a run was, what it gave, and all of them as one table.
+"""Run folders: what a run stores, and stored runs as tables.
 
 runs/NAME/config.json          the resolved configuration
-          rows.json            a hash of each split's encoded rows, to which a run that goes on is held
+          rows.json            a hash of each split's encoded rows, which a resumed run must match
           environment.json     package versions, hardware, git commit
-          history.jsonl        the training log, a line a step that was logged
-          predictions_*.jsonl  a line a row, for every split that was predicted
+          history.jsonl        the training log, one JSON object per logged step
+          predictions_*.jsonl  one JSON object per row of each evaluated split
           model/               weights (safetensors), configuration, tokenizer
-          metrics.json         written last: a folder with it is a finished run
+          metrics.json         written last: a folder that has it is a finished run
 """
 
 from __future__ import annotations
@@ -20,38 +20,29 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
+from filelock import FileLock
 
-from dhrd_lib.config import ConfigError, RunConfig, is_number, read_json, reason_of
+from dhrd_lib.config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from dhrd_lib.modeling import DHRDModel
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "peft",
-    "tokenizers",
-    "safetensors",
-    "scikit-learn",
-    "scipy",
-    "numpy",
-    "pandas",
-    "plotly",
+    *("torch", "transformers", "datasets", "accelerate", "peft", "tokenizers", "safetensors"),
+    *("scikit-learn", "scipy", "numpy", "pandas", "plotly"),
 )
-
-
-# Of a run's metrics, beside those of its splits.
+# Metrics of a whole run, beside those of its splits.
 TOTALS = ("train_seconds", "train_tokens", "tokens_per_second")
-# The columns of a split's predictions.
-PREDICTED = ("idx", "input_text", "label", "prediction", "probabilities", "group", "rationale")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder and what stands in it."""
+    """A finished run: its folder, configuration, metrics and environment."""
 
     folder: Path
     config: RunConfig
@@ -60,156 +51,161 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name, below the folder of runs: a run that was moved or copied goes by its new one."""
-        return os.path.basename(os.path.abspath(self.folder))  # "." has a name, too, and a link keeps its own
+        """The folder's name; a run that was moved or copied has its new one."""
+        return os.path.basename(os.path.abspath(self.folder))  # "." has a name, too, and a link keeps its own.
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes, in the order of the logits."""
+        return self.metrics["label_names"]
 
     @property
     def test_splits(self) -> list[str]:
-        """The splits of the final figures; "dev" served model selection and isn't one."""
+        """The splits of the final figures; dev served model selection and is none of them."""
         return [split for split in self.metrics["splits"] if split != "dev"]
 
     @property
     def history(self) -> pd.DataFrame:
-        """The training log, a row a logged step: every loss term, alpha, learning rate, dev metrics."""
-        return _read_lines(self.folder / "history.jsonl")
+        """The training log, one row per logged step: each loss term, alpha, learning rate, dev metrics."""
+        return pd.read_json(self.folder / "history.jsonl", lines=True)
 
     def predictions(self, split: str) -> pd.DataFrame:
-        """One row an example: idx, input_text, label, prediction, probabilities, group, rationale."""
-        path = self.predictions_path(split)
-        frame = _read_lines(path, dtype={"idx": str, "group": object})
-        if missing := [name for name in PREDICTED if name not in frame]:
-            raise ConfigError(f"{path} lacks {', '.join(missing)}; expected what training wrote.")
+        """Return one row per example of a split.
+
+        Columns: idx, input_text, label and prediction (label names), label_id and prediction_id (class indices),
+        probabilities (a list of K), group, rationale. A run with `beta = 0` has no prediction, prediction_id and
+        probabilities: its classifier is untrained.
+        """
+        frame = pd.read_json(self.predictions_path(split), lines=True, dtype=False, convert_dates=False)
+        class_of = {name: index for index, name in enumerate(self.label_names)}
+        for column in ("label", "prediction"):
+            if column in frame:
+                if pd.api.types.is_integer_dtype(frame[column]):  # Runs of version 0.1 stored class indices.
+                    frame[column] = [self.label_names[index] for index in frame[column]]
+                frame[f"{column}_id"] = frame[column].map(class_of)
+        if self.config.training.beta == 0:
+            frame = frame.drop(columns=["prediction", "prediction_id", "probabilities"], errors="ignore")
         return frame
 
     def predictions_path(self, split: str) -> Path:
-        """The file of a split's predictions."""
+        """Return the file of a split's predictions."""
         return self.folder / f"predictions_{split}.jsonl"
 
+    def model(self, **kwargs: Any) -> DHRDModel:
+        """Load the trained model; `kwargs` go to `DHRDModel.from_pretrained`.
 
-def _read_lines(path: Path, **types: Any) -> pd.DataFrame:
-    try:
-        return pd.read_json(path, lines=True, **types)
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read ({error.strerror}); expected what training wrote.") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON lines: {reason_of(error)}; expected what training wrote.") from error
+        Raises `FileNotFoundError` where the run kept none (`keep_model = false`).
+        """
+        from dhrd_lib.modeling import DHRDModel
+
+        model = DHRDModel.from_pretrained(self.folder / "model", **kwargs)
+        model.config.classifier_trained = self.config.training.beta > 0  # Models of version 0.1 don't know.
+        return model
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run's folder holds a finished run."""
+    """Return whether a folder holds a finished run."""
     return (folder / "metrics.json").is_file()
 
 
 def load_run(folder: str | Path) -> Run:
-    """Read a finished run.
-
-    Raises `FileNotFoundError` where the folder holds none, and `ConfigError` where one of its files says something
-    else than a run's.
-    """
+    """Load a finished run; raises `FileNotFoundError` where the folder holds none."""
     folder = Path(folder)
     if not is_finished(folder):
         raise FileNotFoundError(f"{folder} holds no finished run (no metrics.json); expected a run's folder.")
-    metrics, environment = (read_json(folder / name) for name in ("metrics.json", "environment.json"))
-    _check_metrics(folder / "metrics.json", metrics)
-    if not (isinstance(environment, dict) and isinstance(environment.get("packages"), dict)):
-        raise ConfigError(f"{folder / 'environment.json'} has no packages; expected what training wrote.")
-    return Run(folder, RunConfig.load(folder / "config.json"), metrics, environment)
-
-
-def _check_metrics(path: Path, metrics: Any) -> None:
-    """Refuse what lacks the parts that every reader of a run asks for."""
-    splits = metrics.get("splits") if isinstance(metrics, dict) else None
-    if not (isinstance(splits, dict) and all(isinstance(of, dict) and "primary" in of for of in splits.values())):
-        raise ConfigError(f"{path} has no metrics of splits; expected what training wrote.")
-    for name in ("task_metrics", "label_names"):
-        if not isinstance(metrics.get(name), list):
-            raise ConfigError(f"{path} has {metrics.get(name)!r} as {name}; expected a list, as training wrote.")
-    figures = {f"{name} of {split}": value for split, of in splits.items() for name, value in of.items()}
-    for name, value in (figures | {name: metrics.get(name) for name in TOTALS}).items():
-        if not is_number(value):
-            raise ConfigError(f"{path} has {value!r} as {name}; expected a number, as training wrote.")
+    metrics, environment = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("metrics", "environment")
+    )
+    run = Run(folder, RunConfig.load(folder / "config.json"), metrics, environment)
+    if run.config.training.beta == 0:  # Version 0.1 stored the metrics of the untrained classifier.
+        metrics["splits"] = {split: {} for split in metrics["splits"]}
+    return run
 
 
 def read_runs(root: str | Path = "runs") -> tuple[list[Run], list[str]]:
-    """All finished runs below a folder, by name, and a sentence for each that can't be read."""
-    runs, broken = [], []
+    """Return all finished runs below a folder, by name, and one sentence for each that can't be loaded."""
+    runs, unreadable = [], []
     for path in sorted(Path(root).glob("*/metrics.json")):
         try:
             runs.append(load_run(path.parent))
-        except (ConfigError, OSError) as error:
-            broken.append(str(error))
-    return runs, broken
+        except (ConfigError, OSError, ValueError) as error:  # Another version's configuration, for one.
+            unreadable.append(f"{path.parent} can't be loaded: {error}")
+    return runs, unreadable
 
 
 def find_runs(root: str | Path = "runs") -> list[Run]:
-    """All finished runs below a folder, by name; it warns of those that can't be read, and leaves them out."""
-    runs, broken = read_runs(root)
-    for sentence in broken:
+    """Return all finished runs below a folder, by name; warns of those that can't be loaded."""
+    runs, unreadable = read_runs(root)
+    for sentence in unreadable:
         warnings.warn(f"{sentence} The run is left out.", stacklevel=2)
     return runs
 
 
 def load_runs(root: str | Path = "runs") -> pd.DataFrame:
-    """One row a run and split: every configuration field, every metric, seconds and tokens."""
+    """Return one row per run and split: every configuration field, every metric, seconds and tokens."""
     rows = []
     for run in find_runs(root):
         config = run.config.to_dict()
-        del config["name"]  # the run's own is its folder's
         fields = {"run": run.name, "setting": run.config.training.setting}
-        for section in config.values():
-            fields |= section
+        fields |= config["model"] | config["data"] | config["training"]
         totals = {key: value for key, value in run.metrics.items() if isinstance(value, (int, float))}
-        for split, metrics in run.metrics["splits"].items():
-            rows.append({**fields, **totals, "split": split, **metrics})
+        rows += [{**fields, **totals, "split": split, **of} for split, of in run.metrics["splits"].items()]
     return pd.DataFrame(rows)
 
 
 def environment_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between a run's stored environment and another, a line each; nothing where they are equal."""
-    old, new = ({**one, **one["packages"]} for one in (stored, now))
+    """Return one line for each entry in which two environments differ."""
+    old, new = ({**of, **of["packages"]} for of in (stored, now))
     names = [name for name in {**old, **new} if name != "packages" and old.get(name) != new.get(name)]
     return [f"{name}: {old.get(name)} then, {new.get(name)} now" for name in names]
 
 
 def compare_repeat(stored: Run, new: Run) -> pd.DataFrame:
-    """One row a split: the stored primary metric, the repeat's, and whether their predictions are the same.
-
-    A split that only one of them has is a row, too, without the other's metric.
-    """
+    """Return one row per split: the stored primary metric, the repeat's, and how their predictions compare."""
     then, now = stored.metrics["splits"], new.metrics["splits"]
     return pd.DataFrame(
         {
             "split": split,
             "stored": then.get(split, {}).get("primary"),
             "new": now.get(split, {}).get("primary"),
-            "predictions": _same_predictions(stored, new, split),
+            "predictions": _compare_predictions(stored, new, split),
         }
         for split in {**then, **now}
     )
 
 
-def _same_predictions(stored: Run, new: Run, split: str) -> str:
+def _compare_predictions(stored: Run, new: Run, split: str) -> str:
     if any(split not in run.metrics["splits"] for run in (stored, new)):
         return "of another split: the data has changed"
     if not stored.predictions_path(split).is_file():
         return "not stored"
-    one, two = (run.predictions(split) for run in (stored, new))
+    old, repeat = (run.predictions(split) for run in (stored, new))
     rows = ["idx", "input_text", "label"]
-    if not one[rows].equals(two[rows]):
+    if not old[rows].equals(repeat[rows]):
         return "of other rows: the data has changed"
-    differing = int((one["prediction"] != two["prediction"]).sum())
-    return f"{differing} of {len(one)} differ" if differing else "all the same"
+    if "prediction" not in old:
+        return "none: beta is 0"
+    differing = int((old["prediction"] != repeat["prediction"]).sum())
+    return f"{differing} of {len(old)} differ" if differing else "all the same"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under another name and rename it, so that a file is whole or not there."""
+    """Write JSON under another name and rename it, so that the file is whole or not there."""
     scratch = path.with_name(f"{path.name}.part-{os.getpid()}")
     scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(scratch, path)
 
 
+def run_lock(folder: Path) -> FileLock:
+    """Return the lock of a run's folder; the operating system frees that of a killed process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "training.lock")
+
+
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on beside the configuration: versions, hardware, git commit."""
+    """Return what a run's figures depend on beside its configuration: versions, hardware, git commit."""
+    import torch
+
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},

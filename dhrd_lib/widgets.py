@@ -395,7 +395,6 @@ def _spoken(names: Sequence[str]) -> list[tuple[str, str]]:
 
 def _disagreements(a: Run, b: Run, split: str) -> pd.DataFrame:
     """Rows of both runs' predictions that differ: idx, input_text, gold, right, rationale, said_* and p_*."""
-    names = a.metrics["label_names"]
     both = a.predictions(split).merge(b.predictions(split), on="idx", suffixes=("_a", "_b"))
     same_rows = len(both) == len(a.predictions(split)) == len(b.predictions(split))
     if not same_rows or (both["input_text_a"] != both["input_text_b"]).any():
@@ -405,12 +404,12 @@ def _disagreements(a: Run, b: Run, split: str) -> pd.DataFrame:
     rows = {
         "idx": both["idx"],
         "input_text": both["input_text_a"],
-        "gold": [names[i] for i in both["label_a"]],
+        "gold": both["label_a"],
         "right": ["a" if in_a else "b" if in_b else "none" for in_a, in_b in zip(*right.values(), strict=True)],
         "rationale": both["rationale_b"],
     }
     for side in "ab":
-        rows[f"said_{side}"] = [names[i] for i in both[f"prediction_{side}"]]
+        rows[f"said_{side}"] = both[f"prediction_{side}"]
         rows[f"p_{side}"] = both[f"probabilities_{side}"].map(max)
     return pd.DataFrame(rows)
 

@@ -61,7 +61,7 @@ def test_compare_trains_both_writes_the_report_and_takes_up_finished_runs(tmp_pa
     (test,) = [r for r in table["rows"] if r["split"] == "test" and r["setting"] == "DHRD"]
     assert test["value"] == pytest.approx(metrics["splits"]["test"]["primary"])
     assert "DHRD" in (runs / "report.html").read_text()
-    monkeypatch.setattr("dhrd_lib.training._prepare", lambda _: pytest.fail("trained again"))
+    monkeypatch.setattr("dhrd_lib.training._train", lambda *_: pytest.fail("trained again"))
     assert invoke("compare", "--runs", runs) in output
 
 

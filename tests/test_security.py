@@ -305,7 +305,7 @@ def stopped(tmp_path_factory) -> Path:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dhrd_lib.training._store", interrupted)
+        patch.setattr("dhrd_lib.training._store_predictions", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(run_config(), root)
     return root

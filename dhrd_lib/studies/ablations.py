@@ -191,7 +191,7 @@ def _answered(run: Run, split: str) -> bool:
 def _of_split(run: Run, split: str) -> dict[str, Any]:
     frame = run.predictions(split).sort_values("idx")
     groups = tuple(frame["group"]) if frame["group"].notna().all() else None
-    said = {"labels": tuple(frame["label"].tolist()), "predictions": tuple(frame["prediction"].tolist())}
+    said = {"labels": tuple(frame["label_id"].tolist()), "predictions": tuple(frame.get("prediction_id", ()))}
     if run.config.training.beta == 0:
         said["predictions"] = _read_cot(run.folder / f"cot_{split}.json", len(frame))
     return {"split": split, "task_metrics": tuple(run.metrics["task_metrics"]), "groups": groups, **said}

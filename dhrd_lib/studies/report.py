@@ -211,9 +211,9 @@ def _aligned_predictions(runs: Sequence[Run]) -> dict[str, dict[Path, pd.DataFra
     aligned = {}
     for split in splits:
         frames = {run.folder: run.predictions(split).set_index("idx") for run in runs}
-        gold = frames[runs[0].folder]["label"]
+        gold = frames[runs[0].folder]["label_id"]
         for run in runs:
-            labels = frames[run.folder]["label"]
+            labels = frames[run.folder]["label_id"]
             if not labels.index.is_unique or not labels.sort_index().equals(gold.sort_index()):
                 raise WorkbenchError(
                     f"runs {runs[0].name!r} and {run.name!r} predict different rows of {split}; "
@@ -242,8 +242,8 @@ def _results(task: str, settings: Sequence[_Setting]) -> list[_Result]:
 def _result(task: str, split: str, setting: _Setting, settings: Sequence[_Setting]) -> _Result:
     metrics, frames = setting.first.metrics["task_metrics"], setting.predictions[split]
     one = frames[min(frames)]
-    labels, groups = one["label"], one["group"] if one["group"].notna().all() else None
-    said = [frame["prediction"] for frame in frames.values()]
+    labels, groups = one["label_id"], one["group"] if one["group"].notna().all() else None
+    said = [frame["prediction_id"] for frame in frames.values()]
     by_seed = pd.DataFrame([evaluation.task_metrics(metrics, labels, each, groups) for each in said])
     baseline, comparison = _baseline_of(setting, settings), None
     if baseline:
@@ -252,8 +252,8 @@ def _result(task: str, split: str, setting: _Setting, settings: Sequence[_Settin
         comparison = paired_comparison(
             metrics,
             labels,
-            [others[seed]["prediction"] for seed in seeds],
-            [frames[seed]["prediction"] for seed in seeds],
+            [others[seed]["prediction_id"] for seed in seeds],
+            [frames[seed]["prediction_id"] for seed in seeds],
             groups,
         )
     return _Result(
@@ -375,10 +375,10 @@ def _class_figures(settings: Sequence[_Setting], split: str, label_names: Sequen
     tables, matrices = {}, {}
     for setting in settings:
         frames = list(setting.predictions[split].values())
-        by_seed = [evaluation.per_class(f["label"], f["prediction"], label_names) for f in frames]
+        by_seed = [evaluation.per_class(f["label_id"], f["prediction_id"], label_names) for f in frames]
         tables[setting.label] = sum(by_seed) / len(by_seed)
         matrices[setting.label] = sum(
-            evaluation.confusion(f["label"], f["prediction"], len(label_names)) for f in frames
+            evaluation.confusion(f["label_id"], f["prediction_id"], len(label_names)) for f in frames
         )
     # One figure a matrix, so that they stand side by side where there is room and below each other else.
     confusions = [
@@ -408,9 +408,9 @@ def _disagreements(settings: Sequence[_Setting], label_names: Sequence[str]) -> 
         for split, frames in setting.predictions.items():
             a, b = baseline.predictions[split][seed], frames[seed]
             differ, a_right, b_right = (
-                a["prediction"] != b["prediction"],
-                a["prediction"] == a["label"],
-                b["prediction"] == b["label"],
+                a["prediction_id"] != b["prediction_id"],
+                a["prediction_id"] == a["label_id"],
+                b["prediction_id"] == b["label_id"],
             )
             kinds = {
                 f"only {setting.label} is right": differ & b_right,
@@ -444,7 +444,7 @@ def _example(a: pd.Series, b: pd.Series, idx: str, label_names: Sequence[str]) -
     return {
         "idx": idx,
         "text": a["input_text"],
-        "gold": label_names[a["label"]],
+        "gold": label_names[a["label_id"]],
         "baseline": _prediction(a, label_names),
         "setting": _prediction(b, label_names),
         "rationale": next((each["rationale"] for each in (a, b) if isinstance(each["rationale"], str)), None),
@@ -452,10 +452,10 @@ def _example(a: pd.Series, b: pd.Series, idx: str, label_names: Sequence[str]) -
 
 
 def _prediction(row: pd.Series, label_names: Sequence[str]) -> str:
-    if row["prediction"] == evaluation.NO_ANSWER:
+    if row["prediction_id"] == evaluation.NO_ANSWER:
         return "no answer"
-    name, probabilities = label_names[row["prediction"]], row["probabilities"]
-    known = probabilities is not None and len(probabilities) > row["prediction"]
+    name, probabilities = label_names[row["prediction_id"]], row["probabilities"]
+    known = probabilities is not None and len(probabilities) > row["prediction_id"]
     return f"{name} ({100 * probabilities[row['prediction']]:.0f}%)" if known else name
 
 

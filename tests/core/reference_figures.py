@@ -52,9 +52,9 @@ def figures(name: str, root: Path) -> dict:
     terms = ["step", "loss", "class_loss", "lm_loss", "grad_norm", "eval_loss", "eval_class_loss", "eval_primary"]
     history = run.history
     return {
-        "history": json.loads(history[[term for term in terms if term in history]].to_json(double_precision=15)),
+        "history": json.loads(history.filter(terms).to_json()),
         "predictions": {
-            split: json.loads(run.predictions(split)[["idx", "probabilities"]].to_json(orient="records"))
+            split: json.loads(run.predictions(split).filter(["idx", "probabilities"]).to_json(orient="records"))
             for split in run.metrics["splits"]
         },
         "weights": digest.hexdigest(),

@@ -142,7 +142,8 @@ def test_the_command_says_what_differs_before_it_trains_and_how_many_predictions
     path = other / "predictions_test.jsonl"
     first, *rest = path.read_text(encoding="utf-8").splitlines()
     row = json.loads(first)
-    row["prediction"] = (row["prediction"] + 1) % 5
+    names = stored.label_names
+    row["prediction"] = names[(names.index(row["prediction"]) + 1) % 5]
     path.write_text("\n".join([json.dumps(row), *rest]), encoding="utf-8")
     told = repeat(other, tmp_path / "out")
     head, body = told.split("mine · ", 1)
@@ -174,6 +175,6 @@ def test_a_split_that_only_one_of_two_runs_has_is_named(stored):
 
 
 def test_a_run_is_not_repeated_in_its_own_folder_of_runs(stored, monkeypatch):
-    monkeypatch.setattr("dhrd_lib.training._prepare", lambda _: pytest.fail("trained again"))
+    monkeypatch.setattr("dhrd_lib.training._train", lambda *_: pytest.fail("trained again"))
     with pytest.raises(ConfigError, match=r"mine is finished already; expected another folder"):
         rerun(stored, stored.folder.parent)

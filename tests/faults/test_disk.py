@@ -17,7 +17,8 @@ from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import RunConfig, WorkbenchError
 from dhrd_lib.rationales.store import RationaleStore
 from dhrd_lib.scaling import trunk_cache as trunk
-from dhrd_lib.training import DHRDTrainer, train
+from dhrd_lib.trainer import DHRDTrainer
+from dhrd_lib.training import train
 
 resource = pytest.importorskip("resource", reason="limits on the size of a file are a Unix system's")
 SENTENCE = r"can't be written \(.*\); expected room there and the right to write; [^\n]*\.$"

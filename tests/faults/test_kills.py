@@ -144,7 +144,7 @@ def test_a_checkpoint_that_a_kill_broke_off_is_passed_over(tmp_path, left):
 
     config = RunConfig.from_dict(fault_jobs.CONFIG)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dhrd_lib.training._store", interrupted)
+        patch.setattr("dhrd_lib.training._store_predictions", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "runs")
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"

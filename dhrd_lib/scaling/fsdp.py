@@ -1,0 +1,38 @@
+"""Fully sharded training (FSDP2): what it can't shard, its precision, and a backbone outside the GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from dhrd_lib.backbones import Backbone, load_backbone, resolve_device, resolve_dtype
+from dhrd_lib.config import ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def prepare_fsdp(trainer: Trainer) -> None:
+    """Refuse what can't be sharded; keep losses, logits and summed gradients in float32."""
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ConfigError(f"accelerate's fsdp_version is {plugin.fsdp_version}; expected 2.")
+    if hasattr(trainer.model.lm_head, "token_adapter"):
+        raise ConfigError(
+            "FSDP can't shard the token rows that LoRA trains with markers='special'; expected markers='text', or "
+            "accelerate's distributed_type MULTI_GPU."
+        )
+    if trainer.args.bf16:
+        # accelerate's policy would round the model's outputs and the gradients summed over the processes.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def load_unsharded(config: ModelConfig) -> Backbone | None:
+    """Load the backbone into main memory under FSDP, as a GPU needn't hold it whole; None elsewhere."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+    return load_backbone(config.backbone, "cpu", str(dtype).removeprefix("torch."))

@@ -1,0 +1,251 @@
+"""transformers' Trainer with DHRD's two losses, its order of rows and its optimizer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_callback import ExportableState
+
+from dhrd_lib.config import ConfigError, TrainingConfig
+from dhrd_lib.scaling.fsdp import prepare_fsdp
+from dhrd_lib.scaling.trunk_cache import TrunkStates
+from dhrd_lib.sequences import IGNORE_INDEX
+
+FINITE_WANTED = "expected finite numbers, which a lower learning_rate, alpha or beta may give"
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Rows in random order, but with rows of similar length in the same step.
+
+    The order depends on the seed and the epoch alone, so a resumed run sees the rows that an uninterrupted
+    one would. `group_size` is the number of rows in one optimizer step over all devices.
+    """
+
+    def __init__(self, lengths: Sequence[int], group_size: int, seed: int, groups_sorted: int = 16) -> None:
+        self.lengths = lengths
+        self.group_size = group_size
+        self.seed = seed
+        self.rows_sorted = group_size * groups_sorted
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        whole = len(order) - len(order) % self.group_size
+        groups: list[list[int]] = []
+        for start in range(0, whole, self.rows_sorted):
+            window = sorted(order[start : min(start + self.rows_sorted, whole)], key=self.lengths.__getitem__)
+            groups += [window[i : i + self.group_size] for i in range(0, len(window), self.group_size)]
+        for group in torch.randperm(len(groups), generator=generator).tolist():
+            yield from groups[group]
+        yield from order[whole:]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Encoded rows for the trainer, each with its cached trunk states where there are any."""
+
+    def __init__(self, rows: Dataset, states: TrunkStates | None = None) -> None:
+        self.rows = rows
+        self.states = states
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        row = self.rows[place]
+        return row if self.states is None else {**row, "trunk_states": self.states[place]}
+
+
+def scheduled_alpha(alpha: float, schedule: str, step: int, total_steps: int) -> float:
+    """Alpha at an optimizer step (0-based): kept, or annealed to 0 at the last step."""
+    if schedule == "constant":
+        return alpha
+    progress = min(step / max(total_steps - 1, 1), 1.0)
+    if schedule == "linear":
+        return alpha * (1.0 - progress)
+    return alpha * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """Counts the seconds of training steps; checkpoints keep the count, so that a resumed run goes on from it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
+class DHRDTrainer(Trainer):
+    """transformers' Trainer with the two losses, each divided by its own count over the effective batch.
+
+    The class loss is divided by the examples and the LM loss by the valid target tokens of all micro-batches
+    and all processes of an optimizer step, so neither accumulation nor data parallelism changes the result.
+    Every term is logged.
+    """
+
+    def __init__(self, config: TrainingConfig, *, trunk_layers: int = 0, **kwargs: Any) -> None:
+        callbacks: list[TrainerCallback] = [TrainingClock(), *kwargs.pop("callbacks", ())]
+        if config.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+        super().__init__(callbacks=callbacks, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ConfigError(
+                f"{self.args.n_gpu} GPUs are visible to one process; expected `accelerate launch`, with one "
+                "process per GPU (or CUDA_VISIBLE_DEVICES to name one)."
+            )
+        if self.is_fsdp_enabled:
+            prepare_fsdp(self)
+        self.config = config
+        self.trunk_layers = trunk_layers
+        # compute_loss divides by the counts of the whole step; transformers must not divide again.
+        self.loss_is_scaled_for_ga = True
+        self._terms = torch.zeros(2)
+        self._terms_logged_at: int | None = None
+
+    # A private hook: transformers has no public one for the order of rows.
+    def _get_train_sampler(self, train_dataset: Rows | None = None) -> LengthGroupedSampler:
+        rows = (train_dataset or self.train_dataset).rows
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(rows["length"][:], group, self.config.seed)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create AdamW with a learning rate for the classifier; biases and norms aren't decayed."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    new = "classifier." in name or "pooling_query" in name
+                    groups.setdefault((new, name in decayed), []).append(parameter)
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.config.classifier_learning_rate if new else self.config.learning_rate,
+                        "weight_decay": self.config.weight_decay if decay else 0.0,
+                    }
+                    for (new, decay), parameters in groups.items()
+                ],
+                **arguments,
+            )
+        return self.optimizer
+
+    # A private hook: transformers counts target tokens alone, and `num_items_in_batch` has no public twin.
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Mapping[str, torch.Tensor]], device: torch.device
+    ) -> torch.Tensor | None:
+        """Return the examples and valid LM target tokens `(2,)` of a step, over all micro-batches and processes."""
+        if not batch_samples:
+            return None
+        examples = sum(len(batch["class_labels"]) for batch in batch_samples)
+        tokens = sum(
+            int((batch["lm_labels"] != IGNORE_INDEX).sum()) for batch in batch_samples if "lm_labels" in batch
+        )
+        # Integers: FSDP would round a float to bfloat16 on its way into the model.
+        counts = torch.tensor([[examples, tokens]], device=device)
+        return self.accelerator.gather(counts).sum(0)
+
+    def current_alpha(self) -> float:
+        """Return alpha of the current optimizer step."""
+        return scheduled_alpha(
+            self.config.alpha, self.config.alpha_schedule, self.state.global_step, self.state.max_steps
+        )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """Return `beta * class CE + alpha * LM CE` of a micro-batch (paper, "Loss"), as its share of the step's."""
+        counts = num_items_in_batch
+        lm_trained = self.config.alpha > 0 and (model.training or self.config.beta == 0)
+        if lm_trained and "lm_labels" not in inputs:
+            # No row has a rationale. Under FSDP each process waits for the others at the LM head.
+            inputs = {**inputs, "lm_labels": torch.full_like(inputs["input_ids"], IGNORE_INDEX)}
+        outputs = model(
+            **inputs,
+            alpha=self.current_alpha() if model.training else self.config.alpha,
+            beta=self.config.beta,
+            num_examples=None if counts is None else counts[0],
+            num_lm_tokens=None if counts is None else counts[1],
+            trunk_layers=self.trunk_layers,
+        )
+        # With beta = 0 and alpha annealed to 0, a batch has no term, and still needs a gradient.
+        loss = outputs.logits.sum() * 0 if outputs.loss is None else outputs.loss
+        if model.training and not math.isfinite(loss.item()):
+            raise ConfigError(f"the loss is {loss.item()} at step {self.state.global_step + 1}; {FINITE_WANTED}.")
+        # The counts are over all processes, and gradients are averaged over them: undo the average.
+        loss = loss * self.accelerator.num_processes
+        if model.training:
+            if self._terms_logged_at is None:  # A resumed run starts later than at 0.
+                self._terms_logged_at = self.state.global_step
+            parts = [outputs.class_loss, outputs.lm_loss]
+            self._terms += torch.tensor([0.0 if part is None else part.item() for part in parts])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add every term to a training step's log: class loss, LM loss, and the alpha of the last step."""
+        if "loss" in logs and "eval_loss" not in logs:
+            steps = max(self.state.global_step - self._terms_logged_at, 1)
+            terms = self.accelerator.gather(self._terms.to(self.args.device)[None]).sum(0) / steps
+            logs["class_loss"] = terms[0].item()
+            if self.config.alpha:
+                logs["lm_loss"] = terms[1].item()
+            logs["alpha"] = scheduled_alpha(
+                self.config.alpha,
+                self.config.alpha_schedule,
+                self.state.global_step - 1,
+                self.state.max_steps,
+            )
+            self._terms.zero_()
+            self._terms_logged_at = self.state.global_step
+        super().log(logs, start_time)
+
+    # A private hook: a run that stopped after its last step has none left, and transformers would train one more.
+    def _run_epoch(self, **kwargs: Any) -> None:
+        patience = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        stopped = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in patience)
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    # A private hook: under FSDP, transformers looks for the best checkpoint's folder before any process writes it.
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        Path(self.args.output_dir, f"checkpoint-{self.state.global_step}").mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    # A private hook: the pickled arguments are left out, as config.json has the same as text.
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
