@@ -30,6 +30,7 @@ Head = Literal["mlp", "linear"]
 Finetune = Literal["auto", "full", "lora"]
 Alignment = Literal["consistent", "only_label", "shuffle_rationale", "shuffle_rationale_label"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Metric = Literal["accuracy", "macro_f1", "balanced_accuracy", "mcc"]
 POOLING_MODES, HEADS, FINETUNE_MODES, ALIGNMENTS = map(get_args, (Pooling, Head, Finetune, Alignment))
 # Fields of `TrainingConfig`: runs that differ in these alone are the same setting.
 CHANGES_NO_RESULT = ("report_to", "logging_steps", "cache_trunk", "lm_chunk_tokens", "keep_model")
@@ -160,10 +161,11 @@ class DataConfig(Config):
     """The task, where its rows come from, and how they become token rows.
 
     `task` is a task's name or the path of a data file or folder; the column fields (`text`, `label`, `rationale`,
-    `group`, `template`) belong to a file. `max_train_rows` and `max_eval_rows` of 0 mean all rows; a draw of fewer
-    keeps groups whole. `shuffled_share` is the share of the rows that a shuffled `alignment` gives another row's
-    rationale. Lengths are in tokens. `dev_fraction` is the share of train that is cut off for model selection where
-    the data has no dev split.
+    `group`, `template`) and `metrics` belong to a file; the mean of the metrics selects the checkpoint.
+    `max_train_rows` and `max_eval_rows` of 0 mean all rows; a draw of fewer keeps groups whole. `shuffled_share`
+    is the share of the rows that a shuffled `alignment` gives another row's rationale. Lengths are in tokens;
+    `truncation_side` is the side of an input that is cut. `dev_fraction` is the share of train that is cut off
+    for model selection where the data has no dev split.
     """
 
     task: Name = "support_triage"
@@ -173,10 +175,12 @@ class DataConfig(Config):
     rationale: str | None = None
     group: str | None = None
     template: str | None = None
+    metrics: Annotated[tuple[Metric, ...], BeforeValidator(_as_tuple)] = ()
     alignment: Alignment = "consistent"
     shuffled_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     max_input_tokens: Annotated[int, Field(ge=8)] = 512
     max_rationale_tokens: PositiveInt = 256
+    truncation_side: Literal["left", "right"] = "left"
     dev_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     max_train_rows: Count = 0
     max_eval_rows: Count = 0
@@ -188,17 +192,19 @@ class TrainingConfig(Config):
 
     `alpha` weighs the LM loss, `beta` the class loss (paper, "Loss"). `alpha_schedule` anneals alpha from its
     value at the first step to 0 at the last ("linear", "cosine") or keeps it. `lm_span` is the part of the
-    sequence that the LM loss covers. `batch_size` is per device and step; `max_steps` of 0 means that `epochs`
-    decides. Dev is evaluated and a checkpoint saved every `eval_steps` steps (0: once an epoch);
-    `early_stopping_patience` counts evaluations without a gain (0: never stops early). `cache_trunk` keeps the
-    states that leave frozen layers, and `lm_chunk_tokens` bounds the memory of the LM loss; neither changes a
-    result. `keep_model=False` stores the predictions without the weights: a grid of many runs fits on a disk.
+    sequence that the LM loss covers. `class_weights="balanced"` weighs a row's class loss by the inverse of its
+    class's share. `batch_size` is per device and step; `max_steps` of 0 means that `epochs` decides. Dev is
+    evaluated and a checkpoint saved every `eval_steps` steps (0: once an epoch); `early_stopping_patience` counts
+    evaluations without a gain (0: never stops early). `cache_trunk` keeps the states that leave frozen layers,
+    and `lm_chunk_tokens` bounds the memory of the LM loss; neither changes a result. `keep_model=False` stores
+    the predictions without the weights: a grid of many runs fits on a disk.
     """
 
     alpha: Weight = 1.0
     beta: Weight = 1.0
     alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lm_span: Literal["all", "rationale_label"] = "all"
+    class_weights: Literal["none", "balanced"] = "none"
     epochs: PositiveInt = 3
     max_steps: Count = 0
     batch_size: PositiveInt = 16

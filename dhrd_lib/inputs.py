@@ -113,17 +113,27 @@ def keep_no_words(tokenizer: Tokenizer) -> None:
         tokenizer.model._resize_cache(0)
 
 
-def cut_to_fit(ids: list[int], start_ids: Sequence[int], max_input_tokens: int) -> tuple[list[int], int]:
-    """The ids of an input after the start token's, at most `max_input_tokens` in all, and how many were cut off.
+def cut_to_fit(
+    ids: list[int], start_ids: Sequence[int], max_input_tokens: int, side: str = "left"
+) -> tuple[list[int], int]:
+    """Return the ids of an input after the start token's, at most `max_input_tokens` in all, and how many were cut.
 
-    The cut is at the front: the classifier reads the state of the last input token, and a template ends with the
+    By default the cut is on the left: the classifier pools the last input tokens, and a template ends with the
     question. Raises `TaskError` where nothing is left.
     """
-    cut = max(len(ids) - (max_input_tokens - len(start_ids)), 0)
-    kept = [*start_ids, *ids[cut:]]
+    room = max_input_tokens - len(start_ids)
+    cut = max(len(ids) - room, 0)
+    kept = [*start_ids, *(ids[cut:] if side == "left" else ids[:room])]
     if not kept:
         raise TaskError("An input is empty: it has no token; expected at least one.")
     return kept, cut
+
+
+def as_inputs(inputs: Any) -> list[str | Mapping[str, Any]]:
+    """Return what a caller gave to classify as a list: a str or a mapping is one input, a DataFrame its rows."""
+    if isinstance(inputs, str | Mapping):
+        return [inputs]
+    return inputs.to_dict("records") if hasattr(inputs, "iterrows") else list(inputs)
 
 
 def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:

@@ -585,6 +585,7 @@ def test_every_field_is_covered_by_the_two_tests_above():
         *("model__device", "model__lora_r", "model__lora_alpha", "model__lora_dropout"),
         *("training__lm_chunk_tokens", "training__eval_batch_size", "training__early_stopping_patience"),
         "training__report_to",
+        *("data__metrics", "data__truncation_side", "training__class_weights"),
         "training__cache_trunk",  # test_the_trunk_cache_changes_no_loss_and_no_weight
         "training__keep_model",  # test_a_run_that_keeps_no_model_has_its_predictions_all_the_same
         *("data__task", "data__data_dir", "data__text", "data__label"),  # tests/test_tasks.py
