@@ -19,7 +19,7 @@ from dhrd_lib.config import CHANGES_NO_RESULT, HEADS, POOLING_MODES, RunConfig, 
 from dhrd_lib.cot import decoding as cot
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import TOTALS, Run, load_run, write_json
-from dhrd_lib.studies.statistics import PairedComparison, bootstrap_interval, holm, paired_comparison
+from dhrd_lib.studies.statistics import bootstrap_interval, holm, paired_comparison
 from dhrd_lib.studies.sweeps import Grid, sweep
 from dhrd_lib.tasks import load_rows
 
@@ -339,8 +339,8 @@ def summarise(table: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] | N
 def compare(table: pd.DataFrame, by: Sequence[str], reference: Mapping[str, Any]) -> pd.DataFrame:
     """Each setting minus the reference (a value for each field in `by`), seed by seed on the same rows.
 
-    Columns: task, split, those in `by`, n_seeds, difference, low, high (fractions), p_value and
-    p_holm, which is corrected for the number of settings that are compared on the task and split. A setting is
+    Columns: task, split, those in `by`, the fields of `PairedComparison` (a is the reference), and p_holm, which is
+    corrected for the number of settings that are compared on the task and split. A setting is
     compared on the seeds that it has in common with the reference; one without any is left out.
 
     Raises:
@@ -363,15 +363,11 @@ def compare(table: pd.DataFrame, by: Sequence[str], reference: Mapping[str, Any]
                 found = paired_comparison(
                     first["task_metrics"], first["labels"], list(base[seeds]), list(said[seeds]), first["groups"]
                 )
-                rows.append({**_named(by, (task, split, *key)), **_compared(found)})
+                rows.append({**_named(by, (task, split, *key)), **vars(found)})
     frame = pd.DataFrame(rows)
     if rows:
         frame["p_holm"] = frame.groupby(["task", "split"])["p_value"].transform(holm)
     return frame
-
-
-def _compared(found: PairedComparison) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in ("n_seeds", "difference", "low", "high", "p_value")}
 
 
 def _named(by: Sequence[str], key: Sequence[Any]) -> dict[str, Any]:

@@ -256,7 +256,7 @@ class TestReport:
     def test_the_difference_is_that_of_the_paired_comparison(self, runs, written):
         _, frame = written
         row = frame[(frame["split"] == "test") & (frame["setting"] == "DHRD")].iloc[0]
-        base, dhrd = (run.predictions("test") for run in runs)
+        base, dhrd = (run.predictions("test").sort_values("idx") for run in runs)
         pair = paired_comparison(["accuracy"], base["label"], base["prediction"], dhrd["prediction"])
         assert (row["difference"], row["diff_low"], row["diff_high"], row["p_value"]) == pytest.approx(
             (pair.difference, pair.low, pair.high, pair.p_value)
@@ -290,7 +290,7 @@ class TestReport:
         summary = re.search(r'class="summary">(.*?)</p>', page).group(1)
         assert f"DHRD is {100 * row.difference:.1f} points ahead of the pooled baseline" in summary
         assert f"{100 * row.diff_low:+.1f} to {100 * row.diff_high:+.1f} points" in summary
-        assert "leaves zero out" in summary
+        assert "excludes zero" in summary
         assert "one seed" in summary
         assert "Quick profile: one seed, lower layers frozen" in summary
 
