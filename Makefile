@@ -26,7 +26,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/$(BENCH).py
+	$(BIN)/python -m benchmarks.$(BENCH)
 
 # Reinstalled only when the pinned versions change.
 $(VENV)/.installed: requirements.txt pyproject.toml

@@ -15,7 +15,7 @@ import torch
 
 from app import stored
 from app.settings import KEPT_MODELS, MAX_CHARACTERS, MAX_FIELDS, MAX_NEW_TOKENS, Settings
-from benchmarks.harness import synchronise
+from benchmarks.harness import synchronize
 from dhrd_lib.backbones import Backbone, load_backbone, resolve_device
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import decoding as cots
@@ -223,12 +223,12 @@ def _check(texts: Texts, template: str, where: str = "The input") -> None:
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """A started clock in ms, with the device synchronised at both ends."""
-    synchronise(device)
+    """A started clock in ms, with the device synchronized at both ends."""
+    synchronize(device)
     started = time.perf_counter()
 
     def elapsed_ms() -> float:
-        synchronise(device)
+        synchronize(device)
         return 1000 * (time.perf_counter() - started)
 
     return elapsed_ms

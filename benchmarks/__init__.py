@@ -1,1 +1,1 @@
-"""Measurements of speed, memory and growth."""
+"""Benchmarks of speed, memory and growth: `python -m benchmarks.throughput`, or `make bench BENCH=throughput`."""

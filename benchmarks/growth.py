@@ -1,40 +1,35 @@
 """Growth: time and memory against the number of rows, the length of a sequence and the number of labels.
 
-    python benchmarks/growth.py [--backbone tiny] [--out runs/bench]
+    python -m benchmarks.growth [--backbone tiny] [--out runs/bench]
 
-Rows and labels are synthetic, on a tiny random backbone, so that what is measured is the library's handling of
-them; `--backbone` is that of the lengths. Each point is measured in a process of its own; the memory added is the
-most that the process held meanwhile, looked at every 20 ms, less what it held just before. Writes OUT/growth.json
-and OUT/growth.html, on log axes, with each line's slope.
+Rows and labels are synthetic, on a tiny random backbone, so that the library's handling of them is measured;
+`--backbone` is for the lengths. Each point is measured in its own process; the memory added is the peak, sampled
+every 20 ms, above what the process held just before. Writes OUT/growth.json and OUT/growth.html, on log axes, with
+each line's slope.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
 import random
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
+import plotly.express as px
+import plotly.graph_objects as go
 from transformers import TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks.harness import memory_added, synchronise
-from dhrd_lib.backbones import load_backbone, resolve_device
+from benchmarks.common import in_own_process, parse_args, write_result
+from benchmarks.compute import classify, random_batch
+from benchmarks.harness import memory_added, timed
+from dhrd_lib.backbones import resolve_device
 from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.modeling import DHRDModel, build_model
-from dhrd_lib.runs import environment, write_json
 from dhrd_lib.sequences import encode_split
 from dhrd_lib.studies import plots
 from dhrd_lib.studies.statistics import bootstrap_interval
@@ -43,91 +38,59 @@ from dhrd_lib.training import train
 
 WORDS = [first + second for first in "bdfgklmnprst" for second in ("ale", "ime", "one", "ute", "art")]
 TEXT_WORDS, RATIONALE_WORDS = 12, 12
-ROWS_WITH_LABELS = 4000  # four of each, where there are a thousand labels
-LEAST_MIB = 1.0  # less can't be told from what an interpreter needs anyway
+ROWS_WITH_LABELS = 4000  # four per label where there are a thousand labels
+MIN_MIB = 1.0  # less is noise of the interpreter
+MEASURES = {"seconds": "seconds", "added_mib": "memory added (MiB)"}
+
+Timing = tuple[float, float]  # seconds, and memory added in MiB
 
 
-class Point(NamedTuple):
-    """One measurement: of what, by which factor, at which size."""
-
-    factor: str
-    what: str
-    size: int
-
-
-class FirstStep(Exception):
-    """Training has come to its first step."""
-
-
-class StopAtFirstStep(TrainerCallback):
-    """Ends a training before its first step."""
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Raise `FirstStep`."""
-        raise FirstStep
-
-
-def main(arguments: list[str] | None = None) -> dict:
-    """Measure, print, and write the JSON file and the page; returns what stands in the file."""
-    options = parse(arguments)
-    started = time.perf_counter()
-    found = [in_own_process(point, options) for point in points(options)]
-    table = pd.DataFrame(found)
-    result = {
-        "points": found,
-        "slopes": slopes(table),
-        "settings": {**vars(options), "words_a_row": TEXT_WORDS + RATIONALE_WORDS, "least_mib": LEAST_MIB},
-        "environment": environment(resolve_device(None)),
-        "seconds": time.perf_counter() - started,
-    }
-    write(result, table, Path(options.out))
-    return result
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command's options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbone", default="tiny", help="of the lengths; rows and labels take the tiny one")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048])
-    parser.add_argument("--labels", type=int, nargs="+", default=[2, 10, 100, 1000])
-    parser.add_argument("--out", default="runs/bench")
-    return parser.parse_args(arguments)
-
-
-def points(options: argparse.Namespace) -> list[Point]:
-    """Every measurement, the small ones of a line first."""
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print, and write the JSON file and the page; return the file's contents."""
+    options = parse_args(
+        __doc__,
+        arguments,
+        backbone=("tiny", "of the lengths; rows and labels use the tiny one"),
+        rows=([1_000, 10_000, 100_000], "numbers of rows"),
+        lengths=([64, 128, 256, 512, 1024, 2048], "tokens per sequence"),
+        labels=([2, 10, 100, 1000], "numbers of labels"),
+    )
     sizes = {"rows": options.rows, "tokens": options.lengths, "labels": options.labels}
-    return [Point(factor, what, size) for factor, what in MEASURES for size in sizes[factor]]
+    points = [
+        in_own_process(measure, factor, what, size, options.backbone)
+        for factor, what in POINTS
+        for size in sizes[factor]
+    ]
+    table = pd.DataFrame(points)
+    slopes = [
+        {
+            "factor": factor,
+            "what": what,
+            **{f"{name}_slope": log_slope(part["size"], part[name]) for name in MEASURES},
+        }
+        for (factor, what), part in table.groupby(["factor", "what"], sort=False)
+    ]
+    for row in slopes:
+        powers = ("—" if row[f"{name}_slope"] is None else f"{row[f'{name}_slope']:.2f}" for name in MEASURES)
+        print("{what} by {factor}: slope of seconds {}, of memory {}".format(*powers, **row))
+    result = {"points": points, "slopes": slopes, "words_per_row": TEXT_WORDS + RATIONALE_WORDS, "min_mib": MIN_MIB}
+    return write_result("growth", result, options, resolve_device(None), growth_lines(table))
 
 
-def in_own_process(point: Point, options: argparse.Namespace) -> dict[str, Any]:
-    """The measurement in a process that has imported the libraries, and done nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dhrd_lib.training", "dhrd_lib.studies.plots"])
-    with ProcessPoolExecutor(1, context) as executor:
-        found = executor.submit(measure, point, options.backbone).result()
-    print(f"{point.what}, {point.size:,} {point.factor}: {found['seconds']:.3g} s", flush=True)
-    return found
-
-
-def measure(point: Point, backbone: str) -> dict[str, Any]:
-    """Seconds and added memory of a point; None for memory too little to tell."""
+def measure(factor: str, what: str, size: int, backbone: str) -> dict[str, Any]:
+    """Return the seconds and added memory of one point; memory below `MIN_MIB` is None."""
     with tempfile.TemporaryDirectory() as folder:
-        seconds, added = MEASURES[point.factor, point.what](point.size, Path(folder), backbone)
-    return {**point._asdict(), "seconds": seconds, "added_mib": added if added >= LEAST_MIB else None}
+        seconds, added = POINTS[factor, what](size, Path(folder), backbone)
+    print(f"{what}, {size:,} {factor}: {seconds:.3g} s", flush=True)
+    added_mib = added if added >= MIN_MIB else None
+    return {"factor": factor, "what": what, "size": size, "seconds": seconds, "added_mib": added_mib}
 
 
-def timed(call: Callable[[], Any], repeats: int = 1, warm_up: bool = False) -> tuple[float, float]:
-    """Median seconds of a call, and the most memory that it and its warm-up held above the start's, in MiB."""
-    device, seconds = resolve_device(None), []
+def time_and_memory(call: Callable[[], Any], repeats: int = 1, warm_up: bool = False) -> Timing:
+    """Return the median seconds of a call, and the memory that it and its warm-up add."""
+    device = resolve_device(None)
     with memory_added(device) as added_mib:
-        for _ in range(repeats + warm_up):
-            synchronise(device)
-            started = time.perf_counter()
-            call()
-            synchronise(device)
-            seconds.append(time.perf_counter() - started)
+        seconds = [timed(device, call)[0] for _ in range(repeats + warm_up)]
     return float(np.median(seconds[warm_up:])), added_mib[0]
 
 
@@ -135,19 +98,19 @@ def timed(call: Callable[[], Any], repeats: int = 1, warm_up: bool = False) -> t
 
 
 def write_table(folder: Path, rows: int, labels: int = 4) -> Path:
-    """A JSONL file of random words, with as many rows of each label."""
-    drawn = random.Random(0)
+    """Write a JSONL file of random words with balanced labels; return its path."""
+    rng = random.Random(0)
     path = folder / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for place in range(rows):
-            text, rationale = (" ".join(drawn.choices(WORDS, k=k)) for k in (TEXT_WORDS, RATIONALE_WORDS))
+            text, rationale = (" ".join(rng.choices(WORDS, k=k)) for k in (TEXT_WORDS, RATIONALE_WORDS))
             row = {"text": text, "label": f"label {place % labels}", "rationale": rationale}
             file.write(json.dumps(row) + "\n")
     return path
 
 
 def run_config(path: Path) -> RunConfig:
-    """One epoch of DHRD on the tiny backbone."""
+    """Return the configuration of one DHRD epoch on the tiny backbone."""
     return RunConfig(
         model=ModelConfig(backbone="tiny"),
         data=DataConfig(task=str(path)),
@@ -155,22 +118,33 @@ def run_config(path: Path) -> RunConfig:
     )
 
 
-def reading(rows: int, folder: Path, _: str) -> tuple[float, float]:
-    """The file, as a task with its splits."""
+def reading(rows: int, folder: Path, _: str) -> Timing:
+    """Read a file as a task with its splits."""
     config = run_config(write_table(folder, rows)).data
-    return timed(lambda: load_rows(config))
+    return time_and_memory(lambda: load_rows(config))
 
 
-def encoding(rows: int, folder: Path, _: str) -> tuple[float, float]:
-    """The train split, as token ids; its memory is that of the encoding, above that of the rows."""
-    config = run_config(write_table(folder, rows)).data
-    task, splits = load_rows(config)
+def encoding(rows: int, folder: Path, _: str) -> Timing:
+    """Encode the train split as token ids."""
+    task, splits = load_rows(run_config(write_table(folder, rows)).data)
     fmt = build_model(ModelConfig(backbone="tiny"), task).sequence_format
-    return timed(lambda: encode_split(splits["train"], fmt, task.verbalizers, with_rationale=True))
+    return time_and_memory(lambda: encode_split(splits["train"], fmt, task.verbalizers, with_rationale=True))
 
 
-def start_up(rows: int, folder: Path, _: str, labels: int = 4) -> tuple[float, float]:
-    """A training up to its first step: reading, encoding, model, sampler and optimiser."""
+class FirstStep(Exception):
+    """Raised when training reaches its first step."""
+
+
+class StopAtFirstStep(TrainerCallback):
+    """Stop a training before its first step."""
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Raise `FirstStep`."""
+        raise FirstStep
+
+
+def start_up(rows: int, folder: Path, _: str, labels: int = 4) -> Timing:
+    """Start a training: reading, encoding, model, sampler and optimizer."""
     config = run_config(write_table(folder, rows, labels))
 
     def start() -> None:
@@ -179,149 +153,124 @@ def start_up(rows: int, folder: Path, _: str, labels: int = 4) -> tuple[float, f
         except FirstStep:
             return
 
-    return timed(start)
+    return time_and_memory(start)
 
 
-def prediction(rows: int, folder: Path, _: str) -> tuple[float, float]:
-    """The labels and probabilities of every text of a file, reading included."""
+def prediction(rows: int, folder: Path, _: str) -> Timing:
+    """Classify every text of a file, reading included."""
     path = write_table(folder, rows)
     model = tiny_model(folder, labels=4)
-    return timed(lambda: model.predict(read_rows(path)))
+    return time_and_memory(lambda: model.predict(read_rows(path)))
 
 
 def tiny_model(folder: Path, labels: int) -> DHRDModel:
-    """A tiny untrained classifier."""
+    """Return a tiny untrained classifier."""
     (folder / "task").mkdir()
     task, _ = load_task(str(write_table(folder / "task", 4 * labels, labels)))
     return build_model(ModelConfig(backbone="tiny"), task)
 
 
-def start_up_by_labels(labels: int, folder: Path, backbone: str) -> tuple[float, float]:
-    """As `start_up`, with a number of rows that doesn't grow."""
-    return start_up(ROWS_WITH_LABELS, folder, backbone, labels)
-
-
-def step_by_labels(labels: int, folder: Path, _: str) -> tuple[float, float]:
-    """One training step of 16 rows of 80 tokens."""
-    model = tiny_model(folder, labels)
-    return timed(training_step(model, 16, 80), repeats=5, warm_up=True)
-
-
-def classify_by_labels(labels: int, folder: Path, _: str) -> tuple[float, float]:
-    """`classify` of 16 rows of 80 tokens."""
-    model = tiny_model(folder, labels)
-    return timed(classification(model, 16, 80), repeats=5, warm_up=True)
-
-
-def metrics_by_labels(labels: int, _: Path, __: str) -> tuple[float, float]:
-    """Accuracy and macro-F1 of 4000 answers."""
-    gold, said = answers(labels)
-    return timed(lambda: task_metrics(["accuracy", "macro_f1"], gold, said))
-
-
-def interval_by_labels(labels: int, _: Path, __: str) -> tuple[float, float]:
-    """The bootstrap interval of macro-F1 over 4000 answers, with 200 resamples."""
-    gold, said = answers(labels)
-    return timed(lambda: bootstrap_interval(["macro_f1"], gold, said, n_resamples=200))
-
-
-def answers(labels: int) -> np.ndarray:
-    """Random labels and predictions `(2, N)`."""
+def random_labels(labels: int) -> np.ndarray:
+    """Return random gold labels and predictions (2, N)."""
     return np.random.default_rng(0).integers(labels, size=(2, ROWS_WITH_LABELS))
 
 
-# ---------------------------------------------------------------------- lengths
+# ---------------------------------------------------------------------- steps
 
 
-def step_by_length(tokens: int, folder: Path, backbone: str) -> tuple[float, float]:
-    """Forward and backward pass of one DHRD row, half of it input."""
-    return timed(training_step(long_model(backbone), 1, tokens), repeats=3, warm_up=True)
-
-
-def classify_by_length(tokens: int, folder: Path, backbone: str) -> tuple[float, float]:
-    """`classify` of one input."""
-    return timed(classification(long_model(backbone), 1, tokens), repeats=3, warm_up=True)
-
-
-def long_model(backbone: str) -> DHRDModel:
-    """An untrained two-class model on the backbone of the lengths."""
+def untrained(backbone: str) -> DHRDModel:
+    """Return an untrained two-class model on the backbone of the lengths."""
     task, _ = load_task("everyday_nli")
-    return build_model(ModelConfig(backbone=backbone), task, backbone=load_backbone(backbone))
+    return build_model(ModelConfig(backbone=backbone), task)
 
 
-def random_batch(model: DHRDModel, rows: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Rows of random ids without padding."""
-    ids = torch.randint(5, model.backbone.config.vocab_size - 5, (rows, tokens), device=model.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def training_step(model: DHRDModel, rows: int, tokens: int) -> Callable[[], None]:
-    """Both losses and their gradients, without the optimiser."""
+def time_step(model: DHRDModel, rows: int, tokens: int, repeats: int) -> Timing:
+    """Time both losses and their gradients without the optimizer; half of each row is input."""
     batch = random_batch(model, rows, tokens)
-    input_mask = batch["attention_mask"].clone()
-    input_mask[:, tokens // 2 :] = 0
-    labels = torch.zeros(rows, dtype=torch.long, device=model.device)
+    batch["input_mask"] = batch["attention_mask"].clone()
+    batch["input_mask"][:, tokens // 2 :] = 0
+    batch["class_labels"] = batch["input_ids"].new_zeros(rows)
     model.train()
 
     def step() -> None:
         model.zero_grad()
-        out = model(**batch, input_mask=input_mask, class_labels=labels, lm_labels=batch["input_ids"])
-        out.loss.backward()
+        model(**batch, lm_labels=batch["input_ids"]).loss.backward()
 
-    return step
-
-
-def classification(model: DHRDModel, rows: int, tokens: int) -> Callable[[], None]:
-    """Class logits alone."""
-    batch = random_batch(model, rows, tokens)
-    model.eval()
-
-    def classify() -> None:
-        with torch.inference_mode():
-            model.classify(**batch)
-
-    return classify
+    return time_and_memory(step, repeats, warm_up=True)
 
 
-MEASURES: dict[tuple[str, str], Callable[[int, Path, str], tuple[float, float]]] = {
+def time_classify(model: DHRDModel, rows: int, tokens: int, repeats: int) -> Timing:
+    """Time the class logits alone."""
+    batch = random_batch(model.eval(), rows, tokens)
+    return time_and_memory(lambda: classify(model, batch), repeats, warm_up=True)
+
+
+POINTS: dict[tuple[str, str], Callable[[int, Path, str], Timing]] = {
     ("rows", "reading"): reading,
     ("rows", "encoding"): encoding,
     ("rows", "training start-up"): start_up,
     ("rows", "prediction"): prediction,
-    ("tokens", "DHRD step"): step_by_length,
-    ("tokens", "classify"): classify_by_length,
-    ("labels", "training start-up"): start_up_by_labels,
-    ("labels", "DHRD step"): step_by_labels,
-    ("labels", "classify"): classify_by_labels,
-    ("labels", "metrics"): metrics_by_labels,
-    ("labels", "bootstrap"): interval_by_labels,
+    ("tokens", "DHRD step"): lambda tokens, _, backbone: time_step(untrained(backbone), 1, tokens, 3),
+    ("tokens", "classify"): lambda tokens, _, backbone: time_classify(untrained(backbone), 1, tokens, 3),
+    ("labels", "training start-up"): lambda n, folder, _: start_up(ROWS_WITH_LABELS, folder, _, n),
+    ("labels", "DHRD step"): lambda n, folder, _: time_step(tiny_model(folder, n), 16, 80, 5),
+    ("labels", "classify"): lambda n, folder, _: time_classify(tiny_model(folder, n), 16, 80, 5),
+    ("labels", "metrics"): lambda n, *_: time_and_memory(
+        lambda: task_metrics(["accuracy", "macro_f1"], *random_labels(n))
+    ),
+    ("labels", "bootstrap"): lambda n, *_: time_and_memory(
+        lambda: bootstrap_interval(["macro_f1"], *random_labels(n), n_resamples=200)
+    ),
 }
 
 
-# ---------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------- slopes
 
 
-def slopes(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The power with which seconds and memory grow, for each line."""
-    found = []
-    for (factor, what), part in table.groupby(["factor", "what"], sort=False):
-        row = {"factor": factor, "what": what}
-        for measure in ("seconds", "added_mib"):
-            row[f"{measure}_slope"] = plots.log_slope(part["size"], part[measure])
-        found.append(row)
-    return found
+def log_slope(sizes: pd.Series, values: pd.Series) -> float | None:
+    """Return the power with which values grow with sizes: least squares on the logs.
+
+    None for fewer than two points, and where a value is missing: a slope of the others isn't the line's.
+    """
+    if len(sizes) < 2 or values.isna().any():
+        return None
+    return float(np.polyfit(np.log(sizes.astype(float)), np.log(values.astype(float)), 1)[0])
 
 
-def write(result: dict, table: pd.DataFrame, folder: Path) -> None:
-    """The JSON file, the page, and what is printed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "growth.json", result)
-    plots.growth_lines(table).write_html(folder / "growth.html", include_plotlyjs=True)
-    for row in result["slopes"]:
-        line = f"{row['what']} by {row['factor']}: seconds grow with the power {row['seconds_slope'] or 0:.2f}"
-        memory = row["added_mib_slope"]
-        print(line + (f", memory with {memory:.2f}" if memory is not None else ", memory is too little to tell"))
-    print(f"{result['seconds']:.0f} s in all; {folder / 'growth.json'}, {folder / 'growth.html'}")
+def growth_lines(points: pd.DataFrame) -> go.Figure:
+    """Draw seconds and memory against size on log axes: a column per factor, a line per measured call.
+
+    `points` has the columns factor, what, size, seconds and added_mib (missing where too small). The legend gives
+    the `log_slope` of each line: 1 is proportional, 2 quadratic.
+    """
+    table = points.melt(["factor", "what", "size"], list(MEASURES), "measure").dropna(subset="value")
+    lines = {}
+    for (factor, what), part in points.groupby(["factor", "what"]):
+        slopes = [log_slope(part["size"], part[name]) for name in MEASURES]
+        lines[factor, what] = f"{what} by {factor}: " + ", ".join("—" if s is None else f"{s:.2f}" for s in slopes)
+    table["line"] = [lines[key] for key in zip(table["factor"], table["what"], strict=True)]
+    table["measure"] = table["measure"].map(MEASURES)
+    figure = px.line(
+        table,
+        x="size",
+        y="value",
+        color="line",
+        symbol="line",
+        facet_col="factor",
+        facet_row="measure",
+        log_x=True,
+        log_y=True,
+        markers=True,
+        labels={"line": "slope of seconds, of memory"},
+        title="What do more rows, longer sequences and more labels cost? Log axes, slope by least squares",
+        template=plots.TEMPLATE,
+        height=760,
+    )
+    figure.for_each_annotation(lambda note: note.update(text=note.text.split("=")[1]))
+    figure.update_xaxes(matches=None, title=None, showticklabels=True)
+    figure.update_yaxes(matches=None, title=None, showticklabels=True)
+    legend = {"orientation": "v", "x": 1.06, "y": 1, "yanchor": "top"}
+    return figure.update_layout(legend=legend, margin={"t": 70, "r": 30, "b": 40})
 
 
 if __name__ == "__main__":

@@ -504,69 +504,6 @@ def compare_reports(reports: Mapping[str, RationaleReport]) -> go.Figure:
     return figure
 
 
-def growth_lines(points: pd.DataFrame) -> go.Figure:
-    """Seconds and memory against size on log axes, a column of panels a factor, a line a thing that was measured.
-
-    `points` has the columns factor, what, size, seconds and added_mib (NaN where it is too little to tell). A line
-    that has all its points says its slope (`log_slope`): 1 is in proportion, 2 is with the square.
-    """
-    factors = list(dict.fromkeys(points["factor"]))
-    measures = {"seconds": "seconds", "added_mib": "memory added (MiB)"}
-    figure = make_subplots(len(measures), len(factors), vertical_spacing=0.24, horizontal_spacing=0.07)
-    styles = _styles(points["what"])
-    for column, factor in enumerate(factors, 1):
-        for row, (measure, title) in enumerate(measures.items(), 1):
-            figure.update_xaxes(title=factor, type="log", row=row, col=column)
-            figure.update_yaxes(title=title, type="log", row=row, col=column)
-            for what, part in points[points["factor"] == factor].groupby("what", sort=False):
-                slope, part = log_slope(part["size"], part[measure]), part.dropna(subset=measure)
-                if part.empty:
-                    continue
-                told = what if slope is None else f"{what}: slope {slope:.2f}"
-                figure.add_scatter(
-                    x=part["size"],
-                    y=part[measure],
-                    name=told,
-                    legend=f"legend{1 + (row - 1) * len(factors) + column}",
-                    line={"color": styles[what].color, "dash": styles[what].dash},
-                    marker={"symbol": styles[what].symbol, "size": 8},
-                    mode="lines+markers",
-                    hovertemplate=f"{_plain(told)}<br>{factor}: %{{x:,}}<br>{title}: %{{y:.3g}}<extra></extra>",
-                    row=row,
-                    col=column,
-                )
-            _legend_above(figure, 1 + (row - 1) * len(factors) + column, row, column)
-    _dress(figure, "What do more rows, longer sequences and more labels cost? Log axes, slope by least squares")
-    return figure.update_layout(height=480 * len(measures), margin={"t": 170})
-
-
-def log_slope(sizes: Sequence[float], values: Sequence[float]) -> float | None:
-    """The power with which values grow with sizes: least squares on the logs.
-
-    None for fewer than two points, and where a value is missing (NaN): what the others say isn't the line's slope.
-    """
-    values = np.asarray(values, float)
-    if len(sizes) < 2 or np.isnan(values).any():
-        return None
-    return float(np.polyfit(np.log(np.asarray(sizes, float)), np.log(values), 1)[0])
-
-
-def _legend_above(figure: go.Figure, number: int, row: int, column: int) -> None:
-    """A legend of the panel's own, over its left end."""
-    panel = figure.get_subplot(row, column)
-    figure.update_layout(
-        {
-            f"legend{number}": {
-                "orientation": "v",
-                "x": panel.xaxis.domain[0],
-                "y": panel.yaxis.domain[1],
-                "yanchor": "bottom",
-                "font": {"size": 11},
-            }
-        }
-    )
-
-
 def _figure(title: str) -> go.Figure:
     return _dress(go.Figure(), title)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_backbone, tiny_model
 
+from dhrd_lib import modeling
 from dhrd_lib.backbones import decoder_of, layers_of, load_backbone
 from dhrd_lib.config import POOLING_MODES, ConfigError, ModelConfig
 from dhrd_lib.inputs import TaskError, length_sorted_batches
@@ -292,3 +293,23 @@ def test_dropping_padding_changes_no_probability(task):
     model = tiny_model(task)
     small, large = model.predict(TEXTS, max_batch_tokens=1), model.predict(TEXTS, max_batch_tokens=10_000)
     np.testing.assert_allclose(small.probabilities, large.probabilities, atol=1e-5)
+
+
+def test_classify_splits_cpu_batches_and_drops_padding(task, monkeypatch):
+    model = tiny_model(task)
+    texts = [f"{'word ' * (1 + 7 * i % 23)}number {i}" for i in range(12)]
+    rows = [{**row, "class_labels": 0} for row in model.encode_texts(texts)]
+    batch = DHRDCollator(model.tokenizer.pad_token_id)(rows)
+    ids, mask = batch["input_ids"], batch["input_mask"]
+    states = model.trunk_states(ids, mask, 2)
+    computed = []
+    layers_of(model.backbone)[3].register_forward_hook(lambda _, states, out: computed.append(states[0].shape))
+    with torch.no_grad():
+        monkeypatch.setattr(modeling, "CPU_PART_TOKENS", 10**6)
+        whole = model.classify(ids, mask)
+        monkeypatch.setattr(modeling, "CPU_PART_TOKENS", 2 * ids.shape[1])
+        for cached in ((), (states, 2)):
+            torch.testing.assert_close(model.classify(ids, mask, *cached), whole, **EXACT)
+    lengths = mask.sum(1).tolist()
+    expected = [(2, max(lengths[i : i + 2]), 16) for i in range(0, len(rows), 2)]
+    assert [tuple(shape) for shape in computed] == [(len(rows), ids.shape[1], 16), *expected * 2]

@@ -18,7 +18,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
-from benchmarks.harness import classify_flops, train_flops
+from benchmarks.compute import classify_flops, train_flops
 from dhrd_lib.backbones import layers_of, load_backbone
 from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import DHRDModel
@@ -358,21 +358,3 @@ def test_the_documented_growth_is_the_stored_one():
         ]
         row = f"| {slope['what']} | {sizes} {slope['factor']} | {seconds} | {powers[0]} | {memory} | {powers[1]} |"
         assert row in SCALING
-
-
-@pytest.mark.timeout(300)
-def test_the_growth_benchmark_writes_its_points_slopes_and_page(tmp_path):
-    sizes = {"rows": (40, 80), "lengths": (16, 32), "labels": (2, 4)}
-    command = [sys.executable, str(ROOT / "benchmarks" / "growth.py"), "--out", str(tmp_path)]
-    for name, of in sizes.items():
-        command += [f"--{name}", *map(str, of)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout
-    stored = json.loads((tmp_path / "growth.json").read_text())
-    lines = {(row["factor"], row["what"]) for row in stored["slopes"]}
-    assert {factor for factor, _ in lines} == {"rows", "tokens", "labels"}
-    assert len(stored["points"]) == 2 * len(lines)
-    assert all(row["seconds_slope"] is not None for row in stored["slopes"])
-    short = {(point["factor"], point["what"]) for point in stored["points"] if point["added_mib"] is None}
-    assert {(row["factor"], row["what"]) for row in stored["slopes"] if row["added_mib_slope"] is None} == short
-    assert "slope" in (tmp_path / "growth.html").read_text()

@@ -16,11 +16,12 @@ import onnx
 import openvino
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import tiny_model
 from onnx import helper
 from transformers import pipeline
 from typer.testing import CliRunner
 
+from benchmarks import int8_accuracy
 from dhrd_lib import __main__ as cli
 from dhrd_lib.config import (
     HEADS,
@@ -33,7 +34,7 @@ from dhrd_lib.config import (
 )
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.serving.classifier import ExportedClassifier, load_classifier
-from dhrd_lib.serving.export import _smooth, export
+from dhrd_lib.serving.export import _smooth, export, sequence_classifier
 from dhrd_lib.tasks import Task
 from dhrd_lib.training import train
 
@@ -333,10 +334,16 @@ def test_the_benchmark_of_int8_compares_every_row_of_every_run_with_what_trainin
         training=TrainingConfig(max_steps=2),
     )
     runs = [train(config.replace({"name": f"seed{seed}", "training.seed": seed}), tmp_path) for seed in (0, 1)]
-    script = ROOT / "benchmarks" / "int8_accuracy.py"
-    subprocess.run([sys.executable, script, *(run.folder for run in runs), "--out", tmp_path], check=True)
+    int8_accuracy.main([*(str(run.folder) for run in runs), "--out", str(tmp_path)])
     stored = json.loads((tmp_path / "int8_accuracy.json").read_text())
     assert (stored["runs"], stored["rows"]) == (["seed0", "seed1"], 60)
     for found in stored["engines"].values():
         assert found["accuracy_difference"]["n_seeds"] == 2
         assert found["rows_with_another_label"] <= 6  # Untrained logits lie close together.
+
+
+def test_sequence_classifier_shares_the_weights(task):
+    model = tiny_model(task, head="linear")
+    classifier = sequence_classifier(model)
+    assert classifier.model is model.backbone.model
+    assert classifier.score is model.classifier

@@ -126,23 +126,3 @@ class TestFigures:
     def test_text_that_looks_like_markup_is_shown_letter_by_letter(self):
         figure = plots.confusion_matrices({"DHRD": np.eye(2, dtype=int)}, ["<neutral>", "R&D"])
         assert list(figure.data[0].x) == ["&lt;neutral&gt;", "R&amp;D"]
-
-
-def test_growth_lines_say_the_power_of_each_line_and_leave_out_what_cannot_be_told():
-    sizes = [10, 100, 1000]
-    points = pd.DataFrame(
-        {
-            "factor": "rows",
-            "what": ["linear"] * 3 + ["square"] * 3,
-            "size": sizes * 2,
-            "seconds": [0.1 * size for size in sizes] + [1e-3 * size**2 for size in sizes],
-            "added_mib": [None, 20.0, 200.0, None, None, 3.0],
-        }
-    )
-    figure = plots.growth_lines(points)
-    names = [line.name for line in figure.data]
-    # Without a first point, a line's slope can't be told from the others.
-    assert names == ["linear: slope 1.00", "square: slope 2.00", "linear", "square"]
-    assert [len(line.x) for line in figure.data] == [3, 3, 2, 1]
-    assert {axis.type for axis in figure.select_xaxes()} == {"log"}
-    assert plots.log_slope([1], [1]) is None
