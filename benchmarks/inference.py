@@ -39,7 +39,7 @@ from dhrd_lib.tasks import load_rows, load_task
 EXPORTS = {"ONNX Runtime": ("onnx", False), "OpenVINO": ("openvino", False)}
 EXPORTS |= {f"{name} int8": (format, True) for name, (format, _) in EXPORTS.items()}
 FIRST_PREDICTION = (
-    "import sys, json; from dhrd_lib import load_classifier; "
+    "import json, sys; from dhrd_lib.serving.classifier import load_classifier; "
     "load_classifier(sys.argv[1]).predict([json.loads(sys.argv[2])])"
 )
 
