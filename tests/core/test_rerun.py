@@ -57,7 +57,7 @@ def repeat(run: Path, out: Path) -> str:
     return result.stdout
 
 
-def test_a_repeat_on_one_thread_has_the_same_metrics_losses_and_predictions_twice_in_a_row(stored, tmp_path):
+def test_repeat_on_one_thread_is_identical(stored, tmp_path):
     for out in (tmp_path / "first", tmp_path / "second"):
         new = rerun(stored, out)
         assert new.metrics["splits"] == stored.metrics["splits"]
@@ -90,7 +90,7 @@ def apart(one: Run, two: Run) -> tuple[float, float]:
     return np.abs(losses[0] - losses[1]).max(), np.abs(shares[0] - shares[1]).max()
 
 
-def test_the_readme_states_the_tolerance_that_these_tests_hold():
+def test_docs_state_the_tolerance():
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     stated = f"losses stay within {LOSS_TOLERANCE:g} and probabilities within {PROBABILITY_TOLERANCE:g}"
     assert stated in readme
@@ -98,9 +98,7 @@ def test_the_readme_states_the_tolerance_that_these_tests_hold():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_threads_that_share_out_products_stay_within_the_stated_tolerance_and_repeat_themselves(
-    on_two_threads, tmp_path
-):
+def test_two_threads_stay_within_tolerance(on_two_threads, tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     torch.manual_seed(0)
@@ -116,7 +114,7 @@ def test_threads_that_share_out_products_stay_within_the_stated_tolerance_and_re
     assert apart(shared, on_two_threads(shared, tmp_path / "shared again")) == (0, 0)
 
 
-def test_a_repeat_on_two_threads_stays_within_the_stated_tolerance(stored, on_two_threads, tmp_path):
+def test_tiny_repeat_on_two_threads(stored, on_two_threads, tmp_path):
     new = on_two_threads(stored, tmp_path)
     losses, shares = apart(stored, new)
     assert losses < LOSS_TOLERANCE
@@ -125,7 +123,7 @@ def test_a_repeat_on_two_threads_stays_within_the_stated_tolerance(stored, on_tw
     assert threads == ["cpu_threads: 1 then, 2 now"]
 
 
-def test_configuration_environment_and_metrics_are_enough_to_repeat_a_run(stored, tmp_path):
+def test_three_files_are_enough_to_repeat(stored, tmp_path):
     told = repeat(bare(stored, tmp_path / "bare"), tmp_path / "out")
     assert "Environment: the same as stored\n" in told
     for split, metrics in stored.metrics["splits"].items():
@@ -133,7 +131,7 @@ def test_configuration_environment_and_metrics_are_enough_to_repeat_a_run(stored
         assert re.search(rf"{split} +{value} +{value} +not stored", told)
 
 
-def test_the_command_says_what_differs_before_it_trains_and_how_many_predictions_do_after(stored, tmp_path):
+def test_command_reports_differences(stored, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(stored.folder, other)
     changed = {**stored.environment, "cpu_threads": 64}
@@ -154,7 +152,7 @@ def test_the_command_says_what_differs_before_it_trains_and_how_many_predictions
     assert re.search(rf"test +\S+ +\S+ +1 of {len(rest) + 1} differ", body)
 
 
-def test_predictions_for_other_rows_are_not_compared(stored, tmp_path):
+def test_predictions_of_other_rows_are_not_compared(stored, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(stored.folder, other)
     path = other / "predictions_dev.jsonl"
@@ -164,7 +162,7 @@ def test_predictions_for_other_rows_are_not_compared(stored, tmp_path):
     assert table["test"] == "all the same"
 
 
-def test_a_split_that_only_one_of_two_runs_has_is_named(stored):
+def test_split_of_one_run_is_named(stored):
     splits = {**stored.metrics["splits"], "test_old": {"primary": 0.5}}
     del splits["test"]
     table = compare_repeat(replace(stored, metrics={**stored.metrics, "splits": splits}), stored).set_index("split")
@@ -174,7 +172,7 @@ def test_a_split_that_only_one_of_two_runs_has_is_named(stored):
     assert table["new"].isna()["test_old"]
 
 
-def test_a_run_is_not_repeated_in_its_own_folder_of_runs(stored, monkeypatch):
+def test_run_is_not_repeated_in_place(stored, monkeypatch):
     monkeypatch.setattr("dhrd_lib.training._train", lambda *_: pytest.fail("trained again"))
     with pytest.raises(ConfigError, match=r"mine is finished already; expected another folder"):
         rerun(stored, stored.folder.parent)

@@ -89,7 +89,7 @@ def assert_same_weights(one: Run, two: Run, atol: float = 0.0) -> None:
 # ---------------------------------------------------------------------------- what a run stores
 
 
-def test_a_run_stores_its_config_versions_history_predictions_model_and_metrics(finished):
+def test_run_stores_everything(finished):
     assert RunConfig.load(finished.folder / "config.json") == finished.config
     assert finished.environment["packages"]["torch"] == torch.__version__
     assert finished.test_splits == ["test"]
@@ -102,7 +102,7 @@ def test_a_run_stores_its_config_versions_history_predictions_model_and_metrics(
     assert suffixes == {".json", ".jsonl", ".safetensors"}
 
 
-def test_every_term_is_logged_and_adds_up(finished):
+def test_logged_terms_add_up(finished):
     terms = logged(finished, "loss", "class_loss", "lm_loss", "alpha")
     assert len(terms) == finished.metrics["steps"]
     for _, loss, class_loss, lm_loss, alpha in terms:
@@ -112,7 +112,7 @@ def test_every_term_is_logged_and_adds_up(finished):
     assert len(dev) == finished.config.training.epochs
 
 
-def test_the_stored_model_gives_the_stored_predictions(finished):
+def test_stored_model_repeats_stored_predictions(finished):
     model = DHRDModel.from_pretrained(finished.folder / "model")
     rows = finished.predictions("test")
     found = model.predict(rows["input_text"].tolist())
@@ -120,18 +120,18 @@ def test_the_stored_model_gives_the_stored_predictions(finished):
     np.testing.assert_allclose(found.probabilities, np.stack(rows["probabilities"]), atol=1e-5)
 
 
-def test_the_tiny_model_learns_two_classes_that_can_be_told_apart(finished):
+def test_tiny_model_learns_two_classes(finished):
     assert finished.metrics["splits"]["test"]["accuracy"] >= 0.8
 
 
-def test_a_finished_run_is_given_back_and_another_config_in_its_folder_is_refused(finished, monkeypatch):
+def test_finished_run_is_returned_other_config_refused(finished, monkeypatch):
     monkeypatch.setattr("dhrd_lib.training._train", lambda *_: pytest.fail("trained again"))
     assert train(finished.config, finished.folder.parent).metrics == finished.metrics
     with pytest.raises(ConfigError, match="holds a run of another configuration"):
         train(finished.config.replace({"training.alpha": 0.5}), finished.folder.parent)
 
 
-def test_load_runs_gives_a_row_a_run_and_split_with_every_field(finished):
+def test_load_runs_has_a_row_per_run_and_split(finished):
     frame = load_runs(finished.folder.parent)
     assert set(frame["split"]) == {"dev", "test"}
     row = frame[frame["split"] == "test"].iloc[0]
@@ -141,7 +141,7 @@ def test_load_runs_gives_a_row_a_run_and_split_with_every_field(finished):
     assert fields <= set(frame.columns)
 
 
-def test_a_run_goes_by_the_name_of_its_folder_wherever_that_came_from(finished, tmp_path, monkeypatch):
+def test_run_is_named_after_its_folder(finished, tmp_path, monkeypatch):
     for name in ("first", "second"):
         shutil.copytree(finished.folder, tmp_path / name)
     (tmp_path / "link").symlink_to(tmp_path / "second", target_is_directory=True)
@@ -151,12 +151,12 @@ def test_a_run_goes_by_the_name_of_its_folder_wherever_that_came_from(finished, 
     assert load_run(".").name == "first"
 
 
-def test_a_folder_without_a_finished_run_is_named(tmp_path):
+def test_folder_without_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no finished run"):
         load_run(tmp_path)
 
 
-def test_a_run_that_cannot_be_read_is_left_out_of_the_table_with_a_warning_that_names_it(finished, tmp_path):
+def test_unreadable_run_is_left_out_with_warning(finished, tmp_path):
     shutil.copytree(finished.folder, tmp_path / "good")
     shutil.copytree(finished.folder, tmp_path / "torn")
     (tmp_path / "torn" / "metrics.json").write_text('{"splits": {')
@@ -165,10 +165,30 @@ def test_a_run_that_cannot_be_read_is_left_out_of_the_table_with_a_warning_that_
     assert len(frame) == 2
 
 
+def test_run_of_version_0_1_loads(finished, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "old")
+    names, path = finished.label_names, folder / "predictions_test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    indices = [{**row, **{name: names.index(row[name]) for name in ("label", "prediction")}} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in indices))
+    assert load_run(folder).predictions("test").equals(finished.predictions("test"))
+
+
+def test_history_grows_while_the_run_trains(table, tmp_path):
+    lines = []
+
+    class Reader(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            lines.append(len((tmp_path / "run" / "history.jsonl").read_text().splitlines()))
+
+    train(config(table, training__max_steps=4), tmp_path, callbacks=[Reader()])
+    assert lines == [0, 1, 2, 3]
+
+
 # ---------------------------------------------------------------------------- the fixed rules
 
 
-def test_alpha_zero_equals_a_baseline_whose_rows_have_no_rationale_to_the_last_bit(table, tmp_path):
+def test_alpha_zero_is_the_baseline_to_the_last_bit(table, tmp_path):
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     bare = tmp_path / "rows.jsonl"
     bare.write_text("".join(json.dumps({**row, "rationale": None}) + "\n" for row in rows))
@@ -178,7 +198,7 @@ def test_alpha_zero_equals_a_baseline_whose_rows_have_no_rationale_to_the_last_b
     assert_same_weights(ours, theirs)
 
 
-def test_rows_that_all_lack_a_rationale_are_refused_where_alpha_is_above_zero(table, tmp_path):
+def test_alpha_without_any_rationale_is_refused(table, tmp_path):
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     bare = tmp_path / "rows.jsonl"
     bare.write_text("".join(json.dumps({**row, "rationale": None}) + "\n" for row in rows))
@@ -186,15 +206,38 @@ def test_rows_that_all_lack_a_rationale_are_refused_where_alpha_is_above_zero(ta
         train(config(bare), tmp_path)
 
 
-def test_beta_zero_goes_on_over_a_batch_without_any_rationale(table, tmp_path):
+def test_beta_zero_trains_through_batch_without_rationale(table, tmp_path):
     changes = {"training__beta": 0.0, "training__batch_size": 1, "training__epochs": 1}
     losses = [loss for _, loss in logged(train(config(table, **changes), tmp_path), "loss")]
     assert losses.count(0.0) >= 1  # Two rows of the table have no rationale, and dev has at most one of them.
     assert all(np.isfinite(losses))
 
 
+def test_beta_zero_stores_no_class_figures(table, tmp_path):
+    run = train(config(table, training__beta=0.0, training__max_steps=2), tmp_path)
+    assert run.metrics["splits"] == {"dev": {}, "test": {}}
+    assert not {"prediction", "prediction_id", "probabilities"} & set(run.predictions("test"))
+    assert "eval_primary" not in run.history
+    with pytest.raises(ConfigError, match="beta"):
+        run.model().predict(["the app crashed"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"training__learning_rate": 1e30, "training__max_steps": 4}, "the loss is nan at step"),
+        ({"training__alpha": 1e300}, "the loss is inf at step 1"),
+        ({"training__learning_rate": 1e38, "training__max_steps": 1}, "logits that aren't finite"),
+    ],
+)
+def test_diverging_run_is_not_stored(table, tmp_path, changes, problem):
+    with pytest.raises(ConfigError, match=problem):
+        train(config(table, **changes), tmp_path)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_one_row_eight_times_accumulated_equals_eight_rows_at_once(table, tmp_path, alpha):
+def test_accumulation_equals_one_batch(table, tmp_path, alpha):
     whole = train(config(table, "whole", training__alpha=alpha), tmp_path)
     parts = config(
         table,
@@ -232,7 +275,7 @@ def launch(arguments: list[str], **environment: str) -> subprocess.Popen:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("alive_until", [3, 7])
-def test_a_killed_run_goes_on_to_the_same_losses_and_weights(table, tmp_path, alive_until):
+def test_killed_run_resumes_to_same_weights(table, tmp_path, alive_until):
     changes = {"training__eval_steps": 2, "training__epochs": 2, "training__alpha_schedule": "linear"}
     straight = train(config(table, "straight", **changes), tmp_path)
     killed = config(table, "killed", **changes)
@@ -272,7 +315,7 @@ DHRDTrainer.training_step = waits
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("end", ["finished", "killed"])
-def test_a_run_that_another_process_trains_is_waited_for_and_trained_by_one_at_a_time(table, tmp_path, end):
+def test_second_process_waits_for_run(table, tmp_path, end):
     own = config(table, training__eval_steps=2)
     own.save(tmp_path / "run.json")
     (tmp_path / "held.py").write_text(HELD + SCRIPT)
@@ -297,7 +340,7 @@ def test_a_run_that_another_process_trains_is_waited_for_and_trained_by_one_at_a
 
 
 class StopAt(TrainerCallback):
-    """Interrupts a training at the beginning of a step."""
+    """Interrupt training at the beginning of a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -308,7 +351,7 @@ class StopAt(TrainerCallback):
 
 
 class Steps(TrainerCallback):
-    """Records the steps that were trained."""
+    """Record the steps that were trained."""
 
     def __init__(self) -> None:
         self.trained = []
@@ -318,7 +361,7 @@ class Steps(TrainerCallback):
 
 
 class StopOnceSaved(StopAt):
-    """Interrupts a training when a step's checkpoint is written."""
+    """Interrupt training when a step's checkpoint is written."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         pass
@@ -329,7 +372,7 @@ class StopOnceSaved(StopAt):
 
 
 @pytest.mark.parametrize("stops", [[3], [3, 5]])
-def test_a_stopped_run_has_the_tokens_of_an_unstopped_one_and_the_seconds_of_all_its_parts(table, tmp_path, stops):
+def test_resume_keeps_tokens_and_seconds(table, tmp_path, stops):
     class Slow(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             time.sleep(0.3 if state.global_step < 2 else 0)
@@ -349,7 +392,7 @@ def test_a_stopped_run_has_the_tokens_of_an_unstopped_one_and_the_seconds_of_all
 
 
 @pytest.mark.parametrize("max_steps", [0, 6])
-def test_a_run_that_was_stopped_after_its_last_step_trains_no_other(table, tmp_path, max_steps):
+def test_resume_after_last_step_trains_no_other(table, tmp_path, max_steps):
     own = config(table, training__eval_steps=2, training__max_steps=max_steps)
     straight = train(own, tmp_path / "straight")
     last = straight.metrics["steps"]
@@ -363,7 +406,7 @@ def test_a_run_that_was_stopped_after_its_last_step_trains_no_other(table, tmp_p
 
 
 @pytest.mark.parametrize("stopped", ["in its fourth step", "out of patience"])
-def test_a_stopped_run_has_the_patience_that_it_had_left_and_calls_the_callers_callbacks(table, tmp_path, stopped):
+def test_resume_restores_early_stopping_patience(table, tmp_path, stopped):
     idle = {"training__learning_rate": 1e-9, "training__classifier_learning_rate": 1e-9}
     own = config(table, training__eval_steps=1, training__early_stopping_patience=3, **idle)
     straight = train(own, tmp_path / "straight")
@@ -379,7 +422,7 @@ def test_a_stopped_run_has_the_patience_that_it_had_left_and_calls_the_callers_c
 
 
 @pytest.mark.parametrize("changed", ["a text", "nothing"])
-def test_a_stopped_run_goes_on_with_the_rows_it_was_begun_with_and_no_others(table, tmp_path, changed):
+def test_resume_requires_the_same_rows(table, tmp_path, changed):
     rows = shutil.copy(table, tmp_path / "rows.jsonl")
     own = config(rows, training__eval_steps=2)
     with pytest.raises(KeyboardInterrupt):
@@ -393,7 +436,7 @@ def test_a_stopped_run_goes_on_with_the_rows_it_was_begun_with_and_no_others(tab
         assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_the_trunk_cache_changes_no_loss_and_no_weight(table, tmp_path):
+def test_trunk_cache_changes_no_loss(table, tmp_path):
     changes = {"model__freeze_layers": 2}
     cached = train(config(table, "cached", **changes), tmp_path)
     plain = train(config(table, "plain", **changes, training__cache_trunk=False), tmp_path)
@@ -402,7 +445,7 @@ def test_the_trunk_cache_changes_no_loss_and_no_weight(table, tmp_path):
     assert_same_weights(cached, plain, atol=1e-4)
 
 
-def test_frozen_layers_stay_as_they_were(table, tmp_path):
+def test_frozen_layers_do_not_change(table, tmp_path):
     from dhrd_lib.backbones import load_backbone
 
     run = train(config(table, "frozen", model__freeze_layers=2), tmp_path)
@@ -414,7 +457,7 @@ def test_frozen_layers_stay_as_they_were(table, tmp_path):
             assert torch.equal(tensor, own[name]) == frozen, name
 
 
-def test_beta_zero_trains_no_classifier_and_selects_by_dev_lm_loss(table, tmp_path):
+def test_beta_zero_selects_by_dev_lm_loss(table, tmp_path):
     run = train(config(table, "cot", training__beta=0.0), tmp_path)
     first, *_, last = logged(run, "loss", "lm_loss")
     assert first[1] == pytest.approx(first[2], abs=1e-4)
@@ -426,7 +469,7 @@ def test_beta_zero_trains_no_classifier_and_selects_by_dev_lm_loss(table, tmp_pa
     assert torch.equal(weights(run)[name], weights(fresh)[name])
 
 
-def test_the_best_dev_checkpoint_is_kept(finished):
+def test_best_dev_checkpoint_is_kept(finished):
     dev = finished.history.dropna(subset=["eval_primary"])
     assert finished.metrics["best_step"] == dev.loc[dev["eval_primary"].idxmax(), "step"]
     best = dev["eval_primary"].max()
@@ -437,11 +480,11 @@ def test_the_best_dev_checkpoint_is_kept(finished):
     ("schedule", "expected"),
     [("constant", [2, 2, 2]), ("linear", [2, 1, 0]), ("cosine", [2, 1, 0])],
 )
-def test_alpha_is_kept_or_annealed_to_zero(schedule, expected):
+def test_alpha_schedules(schedule, expected):
     assert [scheduled_alpha(2.0, schedule, step, 5) for step in (0, 2, 4)] == pytest.approx(expected)
 
 
-def test_grouped_sampler_gives_each_row_once_in_groups_of_like_length_by_seed_and_epoch():
+def test_sampler_groups_rows_of_similar_length():
     lengths = np.random.default_rng(0).integers(5, 200, 333).tolist()
     sampler = LengthGroupedSampler(lengths, group_size=8, seed=4)
     order = list(sampler)
@@ -503,7 +546,7 @@ def trace(run: Run) -> tuple:
 
 
 @pytest.mark.parametrize("field", CHANGES)
-def test_every_field_changes_what_a_run_computes(table, tmp_path, finished, field, tmp_path_factory):
+def test_every_field_changes_the_run(table, tmp_path, finished, field, tmp_path_factory):
     value = CHANGES[field]
     if value == "saved folder":
         from conftest import tiny_backbone
@@ -524,7 +567,7 @@ def test_every_field_changes_what_a_run_computes(table, tmp_path, finished, fiel
     assert trace(changed) != trace(finished)
 
 
-def test_fields_that_change_no_result_change_what_they_say(table, tmp_path, finished, monkeypatch):
+def test_other_fields_reach_what_they_control(table, tmp_path, finished, monkeypatch):
     """Device, LoRA's numbers, chunk, evaluation batch, patience and reporting reach what they steer."""
     from dhrd_lib import training
 
@@ -562,7 +605,7 @@ def test_fields_that_change_no_result_change_what_they_say(table, tmp_path, fini
         train(config(table, "elsewhere", model__device="nowhere"), tmp_path)
 
 
-def test_a_run_that_keeps_no_model_has_its_predictions_all_the_same(table, tmp_path, finished):
+def test_keep_model_false_keeps_predictions(table, tmp_path, finished):
     run = train(config(table, "light", training__keep_model=False), tmp_path)
     assert run.predictions("test").equals(finished.predictions("test"))
     with pytest.raises(
@@ -571,7 +614,7 @@ def test_a_run_that_keeps_no_model_has_its_predictions_all_the_same(table, tmp_p
         DHRDModel.from_pretrained(run.folder / "model")
 
 
-def test_every_field_is_covered_by_the_two_tests_above():
+def test_every_field_is_tested():
     named = {
         f"{part}__{name}"
         for part, section in (
@@ -586,8 +629,8 @@ def test_every_field_is_covered_by_the_two_tests_above():
         *("training__lm_chunk_tokens", "training__eval_batch_size", "training__early_stopping_patience"),
         "training__report_to",
         *("data__metrics", "data__truncation_side", "training__class_weights"),
-        "training__cache_trunk",  # test_the_trunk_cache_changes_no_loss_and_no_weight
-        "training__keep_model",  # test_a_run_that_keeps_no_model_has_its_predictions_all_the_same
+        "training__cache_trunk",  # test_trunk_cache_changes_no_loss
+        "training__keep_model",  # test_keep_model_false_keeps_predictions
         *("data__task", "data__data_dir", "data__text", "data__label"),  # tests/test_tasks.py
     }
     assert named == set(CHANGES) | steered
