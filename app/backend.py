@@ -18,8 +18,7 @@ from app.settings import KEPT_MODELS, MAX_CHARACTERS, MAX_FIELDS, MAX_NEW_TOKENS
 from benchmarks.harness import synchronize
 from dhrd_lib.backbones import Backbone, load_backbone, resolve_device
 from dhrd_lib.config import ConfigError
-from dhrd_lib.cot import decoding as cots
-from dhrd_lib.cot.decoding import CoT, Decoding, Written
+from dhrd_lib.cot import CoT, Decoding, Generations
 from dhrd_lib.evaluation import NO_ANSWER
 from dhrd_lib.inputs import Predictions
 from dhrd_lib.modeling import DHRDModel
@@ -167,11 +166,11 @@ class Backend:
 
     def _cot(self, task: str, run: str, beside: Sequence[str | None]) -> CoT:
         if run != ZERO_SHOT:
-            return cots.fine_tuned(self._model(run))
+            return CoT.from_model(self._model(run))
         runs = stored.usable_runs(self.settings.runs)
         name = stored.backbone_of(runs, task, beside, self.settings.backbone)
         known = stored.shared_task(self.settings.runs, task, beside)
-        return cots.zero_shot(self._kept(("backbone", name), lambda: _load_backbone(name, known)), known)
+        return CoT.from_backbone(self._kept(("backbone", name), lambda: _load_backbone(name, known)), known)
 
     def _kept(self, key: tuple[str, str], load: Callable[[], _Loaded]) -> DHRDModel | Backbone:
         if key in self._models and not self._models[key].is_current:
@@ -187,7 +186,7 @@ class Backend:
         run = stored.find_run(self.settings.runs, name)
         written = stored.written(run.folder)  # before it is read, so that what is written meanwhile is newer
         model = DHRDModel.from_pretrained(run.folder / "model").to(resolve_device(None))
-        _warm_up(cots.fine_tuned(model))
+        _warm_up(CoT.from_model(model))
         for text in _WARM_UP:
             model.predict([dict.fromkeys(template_fields(model.config.template), text)])
         return _Loaded(model, run.folder, written)
@@ -195,14 +194,14 @@ class Backend:
 
 def _load_backbone(name: str, task: stored.Task) -> _Loaded:
     backbone = load_backbone(name)
-    _warm_up(cots.zero_shot(backbone, task))
+    _warm_up(CoT.from_backbone(backbone, task))
     return _Loaded(backbone)
 
 
 def _warm_up(cot: CoT) -> None:
     """The first calls of a model are slower, and nobody's latency shall be one of them."""
     for text in _WARM_UP:
-        cot.write([dict.fromkeys(template_fields(cot.template), text)], Decoding(max_new_tokens=2))
+        cot.generate([dict.fromkeys(template_fields(cot.template), text)], Decoding(max_new_tokens=2))
 
 
 def _check(texts: Texts, template: str, where: str = "The input") -> None:
@@ -234,15 +233,15 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return elapsed_ms
 
 
-def _so_far(cot: CoT, written: Written, before_ms: float) -> Stream:
+def _so_far(cot: CoT, written: Generations, before_ms: float) -> Stream:
     ids = written.samples[0][0]
     text = cot.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
     return Stream(text, len(ids), before_ms + 1000 * written.seconds)
 
 
-def _whole(cot: CoT, written: Written, before_ms: float, tokens_read: int) -> Stream:
+def _whole(cot: CoT, written: Generations, before_ms: float, tokens_read: int) -> Stream:
     last = _so_far(cot, written, before_ms)
-    said = int(cot.parse(written).predictions[0])
-    shares = dict(zip(cot.label_names, cot.score(written).shares[0].tolist(), strict=True))
+    said = int(cot.parse(written).prediction_ids[0])
+    shares = dict(zip(cot.label_names, cot.score(written).probabilities[0].tolist(), strict=True))
     label = None if said == NO_ANSWER else cot.label_names[said]
     return replace(last, answer=Answer(label, shares, last.latency_ms, tokens_read, last.tokens))

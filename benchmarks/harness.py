@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import nn
 from transformers import pipeline
 
 from dhrd_lib.config import ConfigError
-from dhrd_lib.cot.decoding import Answers, CoT, Decoding, Written
+from dhrd_lib.cot import CoT, CoTPredictions, Decoding, Generations
 from dhrd_lib.inputs import length_sorted_batches
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.serving.classifier import CPU_PART_TOKENS, ExportedClassifier
@@ -303,24 +303,23 @@ def cot_system(
     """
     decoding = decoding or Decoding()
 
-    def decode(texts: Sequence[str], batch_size: int, max_new_tokens: int) -> tuple[Written, Answers]:
-        generated = cot.write(texts, replace(decoding, batch_size=batch_size, max_new_tokens=max_new_tokens))
+    def decode(texts: Sequence[str], batch_size: int, max_new_tokens: int) -> tuple[Generations, CoTPredictions]:
+        chosen = decoding.replace({"batch_size": batch_size, "max_new_tokens": max_new_tokens})
+        generated = cot.generate(texts, chosen)
         return generated, cot.parse(generated) if reading == "parsed" else cot.score(generated)
 
-    def answer(texts: Sequence[str], batch_size: int) -> tuple[Written, Answers]:
+    def answer(texts: Sequence[str], batch_size: int) -> tuple[Generations, CoTPredictions]:
         return decode(texts, batch_size, decoding.max_new_tokens)
 
-    def probe(texts: Sequence[str], batch_size: int) -> tuple[Written, Answers]:
+    def probe(texts: Sequence[str], batch_size: int) -> tuple[Generations, CoTPredictions]:
         return decode(texts, batch_size, min(decoding.max_new_tokens, 8))
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return [cot.encode_prompt(text) for text in texts]
 
-    def count(texts: Sequence[str], batch_size: int, answers: tuple[Written, Answers]) -> Tokens:
+    def count(texts: Sequence[str], batch_size: int, answers: tuple[Generations, CoTPredictions]) -> Tokens:
         lengths = sorted(map(len, encode(texts)), reverse=True)
-        return _tokens_by_rows(lengths, batch_size)._replace(
-            written=sum(len(ids) for row in answers[0].samples for ids in row)
-        )
+        return _tokens_by_rows(lengths, batch_size)._replace(written=int(answers[0].tokens.sum()))
 
     device, weights = cot.lm.device, weights_mib(cot.lm)
     return System(name, answer, encode, count, settings, "rows", device, weights, probe=probe, **limits)
@@ -329,7 +328,7 @@ def cot_system(
 def lm_head_system(name: str, cot: CoT, settings: tuple[int, ...] = (1,), **limits: int) -> System:
     """Wrap the LM head alone: verbalizers scored right after the input (budget 0)."""
 
-    def answer(texts: Sequence[str], max_batch_tokens: int) -> Answers:
+    def answer(texts: Sequence[str], max_batch_tokens: int) -> CoTPredictions:
         return cot.without_rationale(texts, max_batch_tokens=max_batch_tokens)
 
     def encode(texts: Sequence[str]) -> list[list[int]]:

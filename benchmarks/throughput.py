@@ -30,9 +30,10 @@ from benchmarks.harness import (
 )
 from dhrd_lib.backbones import Backbone, load_backbone
 from dhrd_lib.config import ModelConfig
-from dhrd_lib.cot.decoding import BUDGETS, CoT, Decoding, fine_tuned, zero_shot
+from dhrd_lib.cot import CoT, Decoding
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.studies import plots
+from dhrd_lib.studies.cot_budget import BUDGETS
 from dhrd_lib.tasks import TASKS, Task
 
 # The pipeline's default of 1 answers every text; batches, whose padding takes minutes, answer some of them.
@@ -106,7 +107,7 @@ def models(run: str, backbone: str, max_input_tokens: int) -> tuple[DHRDModel, D
         ).eval()
         for seed in (0, 1)
     )
-    return dhrd, baseline, fine_tuned(dhrd) if run else zero_shot(loaded, task)
+    return dhrd, baseline, CoT.from_model(dhrd) if run else CoT.from_backbone(loaded, task)
 
 
 def systems(dhrd: DHRDModel, baseline: DHRDModel, cot: CoT, max_new_tokens: int) -> list[System]:

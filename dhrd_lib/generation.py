@@ -6,14 +6,14 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dhrd_lib.config import ConfigError
 
@@ -39,8 +39,18 @@ def generate(
     the draws depend on it and on the batch, and the caller's random state is left as it was.
     """
     ids, mask = left_padded(prompts, tokenizer.pad_token_id, lm.device)
-    ends = end_ids(lm, tokenizer)
-    watch = _Watch(tokenizer, ids.shape, is_complete, on_step)
+    start, ends = ids.shape[1], end_ids(lm, tokenizer)
+    lengths = [0] * len(prompts)  # of the rows that are complete
+
+    def watch(all_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        rows = all_ids[:, start:].tolist()
+        for i, row in enumerate(rows):
+            # Markers may be special tokens, so these are not skipped.
+            if is_complete and not lengths[i] and is_complete(tokenizer.decode(row[-TEXT_WINDOW:])):
+                lengths[i] = len(row)
+        is_stopped = on_step is not None and on_step(rows)
+        return torch.tensor([is_stopped or length > 0 for length in lengths], device=all_ids.device)
+
     devices = [lm.device] if lm.device.type == "cuda" else []
     with nullcontext() if seed is None else torch.random.fork_rng(devices=devices):
         if seed is not None:
@@ -52,11 +62,11 @@ def generate(
             eos_token_id=sorted(ends) or None,
             stopping_criteria=[watch],
             **arguments,
-        )[:, ids.shape[1] :].tolist()
-    for row, complete in zip(rows, watch.lengths.tolist(), strict=True):
+        )[:, start:].tolist()
+    for row, length in zip(rows, lengths, strict=True):
         # What follows an end token or a complete text is padding, which may be the end token itself.
         end = next((place for place, token in enumerate(row, 1) if token in ends), len(row))
-        del row[min(end, complete or end) :]
+        del row[min(end, length or end) :]
     return rows
 
 
@@ -96,30 +106,6 @@ def stream(
         thread.join()
 
 
-class _Watch(StoppingCriteria):
-    """Ends the rows that are complete and remembers their lengths; ends all of them when `on_step` says so."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt_shape: torch.Size,
-        is_complete: Callable[[str], bool] | None,
-        on_step: Callable[[list[list[int]]], bool] | None,
-    ) -> None:
-        rows, self._start = prompt_shape
-        self._tokenizer, self._is_complete, self._on_step = tokenizer, is_complete, on_step
-        self.lengths = torch.zeros(rows, dtype=torch.long)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.BoolTensor:
-        new = input_ids[:, self._start :].tolist()
-        for i in (self.lengths == 0).nonzero().flatten().tolist() if self._is_complete else ():
-            # Markers may be special tokens, so these are not skipped.
-            if self._is_complete(self._tokenizer.decode(new[i][-TEXT_WINDOW:])):
-                self.lengths[i] = len(new[i])
-        stopped = self._on_step is not None and self._on_step(new)
-        return ((self.lengths > 0) | stopped).to(input_ids.device)
-
-
 def left_padded(
     rows: Sequence[list[int]], pad_token_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,23 +136,22 @@ def check_context(lm: PreTrainedModel, prompts: Sequence[list[int]], max_new_tok
         )
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> list[int]:
-    """Return the ids of a chat, up to where the assistant's next turn begins; turns have `role` and `content`.
+def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> list[int]:
+    """Return the ids of a chat of (role, content), up to where the assistant's next turn begins.
 
     A tokenizer without a chat template gets the contents as lines of plain text. A special token that a content
     spells is encoded as text, so that no content can end its turn.
     """
     if not tokenizer.chat_template:
-        return tokenizer("\n".join(turn["content"] for turn in turns) + "\n", split_special_tokens=True).input_ids
+        text = "".join(f"{content}\n" for _, content in turns)
+        return tokenizer(text, split_special_tokens=True).input_ids
     special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    fence = secrets.token_hex(16)  # Around such a spelling; no content can contain it.
-    fenced = [
-        {**turn, "content": re.sub("|".join(special), rf"{fence}\g<0>{fence}", turn["content"])} for turn in turns
-    ]
-    chat = tokenizer.apply_chat_template(fenced, tokenize=False, add_generation_prompt=True)
-    # A chat template writes the start token itself.
-    parts = [
-        tokenizer(part, add_special_tokens=False, split_special_tokens=bool(place % 2)).input_ids
-        for place, part in enumerate(chat.split(fence))
-    ]
-    return [token for part in parts for token in part]
+    spelled = re.compile("|".join(special) or "(?!)")
+    fence = secrets.token_hex(16)  # put around such spellings; no content can contain it
+    fenced = [(role, spelled.sub(rf"{fence}\g<0>{fence}", content)) for role, content in turns]
+    messages = [{"role": role, "content": content} for role, content in fenced]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = []
+    for place, part in enumerate(chat.split(fence)):  # The template writes the start token itself.
+        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=place % 2 == 1).input_ids
+    return ids

@@ -23,6 +23,10 @@ SENTINEL = "[END OF REASONING]"
 ROWS_A_PART = 1000
 
 
+# One text (of a template with one field), one row of the template's fields, many of either, or a pandas DataFrame.
+Inputs = str | Mapping[str, Any] | Iterable[str | Mapping[str, Any]]
+
+
 class TaskError(WorkbenchError):
     """The data or the template isn't something that a model can be trained on or asked about."""
 
@@ -78,13 +82,22 @@ def whole_characters(text: str, where: str) -> str:
     return text
 
 
-def render_inputs(template: str, rows: Iterable[Mapping[str, Any] | str]) -> list[str]:
-    """The texts that the model reads for inputs that are to be classified (see `render`).
+def as_inputs(inputs: Inputs) -> list[str | Mapping[str, Any]]:
+    """Return inputs as a list: one text or one row is a list of one, a DataFrame its rows."""
+    if isinstance(inputs, str | Mapping):
+        return [inputs]
+    if not isinstance(inputs, Iterable):
+        raise TaskError(f"inputs is of the type {type(inputs).__name__}; expected texts, rows or a DataFrame.")
+    return inputs.to_dict("records") if hasattr(inputs, "columns") else list(inputs)
+
+
+def render_inputs(template: str, inputs: Inputs) -> list[str]:
+    """Return the texts that the model reads for inputs (see `as_inputs` and `render`).
 
     Raises `TaskError` on one that can't be read or has no text, and counts from 1.
     """
     texts = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(as_inputs(inputs), 1):
         texts.append(render(template, row, f"input {number}"))
         values = [row] if isinstance(row, str) else [row[name] for name in template_fields(template)]
         if not any((as_text(value) or "").strip() for value in values):
@@ -127,13 +140,6 @@ def cut_to_fit(
     if not kept:
         raise TaskError("An input is empty: it has no token; expected at least one.")
     return kept, cut
-
-
-def as_inputs(inputs: Any) -> list[str | Mapping[str, Any]]:
-    """Return what a caller gave to classify as a list: a str or a mapping is one input, a DataFrame its rows."""
-    if isinstance(inputs, str | Mapping):
-        return [inputs]
-    return inputs.to_dict("records") if hasattr(inputs, "iterrows") else list(inputs)
 
 
 def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from dhrd_lib import evaluation
 from dhrd_lib.config import CHANGES_NO_RESULT, HEADS, POOLING_MODES, RunConfig, WorkbenchError, read_json
-from dhrd_lib.cot import decoding as cot
+from dhrd_lib.cot import CoT, Decoding
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import TOTALS, Run, load_run, write_json
 from dhrd_lib.studies.statistics import bootstrap_interval, holm, paired_comparison
@@ -148,7 +148,7 @@ def results_name(ablation: str, base: Mapping[str, Any]) -> str:
     return f"ablation_{ablation}_{task_stem(base)}.json"
 
 
-def answer_by_cot(run: Run, decoding: cot.Decoding | None = None) -> None:
+def answer_by_cot(run: Run, decoding: Decoding | None = None) -> None:
     """Let a run with `beta = 0` answer its first test split by CoT, and keep the answers in its folder.
 
     Greedy by default and at most as long as the rationales that it was taught, with room for the answer.
@@ -157,12 +157,12 @@ def answer_by_cot(run: Run, decoding: cot.Decoding | None = None) -> None:
     path = run.folder / f"cot_{split}.json"
     if path.is_file():
         return
-    decoding = decoding or cot.Decoding(sample=False, max_new_tokens=run.config.data.max_rationale_tokens + 16)
+    decoding = decoding or Decoding(sample=False, max_new_tokens=run.config.data.max_rationale_tokens + 16)
     _, splits = load_rows(run.config.data)
     rows = sorted(splits[split], key=lambda row: row["idx"])
-    system = cot.fine_tuned(DHRDModel.from_pretrained(run.folder / "model"))
-    answers = system.parse(system.write(rows, decoding))
-    write_json(path, {"predictions": answers.predictions.tolist(), "tokens": answers.tokens.tolist()})
+    system = CoT.from_model(DHRDModel.from_pretrained(run.folder / "model"))
+    answers = system.parse(system.generate(rows, decoding))
+    write_json(path, {"predictions": answers.prediction_ids.tolist(), "tokens": answers.tokens.tolist()})
 
 
 def collect(runs: Sequence[Run]) -> pd.DataFrame:

@@ -234,7 +234,7 @@ def accuracy_by_tokens(
 ) -> go.Figure:
     """The metric against the tokens written for a row: a panel a way to ask, a line a way to read the answer.
 
-    `rows` is of `cot.accuracy_by_budget`; `reference` has the metric (fractions) of systems that write nothing,
+    `rows` is of `accuracy_by_budget`; `reference` has the metric (fractions) of systems that write nothing,
     drawn as level lines in every panel. The axis is linear up to 1 token and logarithmic above, so that 0 has its
     place.
     """
@@ -289,7 +289,7 @@ def _tokens(tokens: pd.Series) -> np.ndarray:
 
 
 def cascade_curve(rows: pd.DataFrame, metric: str = "accuracy") -> go.Figure:
-    """The metric against queries a second (log axis), as more rows go on to CoT; `rows` is of `cot.cascade`."""
+    """The metric against queries a second (log axis), as more rows go on to CoT; `rows` is of `cascade`."""
     figure = _figure("What does sending unsure rows to CoT cost? DHRD alone on the right, CoT alone on the left")
     shown = rows.assign(threshold=rows["threshold"].clip(upper=1))
     figure.add_scatter(

@@ -15,7 +15,7 @@ from app_runs import TASK, store_runs
 
 from app.app import build, launch
 from app.settings import Settings
-from dhrd_lib.cot.decoding import CoT
+from dhrd_lib.cot import CoT
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")

@@ -13,7 +13,7 @@ from conftest import tiny_backbone, tiny_model
 from benchmarks import harness
 from benchmarks.harness import Measurement, System, Tokens, measure, ratio
 from dhrd_lib.config import ConfigError, ModelConfig
-from dhrd_lib.cot.decoding import Decoding, fine_tuned
+from dhrd_lib.cot import CoT, Decoding
 from dhrd_lib.modeling import build_model
 from dhrd_lib.serving.classifier import CPU_PART_TOKENS
 from dhrd_lib.tasks import Task
@@ -179,7 +179,7 @@ class TestSystems:
         assert max(ours.settings) <= CPU_PART_TOKENS  # larger batches would be split while they are computed
 
     def test_cot_generates_exactly_its_budget(self, model):
-        cot = fine_tuned(model)
+        cot = CoT.from_model(model)
         system = harness.cot_system("CoT", cot, Decoding(max_new_tokens=20, early_stop=False), (1, 3))
         tokens = system.count(TEXTS[:3], 3, system.answer(TEXTS[:3], 3))
         lengths = [len(cot.encode_prompt(text)) for text in TEXTS[:3]]
@@ -187,9 +187,9 @@ class TestSystems:
         assert [len(row[0]) for row in system.probe(TEXTS[:3], 3)[0].samples] == [8] * 3
 
     def test_lm_head_alone_generates_nothing(self, model):
-        system = harness.lm_head_system("LM head", fine_tuned(model))
+        system = harness.lm_head_system("LM head", CoT.from_model(model))
         answers = system.answer(TEXTS[:3], 1)
-        assert answers.predictions.shape == (3,)
+        assert answers.prediction_ids.shape == (3,)
         assert system.count(TEXTS[:3], 1, answers).written == 0
 
     def test_mixed_texts_are_seeded_and_balanced(self, monkeypatch):

@@ -1,0 +1,225 @@
+"""CoT: prompts as in training, budgets exact to the token, both readings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_backbone, tiny_model
+from datasets import Dataset
+
+from dhrd_lib.config import ConfigError
+from dhrd_lib.cot import CoT, Decoding, Generations, decoding, pick_examples, score_continuations
+from dhrd_lib.evaluation import NO_ANSWER
+from dhrd_lib.inputs import SENTINEL
+from dhrd_lib.modeling import DHRDModel
+from dhrd_lib.sequences import encode_example
+
+TEXTS = ["My lamp broke.", "I was charged twice for one night, and want the money back.", "Why?"]
+SHORT = Decoding(max_new_tokens=24, early_stop=False, temperature=1.0, top_p=1.0)
+
+
+@pytest.fixture(scope="module")
+def model(task) -> DHRDModel:
+    return tiny_model(task)
+
+
+@pytest.fixture(scope="module")
+def cot(model) -> CoT:
+    return CoT.from_model(model)
+
+
+def ids(model, text: str) -> list[int]:
+    return model.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def scripted(monkeypatch, lm, script: list[list[int]]) -> None:
+    """Make the model write `script[row]` whatever it reads."""
+
+    def generate(input_ids, stopping_criteria, max_new_tokens, pad_token_id, **_):
+        for step in range(max_new_tokens):
+            column = [row[step] if step < len(row) else pad_token_id for row in script]
+            input_ids = torch.cat([input_ids, torch.tensor(column)[:, None]], 1)
+            if all(done.all() for done in (stop(input_ids, None) for stop in stopping_criteria)):
+                break
+        return input_ids
+
+    monkeypatch.setattr(lm, "generate", generate)
+
+
+class TestPrompts:
+    def test_trained_model_gets_the_ids_of_training(self, model, cot):
+        text = "Customer: Why?\nWhat must happen next?"
+        row = encode_example(model.sequence_format, text, "Because.", "fix")
+        rest = [token for part in (" Because.", "\nAnswer:", " fix") for token in ids(model, part)]
+        assert row["input_ids"] == cot.encode_prompt(text) + rest
+
+    def test_zero_shot_prompt_names_labels_and_sentinel(self, task):
+        zero = CoT.from_backbone(tiny_backbone("llama"), task)
+        text = zero.tokenizer.decode(zero.encode_prompt("Customer: Why?"))
+        assert all(part in text for part in ("fix, refund, explain", SENTINEL, "Customer: Why?"))
+        assert zero.name == "zero-shot"
+
+    def test_examples_are_earlier_turns_of_the_chat(self, task):
+        backbone = tiny_backbone("llama")
+        backbone.tokenizer.chat_template = "{% for m in messages %}({{ m.role }}){{ m.content }}{% endfor %}"
+        example = {"input_text": "It broke.", "rationale": "It can be repaired.", "label": 0}
+        shots = CoT.from_backbone(backbone, task, [example])
+        text = shots.tokenizer.decode(shots.encode_prompt("Why?"))
+        for part in ("(user)", "It broke.", f"(assistant)It can be repaired. {SENTINEL} fix", "(user)", "Why?"):
+            assert part in text
+            text = text.partition(part)[2]
+        assert shots.name == "1-shot"
+
+    def test_examples_are_seeded_and_alternate_labels(self):
+        train = Dataset.from_list(
+            [{"label": i % 3, "rationale": "why" if i else None, "idx": i} for i in range(30)]
+        )
+        picked = pick_examples(train, 5, seed=1)
+        assert [row["label"] for row in picked] == [0, 1, 2, 0, 1]
+        assert len({row["idx"] for row in picked}) == 5
+        assert picked == pick_examples(train, 5, seed=1) != pick_examples(train, 5, seed=2)
+        with pytest.raises(ConfigError, match="29 rows of train have a rationale; expected at least k=30"):
+            pick_examples(train, 30)
+
+    def test_import_loads_no_openai_client(self):
+        script = "import sys, dhrd_lib.cot; assert 'openai' not in sys.modules"
+        subprocess.run([sys.executable, "-c", script], check=True)
+
+
+class TestDecoding:
+    def test_defaults_are_the_papers(self):
+        expected = {"do_sample": True, "temperature": 0.1, "top_p": 0.7, "top_k": 0, "max_new_tokens": 500}
+        assert Decoding().arguments() == {**expected, "repetition_penalty": 1.0}
+
+    @pytest.mark.parametrize(
+        ("changes", "field"),
+        [({"n_samples": 0}, "n_samples"), ({"n_samples": 2, "sample": False}, "greedy"), ({"top_p": 1.5}, "top_p")],
+    )
+    def test_invalid_parameters_are_refused(self, changes, field):
+        with pytest.raises(ConfigError, match=field):
+            Decoding(**changes)
+
+    @pytest.mark.parametrize("sample", [True, False])
+    @pytest.mark.parametrize("budget", [1, 7, 24])
+    def test_truncation_equals_a_smaller_budget(self, cot, sample, budget):
+        decoding = SHORT.replace({"batch_size": 2, "sample": sample})
+        smaller = cot.generate(TEXTS, decoding.replace({"max_new_tokens": budget}))
+        assert cot.generate(TEXTS, decoding).truncated(budget).samples == smaller.samples
+        assert {len(row[0]) for row in smaller.samples} == {budget}
+
+    def test_row_ends_at_its_answer(self, cot, model, monkeypatch):
+        script = [ids(model, " so\nAnswer: refund. More"), ids(model, " it is so\nAnswer: fix\n And more of it")]
+        scripted(monkeypatch, model.backbone, script)
+        generations = cot.generate(TEXTS[:2], Decoding(max_new_tokens=100))
+        # Longest prompts go first, so the second text is the first row of the batch.
+        decoded = [model.tokenizer.decode(row[0]) for row in generations.samples]
+        assert decoded == [" it is so\nAnswer: fix\n", " so\nAnswer: refund."]
+        assert generations.tokens.tolist() == [len(row[0]) for row in generations.samples]
+
+    def test_early_stop_keeps_predictions(self, cot, model, monkeypatch):
+        texts = [" a\nAnswer: fixed, fix it", " b\nAnswer: refunds", " c\nAnswer: explain refund fix"]
+        scripted(monkeypatch, model.backbone, [ids(model, text) + ids(model, "\nfix\n" * 5) for text in texts])
+        early, whole = (cot.predict(TEXTS, max_new_tokens=40, early_stop=early) for early in (True, False))
+        assert early.labels == whole.labels
+        assert early.tokens.sum() < whole.tokens.sum()
+
+    def test_samples_differ_and_all_count_as_tokens(self, cot):
+        generations = cot.generate(TEXTS, SHORT.replace({"n_samples": 3, "max_new_tokens": 5}))
+        assert [len(row) for row in generations.samples] == [3, 3, 3]
+        assert cot.parse(generations).tokens.tolist() == [15, 15, 15]
+        assert len(set(map(tuple, generations.samples[0]))) > 1
+
+    def test_stream_ends_with_what_generate_returns(self, cot):
+        steps = list(cot.stream(TEXTS[1], SHORT))
+        assert steps[-1].samples == cot.generate([TEXTS[1]], SHORT).samples
+        assert [len(step.samples[0][0]) for step in steps] == list(range(1, 25))
+        with pytest.raises(ConfigError, match="n_samples is 2"):
+            next(cot.stream(TEXTS[0], SHORT.replace({"n_samples": 2})))
+
+    def test_prompt_beyond_the_context_is_refused(self, cot):
+        with pytest.raises(ConfigError, match="context is 2048"):
+            cot.generate(TEXTS, Decoding(max_new_tokens=2040))
+
+
+class TestReading:
+    def test_unanswered_rows_have_no_label(self, cot, model):
+        rows = [ids(model, " broken\nAnswer: refund"), ids(model, " broken\nAnswer: maybe")]
+        predictions = cot.parse(Generations(TEXTS[:2], [[row] for row in rows], 9, 1.0))
+        assert predictions.prediction_ids.tolist() == [1, NO_ANSWER]
+        assert (predictions.labels, predictions.unanswered) == (["refund", None], 1)
+        assert predictions.tokens.tolist() == list(map(len, rows))
+        assert predictions.probabilities.tolist() == [[0, 1, 0], [0, 0, 0]]
+
+    def test_predict_takes_one_text_a_row_or_a_frame(self, cot):
+        options = {"max_new_tokens": 3, "reading": "scored"}
+        expected = cot.predict(TEXTS[:1], **options).probabilities
+        for inputs in (TEXTS[0], {"text": TEXTS[0]}, pd.DataFrame({"text": TEXTS[:1]})):
+            assert np.array_equal(cot.predict(inputs, **options).probabilities, expected)
+
+    def test_rationale_ends_before_the_marker(self, cot, model):
+        before, marker = ids(model, " It is owed"), ids(model, "\nAnswer:")
+        row = before + marker + ids(model, " refund. And more")
+        assert cot._rationale(row) == (before, len(before + marker))
+        assert cot._rationale(before) == (before, len(before))
+        assert cot._rationale([*before, model.tokenizer.eos_token_id]) == (before, len(before) + 1)
+
+    def test_scored_row_is_the_row_of_training(self, cot, model, monkeypatch):
+        scored = []
+
+        def score(lm, prefixes, *_, **__):
+            scored.extend(prefixes)
+            return np.zeros((1, 3))
+
+        monkeypatch.setattr(decoding, "score_continuations", score)
+        fmt, text = model.sequence_format, "Customer: Why?\nWhat must happen next?"
+        cot.score(Generations([text], [[ids(model, " Because.")]], 9, 1.0))
+        cot.without_rationale(["Why?"])
+        # Without a rationale it is the paper's OnlyLabel.
+        rows = [encode_example(fmt, text, rationale, "fix")["input_ids"] for rationale in ("Because.", None)]
+        assert scored == [row[: -len(ids(model, " fix"))] for row in rows]
+
+    def test_scores_are_probabilities_and_answer_each_row(self, cot):
+        predictions = cot.score(cot.generate(TEXTS, SHORT.replace({"n_samples": 2, "max_new_tokens": 4})))
+        np.testing.assert_allclose(predictions.probabilities.sum(1), 1, atol=1e-5)
+        assert predictions.unanswered == 0
+        assert predictions.tokens.tolist() == [8, 8, 8]
+
+    def test_special_markers_are_read(self, task):
+        model = tiny_model(task, markers="special")
+        cot = CoT.from_model(model)
+        row = ids(model, " so") + ids(model, "<ANS>") + ids(model, " refund")
+        assert cot.parse(Generations(["x"], [[row]], 9, 1.0)).labels == ["refund"]
+        assert cot._rationale(row) == (ids(model, " so"), len(ids(model, " so")) + 1)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scores_equal_a_whole_forward(task, architecture):
+    model = tiny_model(task, architecture)
+    prefixes = [ids(model, text) for text in TEXTS]
+    labels = [ids(model, text) for text in (" fix", " refund the money", " explain why")]
+    expected = np.zeros((3, 3))
+    for i, prefix in enumerate(prefixes):
+        for k, label in enumerate(labels):
+            with torch.no_grad():
+                log_probs = model.backbone(torch.tensor([prefix + label])).logits[0].log_softmax(-1)
+            expected[i, k] = sum(log_probs[len(prefix) + j - 1, token] for j, token in enumerate(label))
+    for max_batch_tokens in (1, 10_000):
+        scores = score_continuations(model.backbone, prefixes, labels, 0, max_batch_tokens=max_batch_tokens)
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
+    means = score_continuations(model.backbone, prefixes, labels, 0, mean=True)
+    np.testing.assert_allclose(means, expected / [len(label) for label in labels], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_embedded_backbone_answers_after_examples():
+    from dhrd_lib.backbones import load_backbone
+    from dhrd_lib.tasks import load_task
+
+    task, splits = load_task("support_triage")
+    cot = CoT.from_backbone(load_backbone(), task, pick_examples(splits["train"], 5))
+    assert cot.predict(splits["test"].select(range(4)), max_new_tokens=120).unanswered < 4
