@@ -96,7 +96,7 @@ class Backend:
             elapsed_ms = _clock(model.device)
             labels, probabilities = model.predict([texts])
             latency_ms = elapsed_ms()
-            row = model.encode_texts([texts])[0]
+            row = model.encode([texts])[0]
         shares = dict(zip(model.label_names, probabilities[0].tolist(), strict=True))
         tokens, cut = len(row["input_ids"]), row["input_tokens_cut"]
         return Answer(labels[0], shares, latency_ms, tokens, tokens_cut=cut)
@@ -111,8 +111,8 @@ class Backend:
                 _check(row, model.config.template, f"Row {number}")
             for first in range(0, len(rows), _PART_ROWS):
                 elapsed_ms = _clock(model.device)
-                encoded = model.encode_texts(rows[first : first + _PART_ROWS])
-                found = Predictions.from_logits(model.classify_rows(encoded), model.label_names).probabilities
+                encoded = model.encode(rows[first : first + _PART_ROWS])
+                found = Predictions.from_logits(model.logits(encoded), model.label_names).probabilities
                 yield found, elapsed_ms() / 1000, sum(row["input_tokens_cut"] > 0 for row in encoded)
 
     def rationale(self, run: str, texts: Texts, is_stopped: Callable[[], bool]) -> Iterator[Stream]:

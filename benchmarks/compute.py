@@ -81,10 +81,9 @@ def random_batch(model: DHRDModel, rows: int, tokens: int) -> dict[str, torch.Te
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@torch.inference_mode()
-def classify(model: DHRDModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the class logits (B, K) of a batch."""
-    return model.classify(**batch)
+def classify(model: DHRDModel, batch: dict[str, torch.Tensor]) -> np.ndarray:
+    """Return the class logits (B, K) of a batch without padding."""
+    return model.logits([{"input_ids": ids, "input_length": len(ids)} for ids in batch["input_ids"].tolist()])
 
 
 def peak_share(

@@ -24,14 +24,17 @@ from transformers import pipeline
 
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import CoT, CoTPredictions, Decoding, Generations
-from dhrd_lib.inputs import length_sorted_batches
+from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, length_sorted_batches
 from dhrd_lib.modeling import DHRDModel
-from dhrd_lib.serving.classifier import CPU_PART_TOKENS, ExportedClassifier
+from dhrd_lib.serving.classifier import ExportedClassifier
 from dhrd_lib.serving.export import sequence_classifier
 from dhrd_lib.tasks import load_task
 
 MIB = 2**20
-CPU_TOKEN_BUDGETS, GPU_TOKEN_BUDGETS = (CPU_PART_TOKENS // 2, CPU_PART_TOKENS), (4096, 16384, 65536)
+CPU_TOKEN_BUDGETS, GPU_TOKEN_BUDGETS = (
+    (MAX_TOKENS_PER_CPU_BATCH // 2, MAX_TOKENS_PER_CPU_BATCH),
+    (4096, 16384, 65536),
+)
 MIXED_TASKS = ("everyday_nli", "support_triage", "boolq")
 
 
@@ -250,13 +253,13 @@ def pooled_system(
     settings = settings or (CPU_TOKEN_BUDGETS if device.type == "cpu" else GPU_TOKEN_BUDGETS)
 
     def answer(texts: Sequence[str], max_batch_tokens: int) -> np.ndarray:
-        return model.classify_rows(model.encode_texts(texts), max_batch_tokens)
+        return model.logits(model.encode(texts), max_batch_tokens)
 
     def count(texts: Sequence[str], max_batch_tokens: int, _: Any) -> Tokens:
-        return _tokens_by_budget([len(row["input_ids"]) for row in model.encode_texts(texts)], max_batch_tokens)
+        return _tokens_by_budget([len(row["input_ids"]) for row in model.encode(texts)], max_batch_tokens)
 
     weights = weights_mib(model) if weights is None else weights
-    return System(name, answer, model.encode_texts, count, settings, "tokens", device, weights, **limits)
+    return System(name, answer, model.encode, count, settings, "tokens", device, weights, **limits)
 
 
 def pipeline_system(name: str, model: DHRDModel, settings: tuple[int, ...] = (1, 8, 16), **limits: int) -> System:

@@ -29,9 +29,10 @@ from benchmarks.common import parse_args, write_result
 from benchmarks.compute import linear_shapes, matmul_peak
 from benchmarks.harness import MIB, Measurement, measure, pooled_system, ratio, timed
 from dhrd_lib.config import ModelConfig
+from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import load_run
-from dhrd_lib.serving.classifier import CPU_PART_TOKENS, load_classifier, model_folder
+from dhrd_lib.serving.classifier import load_classifier, model_folder
 from dhrd_lib.serving.export import export
 from dhrd_lib.studies.statistics import paired_comparison, points_interval
 from dhrd_lib.tasks import load_rows, load_task
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 name: start_seconds(folders[name], rows[0], empty_cache=True) for name in EXPORTS
             },
             "gflop_per_second": {
-                "torch float32": matmul_peak(classifiers["torch"], tokens=CPU_PART_TOKENS),
+                "torch float32": matmul_peak(classifiers["torch"], tokens=MAX_TOKENS_PER_CPU_BATCH),
                 "ONNX Runtime float32": onnx_matmul_peak(classifiers["torch"]),
                 "ONNX Runtime int8": onnx_matmul_peak(classifiers["torch"], int8=True),
             },
@@ -146,9 +147,9 @@ def onnx_matmul_peak(model: DHRDModel, int8: bool = False, repeats: int = 6) -> 
     rates = {}
     for out, width in linear_shapes(model):
         session = onnx_matmul(width, out, int8)
-        x = np.random.default_rng(0).standard_normal((CPU_PART_TOKENS, width), dtype=np.float32)
+        x = np.random.default_rng(0).standard_normal((MAX_TOKENS_PER_CPU_BATCH, width), dtype=np.float32)
         seconds = [timed(torch.device("cpu"), session.run, None, {"x": x})[0] for _ in range(repeats)]
-        rates[f"{CPU_PART_TOKENS} x {width} x {out}"] = 2 * x.size * out / min(seconds) / 1e9
+        rates[f"{MAX_TOKENS_PER_CPU_BATCH} x {width} x {out}"] = 2 * x.size * out / min(seconds) / 1e9
     return rates
 
 

@@ -128,8 +128,8 @@ def predict(
         raise typer.BadParameter("there is nothing to classify; expected texts, or --row with fields as JSON.")
     inputs = [*(texts or ()), *(_fields(number, text) for number, text in enumerate(row or (), 1))]
     classifier = load_classifier(run)
-    rows = classifier.encode_texts(inputs)
-    found = Predictions.from_logits(classifier.classify_rows(rows), classifier.label_names)
+    rows = classifier.encode(inputs)
+    found = Predictions.from_logits(classifier.logits(rows), classifier.label_names)
     if cut := sum(row["input_tokens_cut"] > 0 for row in rows):
         print(f"{cut} of {len(said)} texts were too long and were cut at the front.", file=sys.stderr)
     for text, label, probabilities in zip(said, *found, strict=True):

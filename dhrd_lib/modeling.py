@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -40,7 +40,13 @@ from dhrd_lib.backbones import (
     reading_weights,
 )
 from dhrd_lib.config import ConfigError, ModelConfig
-from dhrd_lib.inputs import ROWS_A_PART, Predictions, length_sorted_batches, render_inputs
+from dhrd_lib.inputs import (
+    MAX_TOKENS_PER_CPU_BATCH,
+    Predictions,
+    as_inputs,
+    length_sorted_batches,
+    render_inputs,
+)
 from dhrd_lib.losses import class_cross_entropy_sum, dhrd_loss, lm_cross_entropy_sum
 from dhrd_lib.sequences import (
     SPECIAL_MARKERS,
@@ -50,11 +56,7 @@ from dhrd_lib.sequences import (
     encode_example,
     encode_examples,
 )
-from dhrd_lib.serving.classifier import (
-    CPU_PART_TOKENS,
-    predict_in_windows,
-    read_model_config,
-)
+from dhrd_lib.serving.classifier import read_model_config
 from dhrd_lib.tasks import Task, render
 
 FULL_FINETUNE_BELOW = 500_000_000
@@ -64,7 +66,8 @@ class DHRDConfig(PreTrainedConfig):
     """What a saved model needs to be used alone: backbone, heads, label names, template and markers.
 
     `lora` is None, or the keyword arguments of `peft.LoraConfig`; `verbalizers` are the labels as the LM head
-    writes them, in the order of `id2label`.
+    writes them, in the order of `id2label`. `classifier_trained` is False after training with beta = 0: then CoT
+    decoding alone gives predictions.
     """
 
     model_type = "dhrd"
@@ -85,6 +88,7 @@ class DHRDConfig(PreTrainedConfig):
     max_rationale_tokens: int = 256
     lm_chunk_tokens: int = 512
     lora: dict | None = None
+    classifier_trained: bool = True
     tie_word_embeddings: bool = False
 
 
@@ -126,20 +130,6 @@ def pool(
     else:
         raise ConfigError(f"pooling is {mode!r}; expected last, mean, weightedmean, max or attention.")
     return torch.einsum("bsh,bs->bh", hidden, weights / weights.sum(1, keepdim=True))
-
-
-class _Stand(nn.Module):
-    """Stands in for a decoder layer: keeps the states that reach it and gives on others, or the same."""
-
-    def __init__(self, layer: nn.Module, gives: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.attention_type = getattr(layer, "attention_type", None)
-        self.seen: torch.Tensor | None = None
-        self.gives = gives
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.seen = hidden_states
-        return hidden_states if self.gives is None else self.gives
 
 
 class DHRDModel(PreTrainedModel):
@@ -224,54 +214,38 @@ class DHRDModel(PreTrainedModel):
         beta: float = 1.0,
         num_examples: torch.Tensor | None = None,
         num_lm_tokens: torch.Tensor | None = None,
-        trunk_states: torch.Tensor | None = None,
-        trunk_layers: int = 0,
     ) -> DHRDOutput:
-        """Both heads on one pass of the decoder (paper, "Model" and "Loss").
+        """Run the decoder once for both heads (paper, "Model" and "Loss").
 
         `input_ids`, `attention_mask`, `input_mask`, `lm_labels`: `(B, S)` int64, padded on the right;
         `class_labels (B,)` int64. `class_loss` is summed over rows and divided by `num_examples`, `lm_loss`
         summed over supervised tokens and divided by `num_lm_tokens`: pass the counts of the whole effective
-        batch when this is a part of one; left out, they are this batch's own. With `trunk_states (B, S, H)`,
-        the states that enter layer `trunk_layers`, only the layers from there on are run.
+        batch when this is a part of one; left out, they are this batch's own.
         """
-        hidden = self._hidden(input_ids, attention_mask, trunk_states, trunk_layers)
-        logits = self.classifier(self._pool(hidden, input_mask)).float()
+        decoder = decoder_of(self.backbone)
+        hidden = decoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # (B, S, H)
+        pooled = pool(hidden, input_mask, self.config.pooling, getattr(self, "pooling_query", None))  # (B, H)
+        logits = self.classifier(pooled.to(next(self.classifier.parameters()).dtype)).float()  # (B, K)
         class_loss = lm_loss = None
         if class_labels is not None:
             count = len(class_labels) if num_examples is None else num_examples
             class_loss = class_cross_entropy_sum(logits, class_labels) / count
         if lm_labels is not None and alpha > 0:
-            total, own_count = self._lm_cross_entropy_sum(hidden, lm_labels)
-            count = own_count if num_lm_tokens is None else num_lm_tokens
+            total, valid_tokens = self.lm_loss_sum(hidden, lm_labels)
+            count = valid_tokens if num_lm_tokens is None else num_lm_tokens
             lm_loss = total / count.clamp(min=1)
         loss = dhrd_loss(class_loss, lm_loss, alpha, beta)
         return DHRDOutput(loss=loss, class_loss=class_loss, lm_loss=lm_loss, logits=logits)
 
-    def _lm_cross_entropy_sum(
-        self, hidden: torch.Tensor, lm_labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum and count of the LM loss, computed as the LM head's own forward.
-
-        The loss reads the head's weights without ever computing all logits; FSDP gathers those weights when the
-        head is called, and at no other time.
-        """
-        head = self.lm_head
-
-        def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return lm_cross_entropy_sum(
-                hidden,
-                lm_labels,
-                *self._lm_weights(),
-                chunk_tokens=self.config.lm_chunk_tokens,
-                softcap=logit_softcap(self.backbone),
-            )
-
-        head.forward = loss
-        try:
-            return head(hidden)
-        finally:
-            del head.forward  # The class's own is found again.
+    def lm_loss_sum(self, hidden: torch.Tensor, lm_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum and the token count of the LM loss; the head's weights are read here and nowhere else."""
+        return lm_cross_entropy_sum(
+            hidden,
+            lm_labels,
+            *self._lm_weights(),
+            chunk_tokens=self.config.lm_chunk_tokens,
+            softcap=logit_softcap(self.backbone),
+        )
 
     def _lm_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight `(V, H)` and bias of the LM head, with the trained rows of special markers where they are."""
@@ -280,122 +254,40 @@ class DHRDModel(PreTrainedModel):
             return adapter.get_merged_weights(adapter.active_adapters), None
         return self.lm_head.weight, self.lm_head.bias
 
-    def classify(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        trunk_states: torch.Tensor | None = None,
-        trunk_layers: int = 0,
-    ) -> torch.Tensor:
-        """Class logits `(B, K)` of inputs alone, padded on the right; the LM head isn't computed.
-
-        On a CPU the rows go through in parts of `CPU_PART_TOKENS`, each without the padding that only others
-        need: the logits are the same, and come sooner.
-        """
-        tensors = [input_ids, attention_mask] + ([] if trunk_states is None else [trunk_states])
-        if input_ids.device.type != "cpu":
-            return self._classify(trunk_layers, *tensors)
-        rows = max(CPU_PART_TOKENS // input_ids.shape[1], 1)
-        logits = []
-        for first in range(0, len(input_ids), rows):
-            longest = int(attention_mask[first : first + rows].sum(1).max())
-            part = [tensor[first : first + rows, :longest] for tensor in tensors]
-            logits.append(self._classify(trunk_layers, *part))
-        return torch.cat(logits)
-
-    def _classify(
-        self,
-        trunk_layers: int,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        trunk_states: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        hidden = self._hidden(input_ids, attention_mask, trunk_states, trunk_layers)
-        return self.classifier(self._pool(hidden, attention_mask)).float()
-
-    def _pool(self, hidden: torch.Tensor, input_mask: torch.Tensor) -> torch.Tensor:
-        pooled = pool(hidden, input_mask, self.config.pooling, getattr(self, "pooling_query", None))
-        return pooled.to(next(self.classifier.parameters()).dtype)
-
-    def _hidden(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        trunk_states: torch.Tensor | None,
-        trunk_layers: int,
-    ) -> torch.Tensor:
-        given = {}
-        if trunk_states is not None:
-            layers = layers_of(self.backbone)
-            given = {i: _Stand(layers[i]) for i in range(trunk_layers - 1)}
-            given[trunk_layers - 1] = _Stand(layers[trunk_layers - 1], gives=trunk_states)
-        with self._layers_replaced(given):
-            return decoder_of(self.backbone)(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
-
-    @torch.no_grad()
-    def trunk_states(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, trunk_layers: int
-    ) -> torch.Tensor:
-        """The states `(B, S, H)` that enter layer `trunk_layers`; the layers from there on aren't run."""
-        layers = layers_of(self.backbone)
-        stands = {i: _Stand(layers[i]) for i in range(trunk_layers, len(layers))}
-        with self._layers_replaced(stands):
-            decoder_of(self.backbone)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return stands[trunk_layers].seen
-
-    @contextmanager
-    def _layers_replaced(self, stands: Mapping[int, nn.Module]) -> Iterator[None]:
-        layers = layers_of(self.backbone) if stands else {}
-        own = {i: layers[i] for i in stands}
-        try:
-            for i, stand in stands.items():
-                layers[i] = stand
-            yield
-        finally:
-            for i, layer in own.items():
-                layers[i] = layer
-
     # ------------------------------------------------------------------ from text
 
-    def encode_texts(self, texts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Token rows of inputs: each a dict of the template's fields, or a str where it has one field."""
-        return self.encode_inputs(render_inputs(self.config.template, texts))
+    def encode(self, inputs: Any) -> list[dict[str, Any]]:
+        """Return the token rows of inputs: each a dict of the template's fields, or a str where it has one field.
 
-    def encode_inputs(self, inputs: list[str]) -> list[dict[str, Any]]:
-        """Token rows of rendered inputs."""
-        rows, nothing = [], [None] * ROWS_A_PART
-        # In parts: what the tokenizer gives beside the ids takes several times their place.
-        for start in range(0, len(inputs), ROWS_A_PART):
-            part = inputs[start : start + ROWS_A_PART]
-            rows += encode_examples(self.sequence_format, part, nothing[: len(part)], nothing[: len(part)])
-        return rows
-
-    def predict(self, texts: Sequence[str | Mapping[str, Any]], max_batch_tokens: int = 4096) -> Predictions:
-        """Label names and probabilities for a list of inputs, in the order given.
-
-        Inputs of like length share a batch of at most `max_batch_tokens` tokens, padding counted. The LM
-        head isn't computed.
+        One input may come alone, and many as a list or a DataFrame. A row has `input_ids`, `input_length` and
+        `input_tokens_cut`, the number of tokens that were cut off.
         """
-        return predict_in_windows(self, texts, max_batch_tokens)
+        return encode_examples(self.sequence_format, render_inputs(self.config.template, as_inputs(inputs)))
 
     @torch.inference_mode()
-    def classify_rows(
-        self, rows: Sequence[Mapping[str, Any]], max_batch_tokens: int = 4096, trunk_layers: int = 0
-    ) -> np.ndarray:
-        """Class logits `(N, K)`, float32, of encoded inputs, in their order; length-sorted batches.
+    def logits(self, rows: Sequence[Mapping[str, Any]], max_batch_tokens: int = 4096) -> np.ndarray:
+        """Return class logits `(N, K)`, float32, of encoded inputs, in their order; the LM head isn't computed.
 
-        Rows may bring `trunk_states`, the states that enter layer `trunk_layers`.
+        Inputs of like length share a batch of at most `max_batch_tokens` tokens, padding counted. Raises
+        `ConfigError` where the classifier was never trained.
         """
+        if not self.config.classifier_trained:
+            raise ConfigError("the classifier is untrained (training had beta = 0); expected CoT decoding.")
         self.eval()
+        if self.device.type == "cpu":
+            max_batch_tokens = min(max_batch_tokens, MAX_TOKENS_PER_CPU_BATCH)
         collate = DHRDCollator(self.tokenizer.pad_token_id)
         logits = np.zeros((len(rows), self.config.num_labels), dtype=np.float32)
         for places in length_sorted_batches([len(row["input_ids"]) for row in rows], max_batch_tokens):
-            batch = {key: value.to(self.device) for key, value in collate([rows[i] for i in places]).items()}
-            found = self.classify(batch["input_ids"], batch["input_mask"], batch.get("trunk_states"), trunk_layers)
-            logits[places] = found.cpu().numpy()
+            batch = collate([rows[i] for i in places])
+            ids, mask = batch["input_ids"].to(self.device), batch["input_mask"].to(self.device)  # (B, S)
+            logits[places] = self(ids, mask, mask).logits.cpu().numpy()  # (B, K)
         return logits
+
+    def predict(self, inputs: Any, max_batch_tokens: int = 4096) -> Predictions:
+        """Return label names and probabilities of inputs, in their order (see `encode` and `logits`)."""
+        logits = self.logits(self.encode(inputs), max_batch_tokens)
+        return Predictions.from_logits(logits, self.label_names)
 
     def generate_rationale(
         self,

@@ -83,10 +83,12 @@ def encode_example(
 def encode_examples(
     fmt: SequenceFormat,
     input_texts: Sequence[str],
-    rationales: Sequence[str | None],
-    verbalizers: Sequence[str | None],
+    rationales: Sequence[str | None] | None = None,
+    verbalizers: Sequence[str | None] | None = None,
 ) -> list[dict[str, Any]]:
     """The row of each example, as `encode_example` gives it; all their texts are encoded in one go."""
+    rationales = rationales or [None] * len(input_texts)
+    verbalizers = verbalizers or [None] * len(input_texts)
     texts = [
         (text, None if rationale is None else f" {rationale.strip()}", None if label is None else f" {label}")
         for text, rationale, label in zip(input_texts, rationales, verbalizers, strict=True)
@@ -267,7 +269,7 @@ class DHRDCollator:
         }
         if "class_labels" in rows[0]:
             batch["class_labels"] = torch.tensor([row["class_labels"] for row in rows])
-        lm_labels = self._pad([row["lm_labels"] for row in rows], longest, IGNORE_INDEX)
+        lm_labels = self._pad([row.get("lm_labels", ()) for row in rows], longest, IGNORE_INDEX)
         if (lm_labels != IGNORE_INDEX).any():
             batch["lm_labels"] = lm_labels
         if "trunk_states" in rows[0]:

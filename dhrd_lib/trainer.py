@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from dhrd_lib.config import ConfigError, TrainingConfig
-from dhrd_lib.scaling.fsdp import prepare_fsdp
-from dhrd_lib.scaling.trunk_cache import TrunkStates
+from dhrd_lib.scaling.fsdp import gathered_lm_head, prepare_fsdp
+from dhrd_lib.scaling.trunk_cache import TrunkStates, skip_layers
 from dhrd_lib.sequences import IGNORE_INDEX
 
 FINITE_WANTED = "expected finite numbers, which a lower learning_rate, alpha or beta may give"
@@ -192,14 +193,20 @@ class DHRDTrainer(Trainer):
         if lm_trained and "lm_labels" not in inputs:
             # No row has a rationale. Under FSDP each process waits for the others at the LM head.
             inputs = {**inputs, "lm_labels": torch.full_like(inputs["input_ids"], IGNORE_INDEX)}
-        outputs = model(
-            **inputs,
-            alpha=self.current_alpha() if model.training else self.config.alpha,
-            beta=self.config.beta,
-            num_examples=None if counts is None else counts[0],
-            num_lm_tokens=None if counts is None else counts[1],
-            trunk_layers=self.trunk_layers,
-        )
+        inputs = dict(inputs)
+        states = inputs.pop("trunk_states", None)  # (B, S, H)
+        with ExitStack() as stack:
+            if states is not None:
+                stack.enter_context(skip_layers(self.model, self.trunk_layers, states))
+            if self.is_fsdp_enabled:
+                stack.enter_context(gathered_lm_head(self.model))
+            outputs = model(
+                **inputs,
+                alpha=self.current_alpha() if model.training else self.config.alpha,
+                beta=self.config.beta,
+                num_examples=None if counts is None else counts[0],
+                num_lm_tokens=None if counts is None else counts[1],
+            )
         # With beta = 0 and alpha annealed to 0, a batch has no term, and still needs a gradient.
         loss = outputs.logits.sum() * 0 if outputs.loss is None else outputs.loss
         if model.training and not math.isfinite(loss.item()):

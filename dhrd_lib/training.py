@@ -33,7 +33,7 @@ from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import Run, environment, is_finished, load_run, run_lock, write_json
 from dhrd_lib.scaling.fsdp import load_unsharded
-from dhrd_lib.scaling.trunk_cache import cached_trunk_states
+from dhrd_lib.scaling.trunk_cache import cached_trunk_states, logits_from_states
 from dhrd_lib.sequences import DHRDCollator, SequenceReport, encode_split
 from dhrd_lib.tasks import Task, groups_of, load_rows
 from dhrd_lib.trainer import FINITE_WANTED, DHRDTrainer, Rows, TrainingClock
@@ -240,10 +240,10 @@ def _encode(
         if split == "dev":
             order = sorted(range(len(encoded)), key=encoded["length"][:].__getitem__)
             encoded, splits[split] = encoded.select(order), splits[split].select(order)
-        trunk_layers = config.model.freeze_layers if training.cache_trunk else 0
-        states = cached_trunk_states(model, encoded, trunk_layers) if trunk_layers else None
-        rows[split] = Rows(encoded, states)
-    return rows, reports
+        rows[split] = encoded
+    trunk_layers = config.model.freeze_layers if training.cache_trunk else 0
+    states = cached_trunk_states(model, rows, trunk_layers) if trunk_layers else {}
+    return {split: Rows(encoded, states.get(split)) for split, encoded in rows.items()}, reports
 
 
 def _freeze_unused_head(model: DHRDModel, training: TrainingConfig) -> None:
@@ -279,7 +279,9 @@ def _digest(rows: Rows, label_names: Sequence[str]) -> str:
 def _logits(trainer: DHRDTrainer, rows: Rows) -> np.ndarray:
     """Return the class logits `(N, K)` of a split's rows, in their order; each process computes its share."""
     if trainer.args.world_size == 1:
-        return trainer.model.classify_rows(rows, trunk_layers=trainer.trunk_layers)
+        if rows.states is None:
+            return trainer.model.logits(rows.rows)
+        return logits_from_states(trainer.model, rows.rows, rows.states, trainer.trunk_layers)
     order = np.argsort(rows.rows["length"], kind="stable")
     trainer.compute_metrics = None  # It has dev's groups.
     logits = trainer.predict(Subset(rows, order.tolist())).predictions

@@ -44,7 +44,7 @@ def store_run(
     # An untrained head says one label for all; with its mean taken off, its labels differ by the text.
     words = ("lamp", "kettle", "train", "bill") * 5
     texts = [dict.fromkeys(known.fields, f"My {word} broke{' again' * n}.") for n, word in enumerate(words)]
-    mean = model.classify_rows(model.encode_texts(texts)).mean(0)
+    mean = model.logits(model.encode(texts)).mean(0)
     model.classifier[-1].bias.data -= torch.tensor(mean)
     model.save_pretrained(folder / "model")
     config.save(folder / "config.json")

@@ -1459,7 +1459,7 @@ def shape_of(loaded: tuple[Task, Any]) -> dict[str, tuple[int, set[int]]]:
 
 def lengths(texts: list[str]) -> list[tuple[int, int]]:
     """Tokens read and cut."""
-    return [(len(row["input_ids"]), row["input_tokens_cut"]) for row in model().encode_texts(texts)]
+    return [(len(row["input_ids"]), row["input_tokens_cut"]) for row in model().encode(texts)]
 
 
 def counts(rows: Dataset) -> str:

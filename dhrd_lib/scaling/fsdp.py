@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +15,8 @@ from dhrd_lib.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+    from dhrd_lib.modeling import DHRDModel
 
 
 def prepare_fsdp(trainer: Trainer) -> None:
@@ -36,3 +40,26 @@ def load_unsharded(config: ModelConfig) -> Backbone | None:
         return None
     dtype = resolve_dtype(config.dtype, resolve_device(config.device))
     return load_backbone(config.backbone, "cpu", str(dtype).removeprefix("torch."))
+
+
+@contextmanager
+def gathered_lm_head(model: DHRDModel) -> Iterator[None]:
+    """Compute the LM loss as the LM head's own forward while this is open.
+
+    The loss reads the head's weights without computing all logits, and FSDP gathers those weights when the head is
+    called, and at no other time.
+    """
+    loss_sum, head = model.lm_loss_sum, model.lm_head
+
+    def as_head(hidden: torch.Tensor, lm_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        head.forward = loss_sum
+        try:
+            return head(hidden, lm_labels)
+        finally:
+            del head.forward  # Uncovers the class's own.
+
+    model.lm_loss_sum = as_head
+    try:
+        yield
+    finally:
+        del model.lm_loss_sum

@@ -1,144 +1,179 @@
 """Frozen-trunk cache: with the lowest k layers frozen, the states that leave them are the same in every step.
 
-They are computed once a row, kept on disk, memory-mapped, and training runs the upper layers from there.
+They are computed once a row and kept on disk, memory-mapped, and training runs the upper layers from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from filelock import FileLock
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from dhrd_lib.backbones import decoder_of, layers_of, locked, writing_cache
+from dhrd_lib.backbones import decoder_of, layers_of
 from dhrd_lib.config import cache_dir
-from dhrd_lib.inputs import length_sorted_batches
+from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, length_sorted_batches
 from dhrd_lib.modeling import DHRDModel
-from dhrd_lib.runs import write_json
 from dhrd_lib.sequences import DHRDCollator
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 class TrunkStates:
     """The cached states of a list of rows: item i is a float32 array `(S_i, H)`, read from disk."""
 
-    def __init__(self, folder: Path, places: Sequence[tuple[str, int, int]]) -> None:
-        files = {file for file, _, _ in places}
-        self._states = {file: np.load(folder / f"{file}.npy", mmap_mode="r") for file in files}
+    def __init__(self, places: Sequence[tuple[Path, int, int]]) -> None:
+        self._states = {path: np.load(path, mmap_mode="r") for path, _, _ in places}
         self._places = places
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        file, start, length = self._places[row]
-        return self._states[file][start : start + length]
+        path, start, length = self._places[row]
+        return self._states[path][start : start + length]
 
 
-def cached_trunk_states(
-    model: DHRDModel, rows: Sequence[Mapping[str, Any]], trunk_layers: int, max_batch_tokens: int = 512
-) -> TrunkStates:
-    """The states that enter layer `trunk_layers` for each row's `input_ids`, computed once and kept.
+class _SkippedLayer(nn.Module):
+    """Takes the place of a decoder layer, and returns `output`, or what it reads."""
 
-    States are kept by a hash of the frozen weights and the number of layers, and within it by the row's
-    token ids, so a changed backbone, template or row never meets old states. Attention is causal: a row
-    also serves for its input alone. Layers are run in evaluation mode: dropout in them is off.
+    def __init__(self, layer: nn.Module, output: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.attention_type = getattr(layer, "attention_type", None)
+        self.output = output
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states if self.output is None else self.output
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, substitutes: Mapping[int, nn.Module]) -> Iterator[None]:
+    originals = {i: layers[i] for i in substitutes}
+    try:
+        for i, substitute in substitutes.items():
+            layers[i] = substitute
+        yield
+    finally:
+        for i, layer in originals.items():
+            layers[i] = layer
+
+
+@contextmanager
+def skip_layers(model: DHRDModel, n_layers: int, states: torch.Tensor) -> Iterator[None]:
+    """Run the decoder from layer `n_layers` on while this is open, on the states `(B, S, H)` that enter it.
+
+    The lower layers are replaced, and not left out: what a decoder does before and between its layers differs
+    between architectures.
     """
-    folder = cache_dir() / "trunk" / _key(model, trunk_layers)
-    names = [_hash(row["input_ids"]) for row in rows]
-    with writing_cache(folder), locked(folder / "lock"):
-        index = _read_index(folder)
-        missing = {name: row for name, row in zip(names, rows, strict=True) if name not in index}
-        if missing:
-            _compute(model, list(missing.values()), trunk_layers, max_batch_tokens, folder)
-            index = _read_index(folder)
-    return TrunkStates(folder, [index[name] for name in names])
+    layers = layers_of(model.backbone)
+    substitutes = {i: _SkippedLayer(layers[i]) for i in range(n_layers)}
+    substitutes[n_layers - 1].output = states
+    with _replaced(layers, substitutes):
+        yield
 
 
-def _key(model: DHRDModel, trunk_layers: int) -> str:
+@torch.no_grad()
+def trunk_states(
+    model: DHRDModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, n_layers: int
+) -> torch.Tensor:
+    """Return the states `(B, S, H)` that leave the lowest `n_layers` layers; the others aren't run."""
+    layers, recorded = layers_of(model.backbone), []
+    hook = layers[n_layers - 1].register_forward_hook(lambda layer, inputs, output: recorded.append(output))
+    with _replaced(layers, {i: _SkippedLayer(layers[i]) for i in range(n_layers, len(layers))}):
+        decoder_of(model.backbone)(input_ids, attention_mask=attention_mask, use_cache=False)
+    hook.remove()
+    return recorded[0]
+
+
+def cached_trunk_states(model: DHRDModel, splits: Mapping[str, Rows], n_layers: int) -> dict[str, TrunkStates]:
+    """Return the states that leave the lowest `n_layers` layers for each split's rows, computed once and kept.
+
+    They are kept by a hash of the frozen weights, and within it by the row's `input_ids`, so a changed backbone,
+    template or row never meets old states. Attention is causal: a row also serves for its input alone. Layers are
+    run in evaluation mode: dropout in them is off.
+    """
+    folder, cached = cache_dir() / "trunk" / _hash_weights(model, n_layers), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        for split, rows in splits.items():
+            names, index = [_hash_ids(row["input_ids"]) for row in rows], _read_index(folder)
+            missing = {name: row for name, row in zip(names, rows, strict=True) if name not in index}
+            if missing:
+                _compute(model, list(missing.values()), n_layers, folder)
+                index = _read_index(folder)
+            cached[split] = TrunkStates([index[name] for name in names])
+    return cached
+
+
+def _read_index(folder: Path) -> dict[str, tuple[Path, int, int]]:
+    """Map the hash of a row's ids to the file that has its states, their start in it and their number."""
+    index = {}
+    for path in sorted(folder.glob("*/index.json")):
+        for name, (start, length) in json.loads(path.read_text(encoding="utf-8")).items():
+            index[name] = (path.with_name("states.npy"), start, length)
+    return index
+
+
+def _hash_ids(ids: Sequence[int]) -> str:
+    return hashlib.sha256(np.asarray(ids, dtype=np.int64).data).hexdigest()[:32]
+
+
+def _hash_weights(model: DHRDModel, n_layers: int) -> str:
     digest = hashlib.sha256()
     embeddings = [m for m in decoder_of(model.backbone).modules() if isinstance(m, nn.Embedding)]
-    for module in [*embeddings, *layers_of(model.backbone)[:trunk_layers]]:
+    for module in [*embeddings, *layers_of(model.backbone)[:n_layers]]:
         for parameter in module.parameters():
             digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
     shape = model.config.backbone_config.to_dict()
     shape.pop("_name_or_path", None)  # The same backbone may lie in another folder.
-    settings = [shape, trunk_layers]
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest.update(json.dumps([shape, n_layers], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 
 
-def _hash(ids: Sequence[int]) -> str:
-    return hashlib.sha256(np.asarray(ids, dtype=np.int64).data).hexdigest()[:32]
-
-
-def _read_index(folder: Path) -> dict[str, tuple[str, int, int]]:
-    """For each hash of token ids: the file that has its states, and where; a file counts with its index.
-
-    What a full disk or a broken copy cut short doesn't count, and its rows are computed again.
-    """
-    index = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            np.load(path.with_suffix(".npy"), mmap_mode="r")  # It compares the file's size with its header.
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            path.unlink()  # `_compute` removes the states, which have no index now: the lock is ours.
-            continue
-        for name, (start, length) in found.items():
-            index[name] = (path.stem, start, length)
-    return index
-
-
-def _compute(
-    model: DHRDModel,
-    rows: Sequence[Mapping[str, Any]],
-    trunk_layers: int,
-    max_batch_tokens: int,
-    folder: Path,
-) -> None:
-    """Write one more file of states, and then its index, without which it isn't read."""
-    for path in folder.glob("*.npy"):
-        if not path.with_suffix(".json").is_file():
-            path.unlink()  # Of a process that was killed: the lock is ours.
+def _compute(model: DHRDModel, rows: Rows, n_layers: int, folder: Path) -> None:
+    """Write the states of rows and their index to a new folder, under another name until both are whole."""
     lengths = [len(row["input_ids"]) for row in rows]
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
-    path = folder / f"{_hash([token for row in rows for token in row['input_ids']])}.npy"
-    hidden_size = model.config.backbone_config.get_text_config().hidden_size
-    states = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(sum(lengths), hidden_size))
-    _take_room(path)
+    shape = (sum(lengths), model.config.backbone_config.get_text_config().hidden_size)
     collate = DHRDCollator(model.tokenizer.pad_token_id)
     was_training = model.training
     model.eval()
-    with tqdm(total=len(rows), desc=f"states of {trunk_layers} frozen layers", unit="row") as bar:
-        for places in length_sorted_batches(lengths, max_batch_tokens):
-            batch = collate([rows[place] for place in places])
-            found = model.trunk_states(
-                batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device), trunk_layers
-            )
-            for place, row in zip(places, found.float().cpu().numpy(), strict=True):
-                states[starts[place] : starts[place] + lengths[place]] = row[: lengths[place]]
-            bar.update(len(places))
-    states.flush()
+    with tempfile.TemporaryDirectory(dir=folder, prefix="part-", ignore_cleanup_errors=True) as name:
+        part, index = Path(name, "part"), {}
+        part.mkdir()
+        states = np.lib.format.open_memmap(part / "states.npy", "w+", dtype=np.float32, shape=shape)
+        with tqdm(total=len(rows), desc=f"states of {n_layers} frozen layers", unit="row") as bar:
+            for places in length_sorted_batches(lengths, MAX_TOKENS_PER_CPU_BATCH):
+                batch = collate([rows[place] for place in places])
+                ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+                computed = trunk_states(model, ids, mask, n_layers).float().cpu().numpy()  # (B, S, H)
+                for place, row in zip(places, computed, strict=True):
+                    states[starts[place] : starts[place] + lengths[place]] = row[: lengths[place]]
+                bar.update(len(places))
+        states.flush()
+        for row, start in zip(rows, starts, strict=True):
+            for ids in (row["input_ids"][: row["input_length"]], row["input_ids"]):
+                index[_hash_ids(ids)] = (start, len(ids))
+        (part / "index.json").write_text(json.dumps(index))
+        part.rename(folder / _hash_ids([token for row in rows for token in row["input_ids"]]))
     model.train(was_training)
-    index = {}
-    for row, start in zip(rows, starts, strict=True):
-        ids = row["input_ids"]
-        index |= {_hash(part): (start, len(part)) for part in (ids[: row["input_length"]], ids)}
-    write_json(path.with_suffix(".json"), index)
 
 
-def _take_room(path: Path) -> None:
-    """Take the disk for all of a file: where it is full, a write through the map would end the process."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        except OSError:
-            path.unlink()
-            raise
+def logits_from_states(model: DHRDModel, rows: Rows, states: TrunkStates, n_layers: int) -> np.ndarray:
+    """Return class logits `(N, K)`, float32, of encoded inputs whose trunk states are known, in their order."""
+    logits = np.zeros((len(rows), model.config.num_labels), dtype=np.float32)
+    for places in length_sorted_batches([len(row["input_ids"]) for row in rows], MAX_TOKENS_PER_CPU_BATCH):
+        batch = pad_sequence([torch.from_numpy(np.array(states[i])) for i in places], batch_first=True)
+        with skip_layers(model, n_layers, batch.to(model.device)):
+            logits[places] = model.logits([rows[i] for i in places], MAX_TOKENS_PER_CPU_BATCH)
+    return logits

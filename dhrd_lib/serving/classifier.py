@@ -1,4 +1,4 @@
-"""Inference: `load_classifier`, which runs any classifier of the library.
+"""Inference: `load_classifier` loads a trained model or an export of one, which both predict in the same way.
 
 An export for ONNX Runtime or OpenVINO starts without torch, transformers and datasets: nothing of them is imported
 here.
@@ -19,30 +19,23 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dhrd_lib.config import ConfigError, WorkbenchError, cache_dir, is_whole, read_json, reason_of
-from dhrd_lib.inputs import Predictions, cut_to_fit, keep_no_words, length_sorted_batches, render_inputs
+from dhrd_lib.inputs import (
+    MAX_TOKENS_PER_CPU_BATCH,
+    Predictions,
+    as_inputs,
+    cut_to_fit,
+    keep_no_words,
+    length_sorted_batches,
+    render_inputs,
+)
 
 if TYPE_CHECKING:
     from dhrd_lib.modeling import DHRDModel
 
-# With more, the activations of a layer of SmolLM2's size leave the cache; 16 x 80 tokens at once were 8% slower.
-CPU_PART_TOKENS = 512
-# So many inputs are held as token ids at once, which take many times their text's place; sorting by length hardly
-# gains from more.
-ROWS_A_WINDOW = 8192
 # In a config.json, which for an hf export is transformers' own.
 EXPORT_KEY = "dhrd_export"
 
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def predict_in_windows(
-    classifier: DHRDModel | ExportedClassifier, texts: Sequence[str | Mapping[str, Any]], max_batch_tokens: int
-) -> Predictions:
-    """What a classifier says of inputs, in the order given; raises `TaskError` before the first is classified."""
-    inputs = render_inputs(classifier.config.template, texts)
-    windows = [inputs[first : first + ROWS_A_WINDOW] for first in range(0, len(inputs), ROWS_A_WINDOW)] or [[]]
-    logits = [classifier.classify_rows(classifier.encode_inputs(window), max_batch_tokens) for window in windows]
-    return Predictions.from_logits(np.concatenate(logits), classifier.label_names)
 
 
 def _are_names(value: Any) -> bool:
@@ -113,30 +106,29 @@ class ExportedClassifier:
         """The labels' names, in the order of the logits."""
         return self.config.label_names
 
-    def encode_texts(self, texts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Token rows of inputs: each a dict of the template's fields, or a str where it has one field."""
-        return self.encode_inputs(render_inputs(self.config.template, texts))
+    def encode(self, inputs: Any) -> list[dict[str, Any]]:
+        """Return the token rows of inputs: each a dict of the template's fields, or a str where it has one field.
 
-    def encode_inputs(self, inputs: list[str]) -> list[dict[str, Any]]:
-        """Token rows of rendered inputs."""
+        One input may come alone, and many as a list or a DataFrame. A row has `input_ids`, `input_length` and
+        `input_tokens_cut`, the number of tokens that were cut off.
+        """
         rows = []
-        for encoding in self.tokenizer.encode_batch(inputs, add_special_tokens=False):
+        texts = render_inputs(self.config.template, as_inputs(inputs))
+        for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False):
             ids, cut = cut_to_fit(encoding.ids, self.config.start_ids, self.config.max_input_tokens)
-            rows.append({"input_ids": ids, "input_tokens_cut": cut})
+            rows.append({"input_ids": ids, "input_length": len(ids), "input_tokens_cut": cut})
         return rows
 
-    def predict(self, texts: Sequence[str | Mapping[str, Any]], max_batch_tokens: int = 4096) -> Predictions:
-        """Label names and probabilities for a list of inputs, in the order given.
+    def predict(self, inputs: Any, max_batch_tokens: int = 4096) -> Predictions:
+        """Return label names and probabilities of inputs, in their order (see `encode` and `logits`)."""
+        logits = self.logits(self.encode(inputs), max_batch_tokens)
+        return Predictions.from_logits(logits, self.label_names)
 
-        Inputs of like length share a batch of at most `max_batch_tokens` tokens, padding counted.
-        """
-        return predict_in_windows(self, texts, max_batch_tokens)
-
-    def classify_rows(self, rows: Sequence[Mapping[str, Any]], max_batch_tokens: int = 4096) -> np.ndarray:
-        """Class logits `(N, K)`, float32, of encoded inputs, in their order."""
+    def logits(self, rows: Sequence[Mapping[str, Any]], max_batch_tokens: int = 4096) -> np.ndarray:
+        """Return class logits `(N, K)`, float32, of encoded inputs, in their order."""
         lengths = [len(row["input_ids"]) for row in rows]
         logits = np.zeros((len(rows), len(self.label_names)), dtype=np.float32)
-        for places in length_sorted_batches(lengths, min(max_batch_tokens, CPU_PART_TOKENS)):
+        for places in length_sorted_batches(lengths, min(max_batch_tokens, MAX_TOKENS_PER_CPU_BATCH)):
             ids = np.full((len(places), lengths[places[0]]), self.config.pad_token_id, dtype=np.int64)
             mask = np.zeros_like(ids)
             for row, place in enumerate(places):

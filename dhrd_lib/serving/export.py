@@ -35,6 +35,7 @@ from dhrd_lib.backbones import layers_of, load_tokenizer, locked, new_folder, wr
 from dhrd_lib.config import ConfigError
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import write_json
+from dhrd_lib.sequences import encode_examples
 from dhrd_lib.serving.classifier import (
     EXPORT_KEY,
     RUNNERS,
@@ -246,8 +247,8 @@ def _largest_inputs(model: DHRDModel, layers: nn.ModuleList) -> dict[nn.Module, 
     products = [module for module in layers.modules() if isinstance(module, nn.Linear)]
     hooks = [product.register_forward_pre_hook(see) for product in products]
     texts = [text for name in _TASKS_SEEN for text in load_task(name)[1]["train"]["input_text"][:_ROWS_SEEN]]
-    for row in model.encode_inputs(texts):
-        model.classify_rows([row])  # One by one: what padding is like doesn't count.
+    for row in encode_examples(model.sequence_format, texts):
+        model.logits([row])  # One by one: what padding is like doesn't count.
     for hook in hooks:
         hook.remove()
     return largest

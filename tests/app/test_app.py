@@ -129,7 +129,7 @@ class TestBackend:
         assert found.label == expected.labels[0]
         np.testing.assert_allclose(list(found.probabilities.values()), expected.probabilities[0], atol=1e-6)
         assert list(found.probabilities) == model.label_names
-        assert found.tokens_read == len(model.encode_texts([TEXTS])[0]["input_ids"])
+        assert found.tokens_read == len(model.encode([TEXTS])[0]["input_ids"])
         assert found.latency_ms > 0
         assert found.tokens_written == 0
 

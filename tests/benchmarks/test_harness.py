@@ -14,8 +14,8 @@ from benchmarks import harness
 from benchmarks.harness import Measurement, System, Tokens, measure, ratio
 from dhrd_lib.config import ConfigError, ModelConfig
 from dhrd_lib.cot import CoT, Decoding
+from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH
 from dhrd_lib.modeling import build_model
-from dhrd_lib.serving.classifier import CPU_PART_TOKENS
 from dhrd_lib.tasks import Task
 
 TEXTS = [f"{'word ' * (1 + 7 * i % 23)}number {i}" for i in range(12)]
@@ -174,9 +174,9 @@ class TestSystems:
             answers = system.answer(TEXTS, setting)
             tokens = system.count(TEXTS, setting, answers)
             assert (tokens.padded, tokens.written) == (sum(embedded), 0)
-            assert tokens.read == sum(len(row["input_ids"]) for row in model.encode_texts(TEXTS))
+            assert tokens.read == sum(len(row["input_ids"]) for row in model.encode(TEXTS))
         handle.remove()
-        assert max(ours.settings) <= CPU_PART_TOKENS  # larger batches would be split while they are computed
+        assert max(ours.settings) <= MAX_TOKENS_PER_CPU_BATCH  # larger batches would be split
 
     def test_cot_generates_exactly_its_budget(self, model):
         cot = CoT.from_model(model)

@@ -7,10 +7,9 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_backbone, tiny_model
 
-from dhrd_lib import modeling
 from dhrd_lib.backbones import decoder_of, layers_of, load_backbone
 from dhrd_lib.config import POOLING_MODES, ConfigError, ModelConfig
-from dhrd_lib.inputs import TaskError, length_sorted_batches
+from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, TaskError, length_sorted_batches
 from dhrd_lib.modeling import DHRDModel, build_model, pool
 from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, encode_example
 
@@ -64,21 +63,17 @@ def test_predict_gives_the_logits_of_training_and_keeps_the_order(model):
     assert labels == [model.label_names[i] for i in expected.argmax(-1)]
 
 
-def test_predict_holds_a_window_of_inputs_as_ids_and_names_a_bad_one_by_its_place_among_all(model, monkeypatch):
-    expected, texts = model.predict(TEXTS), [*TEXTS, *TEXTS]
-    monkeypatch.setattr("dhrd_lib.serving.classifier.ROWS_A_WINDOW", 2)
-    windows, classify_rows = [], model.classify_rows
-    monkeypatch.setattr(
-        model, "classify_rows", lambda rows, *args: windows.append(len(rows)) or classify_rows(rows, *args)
-    )
-    labels, probabilities = model.predict(texts)
-    assert windows == [2, 2, 2]
-    assert labels == expected.labels * 2
-    np.testing.assert_allclose(probabilities, np.tile(expected.probabilities, (2, 1)), atol=1e-5)
-    with pytest.raises(TaskError, match="input 5 has no text"):
-        model.predict([*texts[:4], " "])
-    assert len(windows) == 3
+def test_predict_names_an_empty_input_and_takes_none(model):
+    with pytest.raises(TaskError, match="input 3 has no text"):
+        model.predict([*TEXTS[:2], " "])
     assert model.predict([]).probabilities.shape == (0, 3)
+
+
+def test_an_untrained_classifier_does_not_predict(task):
+    model = tiny_model(task)
+    model.config.classifier_trained = False
+    with pytest.raises(ConfigError, match="classifier is untrained"):
+        model.predict(TEXTS)
 
 
 def test_predict_does_not_run_the_lm_head(task):
@@ -104,19 +99,6 @@ def test_losses_are_divided_by_the_counts_that_are_given(task):
     parts = [forward(model, [row], **counts) for row in made]
     torch.testing.assert_close(sum(part.class_loss for part in parts), whole.class_loss)
     torch.testing.assert_close(sum(part.lm_loss for part in parts), whole.lm_loss)
-
-
-def test_cached_trunk_states_give_the_states_of_a_whole_pass(model):
-    batch = DHRDCollator(model.tokenizer.pad_token_id)(rows(model, True))
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    states = model.trunk_states(ids, mask, 2)
-    with torch.no_grad():
-        expected = decoder_of(model.backbone)(input_ids=ids, attention_mask=mask).last_hidden_state
-        found = model._hidden(ids, mask, states, 2)
-        after = decoder_of(model.backbone)(input_ids=ids, attention_mask=mask).last_hidden_state
-    real = mask.bool()
-    torch.testing.assert_close(found[real], expected[real], **EXACT)
-    assert torch.equal(after, expected)  # The layers are back in their places.
 
 
 def test_pool_modes_equal_a_computation_by_hand():
@@ -295,21 +277,11 @@ def test_dropping_padding_changes_no_probability(task):
     np.testing.assert_allclose(small.probabilities, large.probabilities, atol=1e-5)
 
 
-def test_classify_splits_cpu_batches_and_drops_padding(task, monkeypatch):
-    model = tiny_model(task)
-    texts = [f"{'word ' * (1 + 7 * i % 23)}number {i}" for i in range(12)]
-    rows = [{**row, "class_labels": 0} for row in model.encode_texts(texts)]
-    batch = DHRDCollator(model.tokenizer.pad_token_id)(rows)
-    ids, mask = batch["input_ids"], batch["input_mask"]
-    states = model.trunk_states(ids, mask, 2)
-    computed = []
-    layers_of(model.backbone)[3].register_forward_hook(lambda _, states, out: computed.append(states[0].shape))
-    with torch.no_grad():
-        monkeypatch.setattr(modeling, "CPU_PART_TOKENS", 10**6)
-        whole = model.classify(ids, mask)
-        monkeypatch.setattr(modeling, "CPU_PART_TOKENS", 2 * ids.shape[1])
-        for cached in ((), (states, 2)):
-            torch.testing.assert_close(model.classify(ids, mask, *cached), whole, **EXACT)
-    lengths = mask.sum(1).tolist()
-    expected = [(2, max(lengths[i : i + 2]), 16) for i in range(0, len(rows), 2)]
-    assert [tuple(shape) for shape in computed] == [(len(rows), ids.shape[1], 16), *expected * 2]
+def test_logits_splits_cpu_batches_by_tokens(task):
+    model, computed = tiny_model(task), []
+    decoder_of(model.backbone).register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].numel()))
+    rows = model.encode(["word " * 30] * 24)
+    whole = model.logits(rows)
+    np.testing.assert_allclose(model.logits(rows, max_batch_tokens=1), whole, **EXACT)
+    assert max(computed[:-24]) <= MAX_TOKENS_PER_CPU_BATCH
+    assert len(computed[:-24]) > 1

@@ -138,7 +138,7 @@ def _of_run(run: Run) -> Any:
 def _exported(folder: Path) -> Any:
     model = load_classifier(folder / "export")
     names = sorted(path.name for path in (folder / "export").iterdir())
-    return names, model.classify_rows(model.encode_texts(TEXTS)).tolist()
+    return names, model.logits(model.encode(TEXTS)).tolist()
 
 
 OUTCOMES = {

@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ARCHITECTURES, tiny_model
 
+from dhrd_lib.backbones import decoder_of
 from dhrd_lib.modeling import DHRDModel
-from dhrd_lib.scaling.trunk_cache import cached_trunk_states
-from dhrd_lib.sequences import encode_example
+from dhrd_lib.scaling import trunk_cache
+from dhrd_lib.scaling.trunk_cache import cached_trunk_states, logits_from_states, skip_layers, trunk_states
+from dhrd_lib.sequences import DHRDCollator, encode_examples
+
+TEXTS = ["My lamp broke.", "I was charged twice, and want it back.", "Why?"]
+EXACT = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture(autouse=True)
@@ -17,90 +22,87 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DHRD_CACHE", str(tmp_path))
 
 
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """Return the numbers of rows for which states are computed from here on."""
+    numbers = []
+    monkeypatch.setattr(
+        trunk_cache, "trunk_states", lambda *args: numbers.append(len(args[1])) or trunk_states(*args)
+    )
+    return numbers
+
+
 def rows(model: DHRDModel, rationale: str | None = "money is owed") -> list[dict]:
-    texts = ("My lamp broke.", "I was charged twice, and want it back.", "Why?")
     label = None if rationale is None else "fix"
-    return [encode_example(model.sequence_format, text, rationale, label) for text in texts]
+    return encode_examples(model.sequence_format, TEXTS, [rationale] * 3, [label] * 3)
 
 
-def computed(model: DHRDModel, monkeypatch) -> list[int]:
-    """The numbers of rows for which states are computed from here on."""
-    seen, own = [], model.trunk_states
-    monkeypatch.setattr(model, "trunk_states", lambda ids, *rest: seen.append(len(ids)) or own(ids, *rest))
-    return seen
+def cached(model: DHRDModel, rows: list[dict], n_layers: int = 2) -> trunk_cache.TrunkStates:
+    return cached_trunk_states(model, {"train": rows}, n_layers)["train"]
 
 
-def test_cached_states_are_the_states_of_each_row_alone(task):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_skipped_layers_change_no_state(task, architecture, n_layers):
+    model = tiny_model(task, architecture)
+    batch = DHRDCollator(model.tokenizer.pad_token_id)(rows(model))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    decoder = decoder_of(model.backbone)
+    with torch.no_grad():
+        expected = decoder(ids, attention_mask=mask).last_hidden_state
+        with skip_layers(model, n_layers, trunk_states(model, ids, mask, n_layers)):
+            states = decoder(ids, attention_mask=mask).last_hidden_state
+        after = decoder(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(states[mask.bool()], expected[mask.bool()], **EXACT)
+    assert torch.equal(after, expected)  # The layers are back in their places.
+
+
+def test_cached_states_and_their_logits_are_those_of_each_row_alone(task):
     model = tiny_model(task)
-    made = rows(model)
-    for row, states in zip(made, cached_trunk_states(model, made, 2, max_batch_tokens=40), strict=True):
+    inputs = rows(model, None)
+    states = cached(model, inputs)
+    for row, own in zip(inputs, states, strict=True):
         ids = torch.tensor([row["input_ids"]])
-        expected = model.trunk_states(ids, torch.ones_like(ids), 2)[0].numpy()
-        np.testing.assert_allclose(states, expected, atol=1e-5)
+        np.testing.assert_allclose(own, trunk_states(model, ids, torch.ones_like(ids), 2)[0], **EXACT)
+    np.testing.assert_allclose(logits_from_states(model, inputs, states, 2), model.logits(inputs), **EXACT)
 
 
-def test_states_are_computed_once_and_serve_the_inputs_alone(task, monkeypatch):
+def test_states_are_computed_once_and_serve_the_inputs_alone(task, computed):
     model = tiny_model(task)
-    made = rows(model)
-    seen = computed(model, monkeypatch)
-    full = cached_trunk_states(model, made, 2)
-    assert sum(seen) == 3
-    again, alone = cached_trunk_states(model, made, 2), cached_trunk_states(model, rows(model, None), 2)
-    assert sum(seen) == 3
-    for i, row in enumerate(made):
+    full = cached(model, rows(model))
+    assert sum(computed) == 3
+    again, alone = cached(model, rows(model)), cached(model, rows(model, None))
+    assert sum(computed) == 3
+    for i, row in enumerate(rows(model)):
         assert np.array_equal(again[i], full[i])
         assert np.array_equal(alone[i], full[i][: row["input_length"]])
 
 
-def test_the_states_of_a_backbone_serve_it_in_another_folder_too(task, monkeypatch):
+def test_states_belong_to_rows_layers_and_weights_but_not_to_a_folder(task, computed):
     model = tiny_model(task)
-    seen = computed(model, monkeypatch)
-    for folder in ("here/backbone", "there/backbone"):
-        model.config.backbone_config._name_or_path = folder
-        cached_trunk_states(model, rows(model), 2)
-    assert sum(seen) == 3
-
-
-def test_a_changed_row_layer_count_or_backbone_is_computed_anew(task, monkeypatch):
-    model = tiny_model(task)
-    seen = computed(model, monkeypatch)
-    cached_trunk_states(model, rows(model), 2)
-    cached_trunk_states(model, rows(model, "another rationale"), 2)
-    assert sum(seen) == 6
-    cached_trunk_states(model, rows(model), 1)
-    assert sum(seen) == 9
+    cached(model, rows(model))
+    model.config.backbone_config._name_or_path = "another/folder"
+    cached(model, rows(model))
+    assert sum(computed) == 3
+    cached(model, rows(model, "another rationale"))
+    assert sum(computed) == 6
+    cached(model, rows(model), 1)
+    assert sum(computed) == 9
     with torch.no_grad():
         model.backbone.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    cached_trunk_states(model, rows(model), 2)
-    assert sum(seen) == 12
+    cached(model, rows(model))
+    assert sum(computed) == 12
 
 
-def test_an_interrupted_computation_is_not_read_and_is_made_again(task, monkeypatch, tmp_path):
+def test_an_interrupted_computation_leaves_no_states(task, monkeypatch, tmp_path):
     model = tiny_model(task)
-    made = rows(model)
 
-    def interrupted(*_):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "trunk_states", interrupted)
+        patch.setattr(trunk_cache, "trunk_states", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            cached_trunk_states(model, made, 2)
-    assert list(tmp_path.rglob("*.npy"))
-    states = cached_trunk_states(model, made, 2)
-    assert np.abs(states[1]).sum() > 0
-    assert len(list(tmp_path.rglob("*.npy"))) == 1
-
-
-@pytest.mark.parametrize("file", ["*.npy", "*.json"])
-def test_states_that_were_cut_short_are_computed_again(task, monkeypatch, tmp_path, file):
-    model = tiny_model(task)
-    made = rows(model)
-    whole = [states.copy() for states in cached_trunk_states(model, made, 2)]
-    (path,) = tmp_path.rglob(file)
-    with path.open("r+b") as opened:
-        opened.truncate(path.stat().st_size - 8)
-    seen = computed(model, monkeypatch)
-    for states, expected in zip(cached_trunk_states(model, made, 2), whole, strict=True):
-        assert np.array_equal(states, expected)
-    assert sum(seen) == 3
+            cached(model, rows(model))
+    assert not list(tmp_path.rglob("*.npy"))
+    assert np.abs(cached(model, rows(model))[1]).sum() > 0

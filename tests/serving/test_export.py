@@ -78,7 +78,7 @@ def exports(plain, tmp_path_factory, own_cache):
 
 
 def logits(model: DHRDModel | ExportedClassifier) -> np.ndarray:
-    return model.classify_rows(model.encode_texts(TEXTS))
+    return model.logits(model.encode(TEXTS))
 
 
 # Tracing takes many seconds a model; these three meet each engine, and what the poolings do to a trace.
@@ -96,18 +96,8 @@ def test_an_export_has_the_models_logits_for_every_pooling_and_head(exports, for
     expected = logits(model)
     np.testing.assert_allclose(logits(exported), expected, rtol=0, atol=1e-4)
     assert expected.std(0).max() > 1e-2  # The texts do give different logits.
-    alone = [exported.classify_rows([row])[0] for row in exported.encode_texts(TEXTS)]
+    alone = [exported.logits([row])[0] for row in exported.encode(TEXTS)]
     np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-4)
-
-
-def test_an_export_predicts_in_windows_what_it_predicts_at_once(exports, monkeypatch):
-    _, folder = exports("onnx", pooling="last", head="mlp")
-    exported = load_classifier(folder)
-    expected = exported.predict(TEXTS)
-    monkeypatch.setattr("dhrd_lib.serving.classifier.ROWS_A_WINDOW", 2)
-    found = exported.predict(TEXTS)
-    assert found.labels == expected.labels
-    np.testing.assert_allclose(found.probabilities, expected.probabilities, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("format", "head"), [("onnx", "mlp"), ("openvino", "mlp"), ("hf", "linear")])
