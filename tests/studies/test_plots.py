@@ -1,128 +1,138 @@
-"""Plots and the report: figures hold the input's numbers; the page is honest, escaped and self-contained."""
+"""Figures hold the numbers of their tables, in percent, with a setting's color and escaped text."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from dhrd_lib import evaluation
+from dhrd_lib.evaluation import per_class
 from dhrd_lib.studies import plots
 
-LABELS = ["refund", "replace", "fix", "explain", "escalate"]
-SPLITS = {"dev": 60, "test": 140, "test_new_domain": 80}
+
+def rows_of(**columns):
+    return pd.DataFrame({"split": "test", "task": "cb", "setting": "DHRD", "name": "run", **columns})
 
 
-def make_history(alpha, n_steps=60):
-    steps = np.arange(5, n_steps + 1, 5)
-    class_loss = 1.6 * np.exp(-steps / 40)
-    lm_loss = 1.5 + 1.2 * np.exp(-steps / 30) if alpha else np.full(len(steps), np.nan)
-    train = pd.DataFrame({"step": steps, "class_loss": class_loss, "lm_loss": lm_loss, "alpha": alpha})
-    train["loss"] = class_loss + alpha * np.nan_to_num(lm_loss)
-    dev = pd.DataFrame({"step": steps[3::4], "eval_class_loss": class_loss[3::4] + 0.1, "eval_primary": 0.7})
-    return pd.concat([train, dev], ignore_index=True)
+def test_metric_has_value_and_both_arms():
+    rows = rows_of(
+        split=["test", "test", "other", "other"],
+        setting=["pooled baseline", "DHRD"] * 2,
+        value=[0.70, 0.80, 0.60, 0.65],
+        low=[0.65, 0.76, 0.50, 0.60],
+        high=[0.74, 0.83, 0.72, 0.71],
+    )
+    figure = plots.metric_with_interval(rows, "accuracy")
+    baseline, dhrd = figure.data
+    assert list(dhrd.x) == ["test", "other"]
+    assert list(dhrd.y) == pytest.approx([80, 65])
+    assert list(dhrd.error_y.array) == pytest.approx([3, 6])
+    assert list(dhrd.error_y.arrayminus) == pytest.approx([4, 5])
+    assert [each.marker.color for each in (baseline, dhrd)] == [
+        plots.COLORS[name] for name in ("pooled baseline", "DHRD")
+    ]
+    assert dhrd.customdata[0].tolist() == [76, 83, "run"]
+    assert figure.layout.yaxis.title.text == "accuracy (%)"
 
 
-class TestFigures:
-    def test_metric_with_interval_draws_each_value_and_both_arms(self):
-        rows = pd.DataFrame(
-            {
-                "split": ["test", "test", "test_new_domain", "test_new_domain"],
-                "setting": ["pooled baseline", "DHRD"] * 2,
-                "name": ["base-0", "dhrd-0"] * 2,
-                "value": [0.70, 0.80, 0.60, 0.65],
-                "low": [0.65, 0.76, 0.50, 0.60],
-                "high": [0.74, 0.83, 0.72, 0.71],
-            }
-        )
-        figure = plots.metric_with_interval(rows, "accuracy")
-        baseline, dhrd = figure.data
-        assert list(dhrd.x) == ["test", "test_new_domain"]
-        assert list(dhrd.y) == pytest.approx([80, 65])
-        assert list(dhrd.error_y.array) == pytest.approx([3, 6])
-        assert list(dhrd.error_y.arrayminus) == pytest.approx([4, 5])
-        assert baseline.marker.color == plots.COLORS["pooled baseline"]
-        assert dhrd.marker.color == plots.COLORS["DHRD"]
-        assert list(dhrd.text) == ["dhrd-0", "dhrd-0"]
-        assert figure.layout.yaxis.title.text == "accuracy (%)"
+def test_difference_is_filled_where_interval_excludes_zero():
+    rows = rows_of(split=["test", "other"], difference=[0.05, 0.02], low=[0.01, -0.02], high=[0.09, 0.06])
+    figure = plots.paired_difference(rows.assign(p_value=[0.01, 0.3]))
+    (trace,) = figure.data
+    assert list(trace.x) == pytest.approx([5, 2])
+    assert list(trace.y) == ["cb<br>test", "cb<br>other"]
+    assert list(trace.error_x.arrayminus) == pytest.approx([4, 4])
+    assert list(trace.marker.symbol) == ["circle", "circle-open"]
+    assert figure.layout.xaxis.zeroline
 
-    def test_paired_difference_fills_the_marks_whose_interval_leaves_zero_out(self):
-        rows = pd.DataFrame(
-            {
-                "task": ["cb", "cb"],
-                "split": ["test", "other"],
-                "setting": "DHRD",
-                "name": "dhrd against base",
-                "difference": [0.05, 0.02],
-                "low": [0.01, -0.02],
-                "high": [0.09, 0.06],
-                "p_value": [0.01, 0.3],
-            }
-        )
-        figure = plots.paired_difference(rows)
-        (trace,) = figure.data
-        assert list(trace.x) == pytest.approx([5, 2])
-        assert list(trace.y) == ["cb<br>test", "cb<br>other"]
-        assert list(trace.error_x.arrayminus) == pytest.approx([4, 4])
-        assert list(trace.marker.symbol) == ["circle", "circle-open"]
-        assert figure.layout.xaxis.zeroline
-        assert "percentage points" in figure.layout.xaxis.title.text
 
-    def test_loss_curves_draw_every_term_that_a_run_has(self):
-        histories = [
-            make_history(0.0).assign(setting="pooled baseline", name="base"),
-            make_history(0.5).assign(setting="DHRD", name="dhrd"),
-        ]
-        history = pd.concat(histories)
-        figure = plots.loss_curves(history)
-        train = histories[1].dropna(subset="loss")
-        lines = {(trace.name, trace.yaxis): trace for trace in figure.data if trace.mode == "lines"}
-        assert ("pooled baseline", "y2") not in lines
-        for axis, column in (("y", "class_loss"), ("y2", "lm_loss"), ("y3", "loss")):
-            assert list(lines["DHRD", axis].x) == train["step"].tolist()
-            assert list(lines["DHRD", axis].y) == pytest.approx(train[column].tolist())
-        dev = next(trace for trace in figure.data if trace.mode == "markers" and trace.name == "DHRD")
-        assert list(dev.y) == pytest.approx(histories[1]["eval_class_loss"].dropna().tolist())
-        assert sum(bool(trace.showlegend) for trace in figure.data) == 2
+@pytest.mark.parametrize("factor", ["alpha", "pooling"])
+def test_factor_effect_has_means_and_runs(factor):
+    values = [0.0, 1.0] if factor == "alpha" else ["last", "mean"]
+    summary = pd.DataFrame({factor: values, "series": "all", "value": [0.5, 0.6]})
+    summary = summary.assign(low=0.4, high=0.7, n_seeds=2)
+    seeds = pd.DataFrame({factor: values[:1] * 2, "series": "all", "value": [0.4, 0.6], "run": "r", "seed": [0, 1]})
+    traces = plots.factor_effect(summary, seeds, factor).data
+    if factor == "alpha":
+        band, *traces = traces
+        assert list(band.y) == pytest.approx([70, 70, 40, 40])
+    means, runs = traces
+    assert (list(means.x), list(means.y)) == (values, pytest.approx([50, 60]))
+    assert (list(runs.x), list(runs.y)) == (values[:1] * 2, pytest.approx([40, 60]))
 
-    def test_loss_curves_accept_a_log_without_the_lm_loss(self):
-        history = make_history(0.0).drop(columns="lm_loss").assign(setting="pooled baseline", name="base")
-        assert {trace.yaxis for trace in plots.loss_curves(history).data} == {"y", "y3"}
 
-    def test_confusion_matrices_show_counts_and_colour_by_share_of_the_gold_label(self):
-        counts = np.array([[3, 1], [0, 4]])
-        figure = plots.confusion_matrices({"pooled baseline": counts, "DHRD": counts.T}, ["no", "yes"])
-        first, second = figure.data
-        assert np.array(first.text).tolist() == counts.tolist()
-        assert np.array(second.text).tolist() == counts.T.tolist()
-        assert np.array(first.z).tolist() == [[75, 25], [0, 100]]
-        assert list(first.x) == ["no", "yes"]
+def test_loss_curves_have_every_logged_term():
+    log = {"step": [5, 10], "class_loss": [1.5, 1.0], "loss": [2.0, 1.2], "eval_class_loss": [np.nan, 1.1]}
+    base = pd.DataFrame(log).assign(setting="pooled baseline", name="base")
+    dhrd = pd.DataFrame(log).assign(setting="DHRD", name="dhrd", lm_loss=[3.0, 2.0])
+    figure = plots.loss_curves(pd.concat([base, dhrd]))
+    lines = {(trace.name, trace.yaxis): trace for trace in figure.data if trace.mode == "lines"}
+    assert ("pooled baseline", "y2") not in lines
+    for axis, column in (("y", "class_loss"), ("y2", "lm_loss"), ("y3", "loss")):
+        assert (list(lines["DHRD", axis].x), list(lines["DHRD", axis].y)) == ([5, 10], dhrd[column].tolist())
+    dev = next(trace for trace in figure.data if trace.mode == "markers" and trace.name == "DHRD")
+    assert (list(dev.x), list(dev.y)) == ([10], [1.1])
+    assert sum(trace.showlegend for trace in figure.data) == 2
+    assert {trace.yaxis for trace in plots.loss_curves(base).data} == {"y", "y3"}
 
-    def test_a_gold_label_without_rows_has_an_empty_line_in_the_confusion_matrix(self):
-        figure = plots.confusion_matrices({"DHRD": np.array([[2, 0], [0, 0]])}, ["no", "yes"])
-        assert np.array(figure.data[0].z).tolist() == [[100, 0], [0, 0]]
 
-    def test_per_class_f1_draws_a_bar_for_each_class_and_setting(self):
-        table = evaluation.per_class([0, 0, 1, 1], [0, 1, 1, 1], ["no", "yes"])
-        figure = plots.per_class_f1({"pooled baseline": table, "DHRD": table})
-        for trace in figure.data:
-            assert list(trace.x) == pytest.approx([200 / 3, 80])
-            assert list(trace.y) == ["no", "yes"]
-        assert figure.layout.xaxis.title.text == "F1 (%)"
+def test_confusion_has_counts_and_shares():
+    counts = np.array([[3, 1], [0, 0]])
+    first, second = plots.confusion_matrices({"pooled baseline": counts, "DHRD": counts.T}, ["no", "yes"]).data
+    assert (np.array(first.text).tolist(), np.array(second.text).tolist()) == (counts.tolist(), counts.T.tolist())
+    assert np.array(first.z).tolist() == [[75, 25], [0, 0]]
+    assert list(first.x) == ["no", "yes"]
 
-    def test_variants_of_a_setting_share_its_colour_and_differ_in_symbol(self):
-        rows = pd.DataFrame(
-            {
-                "split": "test",
-                "setting": ["DHRD (alpha=0.5)", "DHRD (alpha=1.0)"],
-                "name": "x",
-                "value": 0.7,
-                "low": 0.6,
-                "high": 0.8,
-            }
-        )
-        half, full = plots.metric_with_interval(rows).data
-        assert half.marker.color == full.marker.color == plots.COLORS["DHRD"]
-        assert half.marker.symbol != full.marker.symbol
 
-    def test_text_that_looks_like_markup_is_shown_letter_by_letter(self):
-        figure = plots.confusion_matrices({"DHRD": np.eye(2, dtype=int)}, ["<neutral>", "R&D"])
-        assert list(figure.data[0].x) == ["&lt;neutral&gt;", "R&amp;D"]
+def test_per_class_f1_has_bar_per_class():
+    table = per_class([0, 0, 1, 1], [0, 1, 1, 1], ["no", "yes"])
+    for trace in plots.per_class_f1({"pooled baseline": table, "DHRD": table}).data:
+        assert (list(trace.x), list(trace.y)) == (pytest.approx([200 / 3, 80]), ["no", "yes"])
+
+
+def test_weight_heat_map_has_cell_per_pair():
+    summary = pd.DataFrame({"alpha": [0.0, 1.0], "beta": [1.0, 0.5], "value": [0.5, 0.6], "low": 0.4, "high": 0.7})
+    (cells,) = plots.weight_heat_map(summary).data
+    assert (list(cells.x), list(cells.y)) == (["0", "1"], ["0.5", "1"])
+    assert np.array(cells.z)[1, 0] == 50
+    assert np.array(cells.text).tolist() == [["", "60.0%<br>[40.0, 70.0]"], ["50.0%<br>[40.0, 70.0]", ""]]
+
+
+def test_accuracy_by_tokens_has_reference_in_every_panel():
+    rows = pd.DataFrame({"cot": ["zero-shot", "zero-shot", "3-shot"], "reading": ["parsed"] * 3})
+    rows = rows.assign(budget=[9, 99, 9], tokens=[9.0, 99.0, 9.0], value=[0.2, 0.6, 0.4])
+    rows = rows.assign(low=rows["value"] - 0.1, high=rows["value"] + 0.1, unanswered=0, rows=10)
+    figure = plots.accuracy_by_tokens(rows, {"DHRD": 0.8})
+    line, level, other, again = figure.data
+    assert (list(line.x), list(line.y)) == (pytest.approx([1, 2]), pytest.approx([20, 60]))  # log10(1 + tokens)
+    assert list(line.error_y.arrayminus) == pytest.approx([10, 10])
+    assert list(other.y) == pytest.approx([40])
+    assert set(level.y) == set(again.y) == {80}
+    assert [trace.xaxis for trace in figure.data] == ["x", "x", "x2", "x2"]
+    assert [trace.showlegend for trace in figure.data] == [True, True, False, False]
+
+
+def test_cascade_marks_both_ends():
+    rows = pd.DataFrame({"threshold": [0.0, np.inf], "queries_per_second": [9.0, 1.0], "value": [0.5, 0.8]})
+    line, classifier, cot = plots.cascade_curve(rows.assign(share_to_cot=[0.0, 1.0])).data
+    assert list(line.y) == [50, 80]
+    assert (classifier.name, classifier.x[0], classifier.y[0]) == ("DHRD alone", 9, 50)
+    assert (cot.name, cot.x[0], cot.y[0]) == ("CoT alone", 1, 80)
+
+
+def test_reliability_is_drawn_against_diagonal():
+    table = pd.DataFrame({"confidence": [0.6, 0.9], "accuracy": [0.0, 1.0], "rows": 1})
+    diagonal, line = plots.reliability_diagram({"DHRD": table}, "test").data
+    assert diagonal.x == diagonal.y
+    assert (list(line.x), list(line.y)) == (pytest.approx([60, 90]), [0, 100])
+
+
+def test_variants_share_color_and_differ_in_symbol():
+    half, full, other = plots.styles(["DHRD (alpha=0.5)", "DHRD (alpha=1.0)", "mlp"]).values()
+    assert half.color == full.color == plots.COLORS["DHRD"] != other.color
+    assert len({half.symbol, full.symbol}) == len({half.hatch, full.hatch}) == 2
+
+
+def test_markup_in_text_is_escaped():
+    figure = plots.confusion_matrices({"DHRD": np.eye(2, dtype=int)}, ["<neutral>", "R&D"])
+    assert list(figure.data[0].x) == ["&lt;neutral&gt;", "R&amp;D"]
+    rows = rows_of(name=["<b>run"], value=0.5, low=0.4, high=0.6)
+    assert plots.metric_with_interval(rows).data[0].customdata[0][2] == "&lt;b&gt;run"
