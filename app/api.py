@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import wraps
+from typing import Any
 
 import gradio as gr
 
-from app import batch, stored
+from app import runs as stored
 from app.backend import ZERO_SHOT, Backend
-from app.batch import Inputs
 from app.events import COMPUTE
 from app.settings import MAX_NEW_TOKENS
-from app.views import shown_error
 from dhrd_lib.config import ConfigError, WorkbenchError
+
+
+def _endpoint(method: Callable) -> Callable:
+    """Answer a `WorkbenchError` with its sentence, as plain text: programs read it, not a page."""
+
+    @wraps(method)
+    def answer(*arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except WorkbenchError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    @wraps(method)
+    def stream(*arguments: Any) -> Iterator[Any]:
+        try:
+            yield from method(*arguments)
+        except WorkbenchError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return stream if inspect.isgeneratorfunction(method) else answer
 
 
 class Api:
@@ -28,52 +49,48 @@ class Api:
         for function in (self.classify, self.classify_rows, self.cot, self.rationale):
             gr.api(function, api_name=function.__name__, **COMPUTE)
 
+    @_endpoint
     def runs(self) -> list[dict]:
-        """The stored runs: name, setting, task, labels, and the metrics of each split (fractions)."""
+        """The stored runs: name, setting, task, labels, and the metrics of each split (fractions).
+
+        A run with beta = 0 ("reasoning only") has no metrics: it answers by CoT decoding.
+        """
         return [
             {
                 "run": run.name,
                 "setting": run.config.training.setting,
                 "task": run.config.data.task,
                 "labels": run.metrics["label_names"],
-                "splits": run.metrics["splits"],
+                "splits": stored.split_metrics(run),
             }
             for run in stored.usable_runs(self.root)
         ]
 
+    @_endpoint
     def classify(self, run: str, texts: dict) -> dict:
         """One input, as texts by the task's field, by a run's pooled classifier.
 
         Returns label, probabilities by label, latency_ms and the tokens read, written and cut.
         """
-        try:
-            return asdict(self.backend.classify(run, texts))
-        except WorkbenchError as error:
-            raise shown_error(error) from error
+        return asdict(self.backend.classify(run, texts))
 
+    @_endpoint
     def classify_rows(self, run: str, rows: list[dict]) -> Iterator[dict]:
         """Many inputs by a run's pooled classifier, in their order.
 
         Streams rows_done; the last one has labels, probabilities (in the order of the run's labels), seconds,
-        the time inside the calls, and inputs_cut, how many were too long and were cut at the front.
+        the time inside the calls, and inputs_cut, how many were too long and were truncated at the front.
         """
-        try:
-            batch.check_rows(rows, "The list")
-            task = stored.task_of(stored.find_run(self.root, run))
-            runs = {"run": run}
-            steps = batch.classify(self.backend, task, Inputs(rows, None), runs, lambda: False)
-            for _, done, result in steps:  # noqa: B007 (the last one has the result)
-                yield {"rows_done": done}
-            labels = [task.label_names[place] for place in result.predictions("run")]
-            yield {
-                "labels": labels,
-                "probabilities": result.probabilities["run"].round(6).tolist(),
-                "seconds": result.seconds["run"],
-                "inputs_cut": result.inputs_cut["run"],
-            }
-        except WorkbenchError as error:
-            raise shown_error(error) from error
+        for done in self.backend.classify_rows(run, rows):
+            yield {"rows_done": len(done.probabilities)}
+        yield {
+            "labels": done.labels,
+            "probabilities": done.probabilities.round(6).tolist(),
+            "seconds": done.seconds,
+            "inputs_cut": done.inputs_cut,
+        }
 
+    @_endpoint
     def cot(
         self,
         task: str,
@@ -82,36 +99,26 @@ class Api:
         max_new_tokens: int = MAX_NEW_TOKENS,
         beside: str | None = None,
     ) -> Iterator[dict]:
-        """One input by CoT decoding: of a run that was taught to reason, or zero-shot on the task's backbone.
+        """One input by CoT decoding: of a run that was trained to reason, or zero-shot on the task's backbone.
 
-        Zero-shot, labels, fields and backbone are those of the run that it stands `beside`, or else of the task's
-        first in `/runs`: several runs on one file may read other columns.
+        Zero-shot, labels, fields and backbone are those of the run `beside`, or else of the task's first in `/runs`:
+        several runs on one file may read other columns.
 
         Streams text, tokens and latency_ms; the last one has the answer. Cancelling the job stops the decoding.
         """
-        try:
-            if beside is not None:
-                self._check_beside(beside, task, run)
-            for step in self.backend.cot(task, run, texts, max_new_tokens, lambda: False, [beside]):
-                yield asdict(step)
-        except WorkbenchError as error:
-            raise shown_error(error) from error
+        if beside is not None and run != ZERO_SHOT:
+            found = f"beside is {beside!r}, and run {run!r} has labels of its own"
+            raise ConfigError(f"{found}; expected {ZERO_SHOT!r} as run, or no beside.")
+        if beside is not None and (trained_on := stored.find_run(self.root, beside).config.data.task) != task:
+            raise ConfigError(f"Run {beside!r} was trained on {trained_on!r}; expected one on {task!r}.")
+        for step in self.backend.cot(task, run, texts, max_new_tokens, lambda: False, [beside]):
+            yield asdict(step)
 
-    def _check_beside(self, name: str, task: str, run: str) -> None:
-        """Refuse what has no labels to give to zero-shot CoT on a task."""
-        if run != ZERO_SHOT:
-            raise ConfigError(f"beside is {name!r}, and run {run!r} has labels of its own; expected {ZERO_SHOT!r}.")
-        found = stored.find_run(self.root, name).config.data.task
-        if found != task:
-            raise ConfigError(f"Run {name!r} was trained on {found!r}; expected one on {task!r}, the task asked.")
-
+    @_endpoint
     def rationale(self, run: str, texts: dict) -> Iterator[dict]:
-        """What a run's reasoning head writes about an input; its prediction doesn't depend on it.
+        """The rationale that a run's reasoning head generates; its prediction doesn't depend on it.
 
         Streams text, tokens and latency_ms.
         """
-        try:
-            for step in self.backend.rationale(run, texts, lambda: False):
-                yield asdict(step)
-        except WorkbenchError as error:
-            raise shown_error(error) from error
+        for step in self.backend.rationale(run, texts, lambda: False):
+            yield asdict(step)

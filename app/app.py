@@ -1,4 +1,4 @@
-"""Builds the page and starts the server. Torch comes with `build`, and models when they are first asked."""
+"""Build the page and start the server. Torch is imported by `build`, models are loaded when first used."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 TITLE = "DHRD Workbench"
 _HEAD = """# DHRD Workbench
-**Dual-Head Reasoning Distillation** beside its pooled baseline and chain-of-thought: what each says and what it
-costs.
+**Dual-Head Reasoning Distillation** compared with its pooled baseline and chain-of-thought: predictions and
+inference cost.
 """
 _SESSIONS = 200  # whose state is kept
 
 
 def build(settings: Settings) -> gr.Blocks:
-    """The page with its events and endpoints, not started; no model is loaded."""
+    """Return the page with its events and endpoints, not started; no model is loaded."""
     import gradio as gr
 
     from app.api import Api
     from app.backend import Backend
-    from app.batch_tab import BatchTab
-    from app.compare_tab import CompareTab
-    from app.events import LINE_NOTE
-    from app.runs_tab import RunsTab
-    from app.training_panel import TrainingPanel
+    from app.events import QUEUE_NOTE
+    from app.tabs.batch import BatchTab
+    from app.tabs.compare import CompareTab
+    from app.tabs.runs import RunsTab
+    from app.tabs.training import TrainingPanel
 
     backend = Backend(settings)
-    # Uploads and downloads are looked for every hour, and deleted once they are an hour old.
+    # Every hour, uploads and downloads that are an hour old are deleted.
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600), fill_width=False) as page:
         gr.Markdown(_HEAD)
         panel = TrainingPanel(settings)
@@ -44,19 +44,19 @@ def build(settings: Settings) -> gr.Blocks:
         with gr.Tab("Batch"):
             BatchTab(backend, compare)
         with gr.Tab("Runs") as tab:
-            RunsTab(settings).connect_to(tab)
-        gr.Markdown(LINE_NOTE, elem_classes="limits")
+            RunsTab(settings, tab)
+        gr.Markdown(QUEUE_NOTE, elem_classes="limits")
         panel.connect(page, compare)
         Api(backend).register()
-    # Nobody passes by the line: every computation waits in it, and it has an end.
+    # No endpoint bypasses the queue, which is bounded.
     return page.queue(max_size=MAX_WAITING, api_open=False)
 
 
 def launch(page: gr.Blocks, settings: Settings, **more: Any) -> Any:
-    """Start the server; it answers this machine alone, unless the settings name another host."""
+    """Start the server; it answers this machine only, unless the settings name another host."""
     import gradio as gr
 
-    # The system's own fonts: nothing is asked of another server.
+    # System fonts: nothing is requested from another server.
     fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
     return page.launch(
         server_name=settings.host,
@@ -83,18 +83,18 @@ def main(
         "notebooks/results"
     ),
     backbone: Annotated[
-        str, typer.Option(envvar="DHRD_APP_BACKBONE", help="Asked for CoT where a task has no run.")
+        str, typer.Option(envvar="DHRD_APP_BACKBONE", help="Zero-shot CoT's, for a task without a run.")
     ] = "smollm2-135m",
     host: Annotated[str, typer.Option(envvar="DHRD_APP_HOST", help="Not loopback: needs a user.")] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(envvar="DHRD_APP_PORT", help="Left out: a free one from 7860.")
+        int | None, typer.Option(envvar="DHRD_APP_PORT", help="By default a free one from 7860.")
     ] = None,
     user: Annotated[str | None, typer.Option(envvar="DHRD_APP_USER", help="Who may log in.")] = None,
     password: Annotated[
         str | None, typer.Option(envvar="DHRD_APP_PASSWORD", help="Set it in the environment, not here.")
     ] = None,
 ) -> None:
-    """Open the page: DHRD, its pooled baseline and CoT side by side."""
+    """Serve the page: DHRD, its pooled baseline and CoT side by side."""
     try:
         settings = Settings(runs, results, backbone, host, port, user or None, password or None)
         page = build(settings)

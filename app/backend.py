@@ -1,4 +1,4 @@
-"""The backend: each model loaded once, one computation at a time, clocks inside the call."""
+"""The backend: each model is loaded once, one computation runs at a time, clocks run inside the call."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
 
-from app import stored
-from app.settings import KEPT_MODELS, MAX_CHARACTERS, MAX_FIELDS, MAX_NEW_TOKENS, Settings
-from benchmarks.harness import synchronize
+from app import runs
+from app.settings import KEPT_MODELS, MAX_CHARACTERS, MAX_FIELDS, MAX_NEW_TOKENS, MAX_ROWS, Settings
 from dhrd_lib.backbones import Backbone, load_backbone, resolve_device
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import CoT, Decoding, Generations
@@ -24,19 +23,17 @@ from dhrd_lib.inputs import Predictions
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.tasks import TaskError, render, template_fields
 
-ZERO_SHOT = "zero-shot"  # stands in place of a run's name: CoT of the bare backbone
-_WARM_UP = ("A short text.", "A text of a length that is usual, so that the second call is of another one.")
-_PART_ROWS = 16  # rows of a file between two looks at whether somebody still waits for them
-
-Texts = Mapping[str, str]  # by the field of the task's template
+ZERO_SHOT = "zero-shot"  # takes the place of a run's name: CoT of the bare backbone
+_WARM_UP = ("A short text.", "A text of usual length, so that the second call has another one than the first.")
+_CHUNK_ROWS = 16  # rows between two checks of whether the visitor still waits
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one system says about one input, and what it cost.
+    """One system's prediction for one input, and its inference cost.
 
-    `label` is None where no answer could be read; `probabilities` are by label name. `latency_ms` is the time
-    inside the call, tokenisation included. `tokens_cut` were cut off the input's front.
+    `label` is None where no answer could be parsed; `probabilities` are by label name. `latency_ms` is the time
+    inside the call, tokenization included. `tokens_cut` input tokens were truncated at the front.
     """
 
     label: str | None
@@ -49,7 +46,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Stream:
-    """A text on its way: what is written, in how many tokens and ms, and CoT's answer once it is whole."""
+    """Generated text so far, its tokens and ms; CoT's last one has the parsed answer."""
 
     text: str
     tokens: int
@@ -58,68 +55,81 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """A model in memory; a run's with its folder, and when the files there were written that it was read from."""
+class RowPredictions:
+    """Predictions for the first n rows: `probabilities (n, K)`, seconds inside the calls, truncated inputs."""
 
-    model: DHRDModel | Backbone
-    folder: Path | None = None
-    written: tuple[tuple[str, int], ...] = ()
+    label_names: list[str]
+    probabilities: np.ndarray
+    seconds: float = 0.0
+    inputs_cut: int = 0
 
     @property
-    def is_current(self) -> bool:
-        return self.folder is None or stored.written(self.folder) == self.written
+    def class_ids(self) -> np.ndarray:
+        """The predicted class indices, (n,)."""
+        return self.probabilities.argmax(1)
+
+    @property
+    def labels(self) -> list[str]:
+        """The predicted label names."""
+        return [self.label_names[index] for index in self.class_ids]
 
 
 class Backend:
-    """Answers of stored runs and of CoT; made once for all visitors.
+    """Predictions of stored runs and of CoT; one backend serves all visitors.
 
-    The `KEPT_MODELS` models last used stay in memory, those of a run until its folder is written anew. What a
-    visitor can mend raises a `WorkbenchError`. Streams end early where `is_stopped()` says so, and stop computing
-    when they are closed.
+    The `KEPT_MODELS` most recently used models stay in memory, a run's until it is trained again. Errors that a
+    visitor can fix are `WorkbenchError`s. Streams end where `is_stopped()` returns True or when they are closed.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._models: OrderedDict[tuple[str, str], _Loaded] = OrderedDict()
+        self._models: OrderedDict[tuple[str, str], tuple[int, Any]] = OrderedDict()
         self._computing = Lock()
 
-    def load(self, run: str, task: str, beside: Sequence[str | None] = ()) -> None:
-        """Load and warm up what answers for a run, or for zero-shot CoT on a task, if it isn't in memory."""
+    def load(self, run: str, task: str, picked: Sequence[str | None] = ()) -> None:
+        """Load and warm up the model of a run, or of zero-shot CoT on a task, if it isn't in memory."""
         with self._computing:
-            self._cot(task, run, beside)
+            self._cot(task, run, picked)
 
-    def classify(self, run: str, texts: Texts) -> Answer:
-        """One input by a run's pooled classifier; the LM head isn't computed."""
+    def classify(self, run: str, inputs: object) -> Answer:
+        """Classify one input (texts by field, or a str for one field); the LM head isn't computed."""
         with self._computing:
-            model = self._model(run)
-            _check(texts, model.config.template)
+            model = self._classifier(run)
+            texts = _checked(inputs, model.config.template)
             elapsed_ms = _clock(model.device)
             labels, probabilities = model.predict([texts])
             latency_ms = elapsed_ms()
-            row = model.encode([texts])[0]
-        shares = dict(zip(model.label_names, probabilities[0].tolist(), strict=True))
-        tokens, cut = len(row["input_ids"]), row["input_tokens_cut"]
-        return Answer(labels[0], shares, latency_ms, tokens, tokens_cut=cut)
+            row = model.encode_texts([texts])[0]
+        by_label = dict(zip(model.label_names, probabilities[0].tolist(), strict=True))
+        return Answer(labels[0], by_label, latency_ms, len(row["input_ids"]), tokens_cut=row["input_tokens_cut"])
 
-    def classify_rows(self, run: str, rows: Sequence[Texts]) -> Iterator[tuple[np.ndarray, float, int]]:
-        """Class probabilities of rows: `(n, K)` of each part of them, the seconds inside its call, and how many
-        of its inputs were cut at the front.
-        """
+    def classify_rows(self, run: str, rows: object) -> Iterator[RowPredictions]:
+        """Classify 1 to `MAX_ROWS` inputs in their order; yields the predictions so far, at last those for all."""
         with self._computing:
-            model = self._model(run)
-            for number, row in enumerate(rows, start=1):
-                _check(row, model.config.template, f"Row {number}")
-            for first in range(0, len(rows), _PART_ROWS):
+            model = self._classifier(run)
+            if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_ROWS:
+                found = f"{len(rows):,} rows" if isinstance(rows, list) else f"a {type(rows).__name__}"
+                raise TaskError(f"The input has {found}; expected a list of 1 to {MAX_ROWS:,} rows.")
+            template = model.config.template
+            texts = [_checked(row, template, f"Row {number}") for number, row in enumerate(rows, start=1)]
+            done = RowPredictions(model.label_names, np.empty((0, len(model.label_names)), np.float32))
+            for first in range(0, len(texts), _CHUNK_ROWS):
                 elapsed_ms = _clock(model.device)
-                encoded = model.encode(rows[first : first + _PART_ROWS])
-                found = Predictions.from_logits(model.logits(encoded), model.label_names).probabilities
-                yield found, elapsed_ms() / 1000, sum(row["input_tokens_cut"] > 0 for row in encoded)
+                encoded = model.encode_texts(texts[first : first + _CHUNK_ROWS])
+                chunk = Predictions.from_logits(model.classify_rows(encoded), model.label_names).probabilities
+                done = replace(
+                    done,
+                    probabilities=np.concatenate([done.probabilities, chunk]),
+                    seconds=done.seconds + elapsed_ms() / 1000,
+                    inputs_cut=done.inputs_cut + sum(row["input_tokens_cut"] > 0 for row in encoded),
+                )
+                yield done
 
-    def rationale(self, run: str, texts: Texts, is_stopped: Callable[[], bool]) -> Iterator[Stream]:
-        """What a run's reasoning head writes about an input; the prediction doesn't depend on it."""
+    def rationale(self, run: str, inputs: object, is_stopped: Callable[[], bool]) -> Iterator[Stream]:
+        """Stream the rationale of a run's reasoning head; the prediction doesn't depend on it."""
         with self._computing:
             model = self._model(run)
-            _check(texts, model.config.template)
+            texts = _checked(inputs, model.config.template)
             elapsed_ms, text = _clock(model.device), ""
             with closing(model.generate_rationale(texts, model.config.max_rationale_tokens, stream=True)) as pieces:
                 for piece in pieces:
@@ -133,115 +143,125 @@ class Backend:
         self,
         task: str,
         run: str,
-        texts: Texts,
+        inputs: object,
         max_new_tokens: int,
         is_stopped: Callable[[], bool],
-        beside: Sequence[str | None] = (),
+        picked: Sequence[str | None] = (),
     ) -> Iterator[Stream]:
-        """CoT decoding token by token; the last one brings the answer, unless it was stopped.
+        """Stream CoT decoding token by token; the last one has the answer, unless it was stopped.
 
-        The label is read from what was written. The probabilities are the LM head's, of each label after what
-        was written, and aren't timed. Zero-shot, labels, fields and backbone are those of the runs that it stands
-        `beside`, or of the task's first run.
+        The label is parsed from the generated text. The probabilities are the LM head's, of each label after that
+        text, and aren't timed. Zero-shot CoT takes labels, fields and backbone of the task's reference run: the
+        first of those `picked`, or else the task's first.
         """
-        if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
-            raise ConfigError(f"The token budget is {max_new_tokens}; expected 1 to {MAX_NEW_TOKENS}.")
+        if type(max_new_tokens) is not int or not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; expected 1 to {MAX_NEW_TOKENS}.")
         with self._computing:
-            cot = self._cot(task, run, beside)
-            _check(texts, cot.template)
+            cot = self._cot(task, run, picked)
+            texts = _checked(inputs, cot.template)
             elapsed_ms = _clock(cot.lm.device)
             tokens_read = len(cot.encode_prompt(render(cot.template, texts)))
             before_ms, written = elapsed_ms(), None
             with closing(cot.stream(texts, Decoding(max_new_tokens=max_new_tokens))) as steps:
                 for written in steps:
-                    yield _so_far(cot, written, before_ms)
+                    yield _generated(cot, written, before_ms)
                     if is_stopped():
                         return
-            yield _whole(cot, written, before_ms, tokens_read)
+            last = _generated(cot, written, before_ms)
+            predicted = int(cot.parse(written).predictions[0])
+            label = None if predicted == NO_ANSWER else cot.label_names[predicted]
+            by_label = dict(zip(cot.label_names, cot.score(written).shares[0].tolist(), strict=True))
+            yield replace(last, answer=Answer(label, by_label, last.latency_ms, tokens_read, last.tokens))
 
     # ------------------------------------------------------------------ loading
 
-    def _model(self, run: str) -> DHRDModel:
-        return self._kept(("run", run), lambda: self._load_run(run))
+    def _classifier(self, name: str) -> DHRDModel:
+        if runs.find_run(self.settings.runs, name).config.training.beta == 0:
+            found = f"Run {name!r} was trained without the class loss (beta = 0), so its classifier is untrained"
+            raise ConfigError(f"{found}; expected CoT decoding for it, or another run.")
+        return self._model(name)
 
-    def _cot(self, task: str, run: str, beside: Sequence[str | None]) -> CoT:
+    def _model(self, name: str) -> DHRDModel:
+        run = runs.find_run(self.settings.runs, name)
+
+        def load() -> DHRDModel:
+            model = DHRDModel.from_pretrained(run.folder / "model").to(resolve_device(None))
+            _warm_up(cots.fine_tuned(model))
+            if run.config.training.beta > 0:
+                for text in _WARM_UP:
+                    model.predict([dict.fromkeys(template_fields(model.config.template), text)])
+            return model
+
+        # A run that is trained again has new metrics.
+        return self._kept(("run", name), (run.folder / "metrics.json").stat().st_mtime_ns, load)
+
+    def _cot(self, task: str, run: str, picked: Sequence[str | None]) -> CoT:
         if run != ZERO_SHOT:
-            return CoT.from_model(self._model(run))
-        runs = stored.usable_runs(self.settings.runs)
-        name = stored.backbone_of(runs, task, beside, self.settings.backbone)
-        known = stored.shared_task(self.settings.runs, task, beside)
-        return CoT.from_backbone(self._kept(("backbone", name), lambda: _load_backbone(name, known)), known)
+            return cots.fine_tuned(self._model(run))
+        reference = runs.reference_run(self.settings.runs, task, picked)
+        name = reference.config.model.backbone if reference else self.settings.backbone
+        known = runs.task_for(self.settings.runs, task, picked)
 
-    def _kept(self, key: tuple[str, str], load: Callable[[], _Loaded]) -> DHRDModel | Backbone:
-        if key in self._models and not self._models[key].is_current:
-            del self._models[key]
-        if key not in self._models:
+        def load() -> Backbone:
+            backbone = load_backbone(name)
+            _warm_up(cots.zero_shot(backbone, known))
+            return backbone
+
+        return cots.zero_shot(self._kept(("backbone", name), 0, load), known)
+
+    def _kept(self, key: tuple[str, str], version: int, load: Callable[[], Any]) -> Any:
+        """Return the model of a key, loaded where it isn't in memory in this version."""
+        if key not in self._models or self._models[key][0] != version:
+            self._models.pop(key, None)
             while len(self._models) >= KEPT_MODELS:  # before loading, or both would be in memory
                 self._models.popitem(last=False)
-            self._models[key] = load()
+            self._models[key] = version, load()
         self._models.move_to_end(key)
-        return self._models[key].model
-
-    def _load_run(self, name: str) -> _Loaded:
-        run = stored.find_run(self.settings.runs, name)
-        written = stored.written(run.folder)  # before it is read, so that what is written meanwhile is newer
-        model = DHRDModel.from_pretrained(run.folder / "model").to(resolve_device(None))
-        _warm_up(CoT.from_model(model))
-        for text in _WARM_UP:
-            model.predict([dict.fromkeys(template_fields(model.config.template), text)])
-        return _Loaded(model, run.folder, written)
-
-
-def _load_backbone(name: str, task: stored.Task) -> _Loaded:
-    backbone = load_backbone(name)
-    _warm_up(CoT.from_backbone(backbone, task))
-    return _Loaded(backbone)
+        return self._models[key][1]
 
 
 def _warm_up(cot: CoT) -> None:
-    """The first calls of a model are slower, and nobody's latency shall be one of them."""
+    """Decode twice: a model's first calls are slower, and no visitor's latency shall be one of them."""
     for text in _WARM_UP:
         cot.generate([dict.fromkeys(template_fields(cot.template), text)], Decoding(max_new_tokens=2))
 
 
-def _check(texts: Texts, template: str, where: str = "The input") -> None:
-    """Refuse an input that lacks a text, is empty, or is longer than the page says."""
+def _checked(inputs: object, template: str, where: str = "The input") -> dict[str, str]:
+    """Return an input's texts by field; raises `TaskError` for a missing, empty or too long one."""
     fields = template_fields(template)
     if len(fields) > MAX_FIELDS:
         raise TaskError(f"The task's template reads {len(fields)} texts; the app has room for {MAX_FIELDS}.")
+    if isinstance(inputs, str) and len(fields) == 1:
+        inputs = {fields[0]: inputs}
+    if not isinstance(inputs, Mapping):
+        expected = ", ".join(f'"{name}": "..."' for name in fields)
+        raise TaskError(f"{where} is a {type(inputs).__name__}; expected the texts by field: {{{expected}}}.")
     for name in fields:
-        text = texts.get(name)
+        text = inputs.get(name)
         if not isinstance(text, str):
             raise TaskError(f"{where} lacks the text {name!r}; expected {', '.join(map(repr, fields))}.")
         if len(text) > MAX_CHARACTERS:
             found = f"{len(text):,} characters in {name!r}"
             raise TaskError(f"{where} has {found}; expected at most {MAX_CHARACTERS:,}.")
-    if not any(texts[name].strip() for name in fields):
+    if not any(inputs[name].strip() for name in fields):
         raise TaskError(f"{where} has no text; expected some.")
-    render(template, texts, where)  # refuses half a character, which JSON may bring
+    render(template, inputs, where)  # refuses half a character, which JSON may bring
+    return {name: inputs[name] for name in fields}
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """A started clock in ms, with the device synchronized at both ends."""
-    synchronize(device)
-    started = time.perf_counter()
+    """Start a clock; it returns the elapsed ms once all that was computed before has ended."""
 
-    def elapsed_ms() -> float:
-        synchronize(device)
-        return 1000 * (time.perf_counter() - started)
+    def now_ms() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 1000 * time.perf_counter()
 
-    return elapsed_ms
+    started_ms = now_ms()
+    return lambda: now_ms() - started_ms
 
 
-def _so_far(cot: CoT, written: Generations, before_ms: float) -> Stream:
+def _generated(cot: CoT, written: Written, before_ms: float) -> Stream:
     ids = written.samples[0][0]
     text = cot.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
     return Stream(text, len(ids), before_ms + 1000 * written.seconds)
-
-
-def _whole(cot: CoT, written: Generations, before_ms: float, tokens_read: int) -> Stream:
-    last = _so_far(cot, written, before_ms)
-    said = int(cot.parse(written).prediction_ids[0])
-    shares = dict(zip(cot.label_names, cot.score(written).probabilities[0].tolist(), strict=True))
-    label = None if said == NO_ANSWER else cot.label_names[said]
-    return replace(last, answer=Answer(label, shares, last.latency_ms, tokens_read, last.tokens))

@@ -1,4 +1,4 @@
-"""Settings: where the app finds what it shows, who may see it, and how much it takes at once."""
+"""Settings: where the app reads runs, who may log in, and the limits on what it takes at once."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ MAX_CHARACTERS = 8_000  # of one text
 MAX_ROWS = 5_000  # of one file
 MAX_FILE_MIB = 20
 MAX_UNFOLDED_MIB = 200  # of a Parquet file's values, once they are read
-MAX_WAITING = 32  # calls in line; the next is told that the app is busy
+MAX_WAITING = 32  # queued calls; further ones are rejected as busy
 MAX_FIELDS = 6  # texts that a template may read
 MAX_NEW_TOKENS = 500  # the paper's budget of CoT
-KEPT_MODELS = 3  # in memory at once: one a system on the page
+KEPT_MODELS = 3  # in memory at once: one per system on the page
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the environment or the command line decides.
 
-    `runs` is the folder of runs, `results` that of the stored figures' numbers, and `backbone` what CoT is asked of
-    where there is no run. Raises `ConfigError` for a user without a password or the reverse, and for a host that
-    others reach while there is neither.
+    `runs` is the folder of runs, `results` that of the stored ablations, and `backbone` serves zero-shot CoT where
+    there is no run. Raises `ConfigError` for a user without a password or the reverse, and for a host that other
+    machines reach without both.
     """
 
     runs: Path = Path("runs")
@@ -37,8 +37,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         if bool(self.user) != bool(self.password):
-            there, lacking = ("user", "password") if self.user else ("password", "user")
-            raise ConfigError(f"There is a {there} and no {lacking}; expected both, or neither.")
+            given, missing = ("user", "password") if self.user else ("password", "user")
+            raise ConfigError(f"There is a {given} and no {missing}; expected both, or neither.")
         if not self.user and not _is_loopback(self.host):
             raise ConfigError(
                 f"host is {self.host!r}, which other machines reach; expected DHRD_APP_USER and "

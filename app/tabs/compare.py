@@ -1,0 +1,231 @@
+"""The Compare tab: one input, three systems side by side, each with its prediction and its inference cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from app import html
+from app import runs as stored
+from app.backend import ZERO_SHOT, Backend, Stream
+from app.events import QUIET, Session, connect_computation
+from app.html import Asked, Card, Comparison
+from app.settings import MAX_CHARACTERS, MAX_FIELDS, MAX_NEW_TOKENS
+from dhrd_lib.config import WorkbenchError
+from dhrd_lib.runs import Run
+from dhrd_lib.tasks import Task
+
+NO_RUN = "No trained run for this task yet."
+_SETTINGS = {"pooled baseline": "pooled baseline", "DHRD": "DHRD", "CoT": "reasoning only"}
+_UPDATE_SECONDS = 0.05  # A faster decoder shows several tokens at once.
+_KEPT_ASKED = 500
+
+
+@dataclass(frozen=True)
+class Question:
+    """An input for the three systems: texts by field, runs by system (None is no run), and CoT's token budget."""
+
+    task: str
+    texts: Mapping[str, str]
+    gold: str | None
+    runs: Mapping[str, str | None]
+    max_new_tokens: int
+    with_rationale: bool
+
+
+def compare(backend: Backend, question: Question, session: Session) -> Iterator[Comparison]:
+    """Yield the comparison as it grows: pooled baseline, DHRD with its rationale if wanted, then CoT.
+
+    One system's error is shown on its card; the others answer all the same.
+    """
+    picked, is_stopped = list(question.runs.values()), session.stopped.is_set
+    shown = Comparison(question.gold, {name: _card(backend, question, name) for name in question.runs})
+    yield shown
+    for name, run in question.runs.items():
+        card = shown.cards[name]
+        if not run:
+            continue
+        if name == "CoT" and is_stopped():
+            card.state = "stopped"
+            break
+        try:
+            card.state, card.note = "working", "Loading the model and warming it up (once) …"
+            yield shown
+            backend.load(run, question.task, picked)
+            card.note = "Working …"
+            yield shown
+            if name == "CoT":
+                steps = backend.cot(question.task, run, question.texts, question.max_new_tokens, is_stopped, picked)
+                for card.stream in _throttled(steps):
+                    yield shown
+                card.answer, card.note = card.stream.answer, ""
+                card.state = "done" if card.answer else "stopped"
+            else:
+                card.answer, card.state = backend.classify(run, question.texts), "done"
+            if name == "DHRD" and question.with_rationale:
+                card.rationale_state = "working"
+                for card.rationale in _throttled(backend.rationale(run, question.texts, is_stopped)):
+                    yield shown
+                card.rationale_state = "stopped" if is_stopped() else "done"
+        except WorkbenchError as error:
+            card.state, card.note, card.rationale_state = "failed", str(error), ""
+        yield shown
+    answers = {name: card.answer for name, card in shown.cards.items() if card.answer}
+    labels = {name: answer.label for name, answer in answers.items()}
+    latencies = {name: answer.latency_ms for name, answer in answers.items()}
+    session.asked = [*session.asked, Asked(labels, latencies, question.gold)][-_KEPT_ASKED:]
+    yield shown
+
+
+def _card(backend: Backend, question: Question, name: str) -> Card:
+    """Return a system's card before it has answered, with where its answer will come from."""
+    run = question.runs[name]
+    if not run:
+        return Card("no run", "missing", NO_RUN)
+    if run != ZERO_SHOT:
+        return Card(f"run {run}" + (", trained to reason (beta = 0)" if name == "CoT" else ""))
+    reference = stored.reference_run(backend.settings.runs, question.task, question.runs.values())
+    backbone = reference.config.model.backbone if reference else backend.settings.backbone
+    return Card(f"zero-shot on {backbone}, not trained for the task")
+
+
+def _throttled(steps: Iterator[Stream]) -> Iterator[Stream]:
+    """Yield a stream's steps at most once in `_UPDATE_SECONDS`, and the last; closes the stream in the end."""
+    shown_at, step = 0.0, None
+    with closing(steps):
+        for step in steps:
+            if time.perf_counter() - shown_at >= _UPDATE_SECONDS:
+                yield step
+                shown_at, step = time.perf_counter(), None
+        if step is not None:
+            yield step
+
+
+class CompareTab:
+    """The tab's components and events; made inside a `gr.Tab`."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.root = backend, backend.settings.runs
+        runs = stored.usable_runs(self.root)
+        task = stored.tasks_of(runs)[0]
+        pickers = _pickers(runs, task)
+        picked = [picker["value"] for picker in pickers.values()]
+        self.gold = gr.State(None)
+        with gr.Row():
+            self.task = gr.Dropdown(stored.tasks_of(runs), value=task, label="Task", scale=1, filterable=False)
+            examples = self._examples(task, picked)
+            self.example = gr.Dropdown(**examples, label="Test example (gold label: text)", scale=3, min_width=260)
+        boxes = _boxes(stored.task_for(self.root, task, picked))
+        self.texts = [gr.Textbox(**box, value="", lines=2, max_lines=12, interactive=True) for box in boxes]
+        gr.Markdown(f"At most {MAX_CHARACTERS:,} characters per text.", elem_classes="limits")
+        with gr.Row(elem_classes="actions"):
+            self.rationale = gr.Checkbox(label="Show the reasoning head's rationale", scale=2, min_width=260)
+            self.budget = gr.Slider(
+                8, MAX_NEW_TOKENS, value=128, step=1, label="CoT token budget", scale=2, min_width=260
+            )
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, min_width=100)
+            self.compare = gr.Button("Compare", variant="primary", min_width=100)
+        with gr.Accordion("Runs", open=False), gr.Row():
+            self.runs = {name: gr.Dropdown(**picker, label=f"{name}: run") for name, picker in pickers.items()}
+        self.result = gr.HTML(html.comparison(Comparison()), elem_id="comparison")
+        with gr.Accordion("This session", open=True):
+            self.tally = gr.HTML(html.tally([]), elem_id="tally")
+        self._connect()
+
+    def refreshed(self, task: str) -> list[Any]:
+        """Return new choices for `pickers`, where runs have come since the page was made."""
+        runs = stored.usable_runs(self.root)
+        task = task if task in stored.tasks_of(runs) else stored.tasks_of(runs)[0]
+        choices = gr.Dropdown(stored.tasks_of(runs), value=task)
+        return [choices, *(gr.Dropdown(**picker) for picker in _pickers(runs, task).values())]
+
+    @property
+    def pickers(self) -> list[gr.Dropdown]:
+        """The components that `refreshed` has values for."""
+        return [self.task, *self.runs.values()]
+
+    def _connect(self) -> None:
+        picked, shown = [*self.runs.values()], [self.example, self.gold, *self.texts]
+        self.task.input(self._on_task, self.task, [*shown, *picked], **QUIET)
+        self.example.input(self._on_example, [self.task, self.example, *picked], [self.gold, *self.texts], **QUIET)
+        for picker in picked:
+            picker.input(self._on_picked, [self.task, self.example, self.gold, *picked], shown, **QUIET)
+        for box in self.texts:
+            box.input(lambda: (None, None), None, [self.gold, self.example], **QUIET)
+        connect_computation(
+            [self.compare.click, *(box.submit for box in self.texts)],
+            self._on_compare,
+            [self.task, self.gold, self.rationale, self.budget, *picked, *self.texts],
+            [self.result, self.tally],
+            (self.compare, self.stop),
+        )
+
+    def _on_task(self, name: str) -> list[Any]:
+        pickers = _pickers(stored.usable_runs(self.root), name)
+        picked = [picker["value"] for picker in pickers.values()]
+        boxes = [gr.Textbox(**box, value="") for box in _boxes(stored.task_for(self.root, name, picked))]
+        dropdowns = [gr.Dropdown(**picker) for picker in pickers.values()]
+        return [gr.Dropdown(**self._examples(name, picked)), None, *boxes, *dropdowns]
+
+    def _on_picked(self, task: str, index: int | None, gold: str | None, *picked: str | None) -> list[Any]:
+        """Another run may read other texts and labels; what was typed stays."""
+        found = stored.examples(self.root, task, picked)
+        if index is None or index >= len(found) or found[index].gold != gold:
+            index = gold = None
+        boxes = [gr.Textbox(**box) for box in _boxes(stored.task_for(self.root, task, picked))]
+        return [gr.Dropdown(**{**self._examples(task, picked), "value": index}), gold, *boxes]
+
+    def _on_example(self, task: str, index: int | None, *picked: str | None) -> list[Any]:
+        found = stored.examples(self.root, task, picked)
+        if index is None or index >= len(found):  # The data may have changed since the page was made.
+            return [gr.skip()] * (1 + MAX_FIELDS)
+        texts = list(found[index].texts.values())
+        return [found[index].gold, *texts, *[""] * (MAX_FIELDS - len(texts))]
+
+    def _on_compare(
+        self,
+        session: Session,
+        task: str,
+        gold: str | None,
+        with_rationale: bool,
+        max_new_tokens: int,
+        baseline: str | None,
+        dhrd: str | None,
+        cot: str,
+        *texts: str,
+    ) -> Iterator[tuple[Any, Any]]:
+        runs = {"pooled baseline": baseline, "DHRD": dhrd, "CoT": cot}
+        try:
+            stored.check_comparable(self.root, runs.values())
+            fields = stored.task_for(self.root, task, runs.values()).fields
+        except WorkbenchError as error:
+            yield html.notice(str(error), "error"), gr.skip()
+            return
+        by_field = dict(zip(fields, texts, strict=False))
+        question = Question(task, by_field, gold, runs, int(max_new_tokens), with_rationale)
+        for shown in compare(self.backend, question, session):
+            yield html.comparison(shown), gr.skip()
+        yield gr.skip(), html.tally(session.asked)
+
+    def _examples(self, task: str, picked: Sequence[str | None]) -> dict[str, Any]:
+        titles = [(one.title, index) for index, one in enumerate(stored.examples(self.root, task, picked))]
+        info = None if titles else "The task's data isn't available here; type a text."
+        return {"choices": titles, "value": None, "info": info}
+
+
+def _pickers(runs: Sequence[Run], task: str) -> dict[str, dict[str, Any]]:
+    """Return the choices of runs by system, and the first of them as value."""
+    choices = {name: stored.runs_of(runs, task, setting) for name, setting in _SETTINGS.items()}
+    choices["CoT"].append(ZERO_SHOT)
+    return {name: {"choices": names, "value": next(iter(names), None)} for name, names in choices.items()}
+
+
+def _boxes(task: Task) -> list[dict[str, Any]]:
+    """Return label and visibility of each text box."""
+    shown = [{"label": name, "visible": True} for name in task.fields]
+    return shown + [{"label": "", "visible": False}] * (MAX_FIELDS - len(shown))

@@ -1,0 +1,189 @@
+"""The panel above the tabs: trains the quick comparison where there is no run, and shows its progress.
+
+Training runs in a process of its own, `python -m dhrd_lib compare`, because it draws from torch's one random
+generator: answers meanwhile must not change a run. Its progress is read from the runs' folders. It goes on when the
+browser is closed, and ends with the app.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import IO, Any
+
+import gradio as gr
+
+from app import html
+from app import runs as stored
+from app.events import QUIET
+from app.settings import Settings
+from app.tabs.compare import CompareTab
+from dhrd_lib.__main__ import comparison
+from dhrd_lib.config import RunConfig
+
+_NO_RUNS = (
+    "There is no trained run here yet, so the pooled baseline and DHRD can't predict. Train both on support_triage "
+    "(about 25 minutes on two CPU cores), or name another folder in DHRD_RUNS. Zero-shot CoT answers meanwhile."
+)
+_POLL_SECONDS = 1.0
+_STOP_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a comparison is: the run under way (None before its first log), its last log, share of all epochs."""
+
+    run: str | None
+    number: int
+    log: dict[str, float]
+    share: float
+
+
+def read_progress(root: Path, configs: Sequence[RunConfig]) -> Progress:
+    """Return the progress of runs that are trained one after the other, from their folders."""
+    for done, config in enumerate(configs):
+        folder = root / config.name
+        if not (folder / "metrics.json").is_file():
+            history = folder / "history.jsonl"
+            # Training appends whole lines; the last may be under way.
+            lines = history.read_text(encoding="utf-8").splitlines(keepends=True) if history.is_file() else []
+            logs = [json.loads(line) for line in lines if line.endswith("\n")]
+            log = {key: value for one in logs for key, value in one.items() if value is not None}
+            share = (done + min(log.get("epoch", 0.0) / config.training.epochs, 1.0)) / len(configs)
+            return Progress(config.name if logs else None, done + 1, log, share)
+    return Progress(None, len(configs), {}, 1.0)
+
+
+class Training:
+    """One training process at most; `state` is "idle", "running", "done", "stopped" or "failed"."""
+
+    def __init__(self, root: Path, configs: Sequence[RunConfig], command: Sequence[str]) -> None:
+        self.root, self.configs, self.command = root, configs, command
+        self._process: subprocess.Popen | None = None
+        self._errors: IO[bytes] | None = None
+        self._stopped = False
+        self._started = (0.0, 0.0)  # seconds of the clock, and the share that was done by then
+        self._changing = Lock()  # held while a process starts or ends
+
+    @property
+    def state(self) -> str:
+        """The state of the process."""
+        if self._process is None:
+            return "idle"
+        code = self._process.poll()
+        if code is None:
+            return "running"
+        return "stopped" if self._stopped else "failed" if code else "done"
+
+    def start(self) -> None:
+        """Train the runs that aren't finished, unless a training is running; waits for one that is stopping."""
+        with self._changing:
+            if self.state != "running":
+                self._stopped = False
+                self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (read if the process fails)
+                self._started = (time.time(), read_progress(self.root, self.configs).share)
+                self._process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=self._errors)
+
+    def stop(self) -> None:
+        """End the training; a later start resumes from its last checkpoint."""
+        with self._changing:
+            if self.state == "running":
+                self._stopped = True
+                self._process.terminate()
+                try:
+                    self._process.wait(_STOP_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self._process.kill()
+                    self._process.wait()
+
+    def status(self) -> str:
+        """Return the progress bar, or how the training ended, as HTML; nothing before the first start."""
+        state = self.state
+        if state == "running":
+            return self._progress()
+        if state == "failed":
+            self._errors.seek(0)
+            lines = self._errors.read().decode(errors="replace").split("\n")
+            reason = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+            return html.notice(f"The training failed: {reason}", "error")
+        ended = {"done": "The training is done.", "stopped": "The training was stopped; a new start resumes it."}
+        return html.notice(ended[state]) if state in ended else ""
+
+    def _progress(self) -> str:
+        found, (started, share_before) = read_progress(self.root, self.configs), self._started
+        message = "Training starts: reading the data, loading the backbone"
+        if found.run:
+            message = f"Training run {found.number} of {len(self.configs)}: {found.run}"
+            message += f", step {found.log['step']:.0f}"
+            message += f", loss {found.log['loss']:.3f}" if "loss" in found.log else ""
+        left, gained = "", found.share - share_before
+        if gained > 0.02:
+            minutes = (time.time() - started) * (1 - found.share) / gained / 60
+            left = f", about {max(round(minutes), 1)} min left"
+        message += f". {found.share:.0%} of all epochs{left}. Latencies are longer meanwhile."
+        return html.progress_bar(found.share, "Training", message)
+
+
+class TrainingPanel:
+    """Shown where there is no run, and while one is trained."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        command = [sys.executable, "-m", "dhrd_lib", "compare", "--profile", "quick", "--runs", str(settings.runs)]
+        self.training = Training(settings.runs, comparison("quick"), command)
+        atexit.register(self.training.stop)
+        with gr.Column(visible=self._needed, elem_id="training") as self.panel:
+            self.notice = gr.HTML(html.notice(_NO_RUNS))
+            with gr.Row(elem_classes="actions"):
+                self.start = gr.Button("Train the quick comparison", variant="primary", min_width=200)
+                self.stop = gr.Button("Stop training", variant="stop", interactive=False, min_width=140)
+            self.bar = gr.HTML(elem_id="training-progress")
+
+    @property
+    def _needed(self) -> bool:
+        return self.training.state == "running" or not stored.usable_runs(self.settings.runs)
+
+    def connect(self, page: gr.Blocks, compare: CompareTab) -> None:
+        """Start, stop and watch; a page that is opened during training watches it too."""
+        shown = [self.panel, self.start, self.stop, self.bar]
+        # Watching costs nothing, so any number may watch, outside the queue's one computation at a time.
+        watching = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+        refresh = (compare.refreshed, compare.task, compare.pickers)
+        self.start.click(self._start, None, shown, **QUIET).then(self._watch, None, shown, **watching).then(
+            *refresh, **QUIET
+        )
+        self.stop.click(self._stop, None, shown, **QUIET)
+        page.load(*refresh, **QUIET)
+        page.load(self._watch, None, shown, **watching)
+
+    def _start(self) -> list[Any]:
+        self.training.start()
+        return self._shown()
+
+    def _stop(self) -> list[Any]:
+        self.training.stop()
+        return self._shown()
+
+    async def _watch(self) -> AsyncIterator[list[Any]]:
+        while self.training.state == "running":
+            yield self._shown()
+            await asyncio.sleep(_POLL_SECONDS)
+        yield self._shown()
+
+    def _shown(self) -> list[Any]:
+        running = self.training.state == "running"
+        return [
+            gr.Column(visible=self._needed or self.training.state != "idle"),
+            gr.Button(interactive=not running),
+            gr.Button(interactive=running),
+            self.training.status(),
+        ]
