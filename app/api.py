@@ -101,8 +101,8 @@ class Api:
     ) -> Iterator[dict]:
         """One input by CoT decoding: of a run that was trained to reason, or zero-shot on the task's backbone.
 
-        Zero-shot, labels, fields and backbone are those of the run `beside`, or else of the task's first in `/runs`:
-        several runs on one file may read other columns.
+        Zero-shot, labels, fields and backbone come from the run `beside`, or else from the task's first run: runs on
+        one file may read other columns.
 
         Streams text, tokens and latency_ms; the last one has the answer. Cancelling the job stops the decoding.
         """

@@ -96,7 +96,15 @@ def main(
 ) -> None:
     """Serve the page: DHRD, its pooled baseline and CoT side by side."""
     try:
-        settings = Settings(runs, results, backbone, host, port, user or None, password or None)
+        settings = Settings(
+            runs=runs,
+            results=results,
+            backbone=backbone,
+            host=host,
+            port=port,
+            user=user or None,
+            password=password or None,
+        )
         page = build(settings)
     except WorkbenchError as error:
         sys.exit(f"app: {error}")

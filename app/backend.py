@@ -99,7 +99,7 @@ class Backend:
             elapsed_ms = _clock(model.device)
             labels, probabilities = model.predict([texts])
             latency_ms = elapsed_ms()
-            row = model.encode_texts([texts])[0]
+            row = model.encode([texts])[0]
         by_label = dict(zip(model.label_names, probabilities[0].tolist(), strict=True))
         return Answer(labels[0], by_label, latency_ms, len(row["input_ids"]), tokens_cut=row["input_tokens_cut"])
 
@@ -115,8 +115,8 @@ class Backend:
             done = RowPredictions(model.label_names, np.empty((0, len(model.label_names)), np.float32))
             for first in range(0, len(texts), _CHUNK_ROWS):
                 elapsed_ms = _clock(model.device)
-                encoded = model.encode_texts(texts[first : first + _CHUNK_ROWS])
-                chunk = Predictions.from_logits(model.classify_rows(encoded), model.label_names).probabilities
+                encoded = model.encode(texts[first : first + _CHUNK_ROWS])
+                chunk = Predictions.from_logits(model.logits(encoded), model.label_names).probabilities
                 done = replace(
                     done,
                     probabilities=np.concatenate([done.probabilities, chunk]),

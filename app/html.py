@@ -185,8 +185,8 @@ def _latencies(shown: Comparison) -> str:
     return (
         '<section class="latency" aria-label="Latencies"><h3>Latency of one prediction '
         f'<span class="count">(inside the call, log scale)</span></h3>{"".join(bars)}<div class="bar-row axis">'
-        f'<span class="bar-label"></span><span class="ticks">{"".join(ticks)}</span><span class="bar-value"></span></div>'
-        f'<div class="words">{words}</div></section>'
+        f'<span class="bar-label"></span><span class="ticks">{"".join(ticks)}</span><span class="bar-value"></span>'
+        f'</div><div class="words">{words}</div></section>'
     )
 
 

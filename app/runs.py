@@ -12,12 +12,11 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
-from dhrd_lib import evaluation
 from dhrd_lib.config import ConfigError, DataConfig, WorkbenchError, user_path
 from dhrd_lib.runs import Run, find_runs, load_run, load_runs
 from dhrd_lib.studies import plots
 from dhrd_lib.studies.ablations import by_seed, factors, load_results, one_factor, summarise
-from dhrd_lib.studies.report import percent_interval
+from dhrd_lib.studies.statistics import bootstrap_interval
 from dhrd_lib.tasks import TASKS, Task
 from dhrd_lib.training import load_rows
 
@@ -179,8 +178,7 @@ def _metrics_by_split(folder: str, modified_ns: int) -> list[dict[str, str]]:
         if run.config.training.beta > 0:
             groups = predictions["group"] if predictions["group"].notna().all() else None
             labels, predicted = predictions["label"], predictions["prediction"]
-            found = evaluation.bootstrap_interval(metrics, labels, predicted, groups)
-            interval = percent_interval(found.value, found.low, found.high)
+            interval = str(bootstrap_interval(metrics, labels, predicted, groups))
         name = f"{' and '.join(metrics)} [95% interval]"
         rows.append({"split": split, "rows": f"{len(predictions):,}", name: interval})
     return rows

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from dhrd_lib.config import ConfigError
+from pydantic import Field, model_validator
+
+from dhrd_lib.config import Config, ConfigError, Name
 
 MAX_CHARACTERS = 8_000  # of one text
 MAX_ROWS = 5_000  # of one file
@@ -18,8 +19,7 @@ MAX_NEW_TOKENS = 500  # the paper's budget of CoT
 KEPT_MODELS = 3  # in memory at once: one per system on the page
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(Config):
     """What the environment or the command line decides.
 
     `runs` is the folder of runs, `results` that of the stored ablations, and `backbone` serves zero-shot CoT where
@@ -29,13 +29,14 @@ class Settings:
 
     runs: Path = Path("runs")
     results: Path = Path("notebooks/results")
-    backbone: str = "smollm2-135m"
-    host: str = "127.0.0.1"
+    backbone: Name = "smollm2-135m"
+    host: Name = "127.0.0.1"
     port: int | None = None
     user: str | None = None
-    password: str | None = field(default=None, repr=False)
+    password: str | None = Field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check_access(self) -> Settings:
         if bool(self.user) != bool(self.password):
             given, missing = ("user", "password") if self.user else ("password", "user")
             raise ConfigError(f"There is a {given} and no {missing}; expected both, or neither.")
@@ -44,6 +45,7 @@ class Settings:
                 f"host is {self.host!r}, which other machines reach; expected DHRD_APP_USER and "
                 "DHRD_APP_PASSWORD with it, or 127.0.0.1."
             )
+        return self
 
 
 def _is_loopback(host: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +20,19 @@ from dhrd_lib.tasks import TASKS, Task
 TASK = TASKS["support_triage"]
 BASELINE, DHRD, REASONING = "tiny-baseline", "tiny-dhrd", "tiny-reasoning"
 _WEIGHTS = {BASELINE: (0.0, 1.0), DHRD: (1.0, 1.0), REASONING: (1.0, 0.0)}
+TEXTS = {"text": "My lamp broke on the second day."}
 _HISTORY = [{"step": 1, "loss": 2.0, "class_loss": 1.6, "lm_loss": 4.0}, {"step": 2, "eval_class_loss": 1.5}]
+
+
+def never() -> bool:
+    """A computation that nobody stops."""
+    return False
+
+
+def last(steps: Iterable) -> Any:
+    """Return the last of some steps."""
+    *_, found = steps
+    return found
 
 
 def store_runs(root: Path, *names: str) -> Path:

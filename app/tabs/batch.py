@@ -24,7 +24,7 @@ from dhrd_lib import evaluation
 from dhrd_lib.config import ConfigError, WorkbenchError
 from dhrd_lib.inputs import as_text
 from dhrd_lib.studies import plots
-from dhrd_lib.studies.report import percent_interval
+from dhrd_lib.studies.statistics import bootstrap_interval, paired_comparison
 from dhrd_lib.tasks import SUFFIXES, Task, TaskError, read_rows
 
 _SHOWN_ROWS = 300
@@ -151,8 +151,7 @@ def summary(result: Result) -> list[dict[str, str]]:
     for system, found in result.predictions.items():
         row = {"system": system}
         if result.gold is not None:
-            interval = evaluation.bootstrap_interval(metrics, result.gold, found.class_ids)
-            row[f"{name} [95% interval]"] = percent_interval(interval.value, interval.low, interval.high)
+            row[f"{name} [95% interval]"] = str(bootstrap_interval(metrics, result.gold, found.class_ids))
         row["rows per second"] = f"{len(result.texts) / found.seconds:,.1f}"
         row["truncated inputs"] = f"{found.inputs_cut:,}"
         rows.append(row)
@@ -167,12 +166,9 @@ def difference(result: Result) -> str:
     disagreement = f"The two systems disagree on {(a != b).sum():,} of {len(a):,} rows."
     if result.gold is None:
         return disagreement
-    found = evaluation.paired_comparison(_metrics(result.task), result.gold, a, b)
-    points = f"{100 * found.difference:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    return (
-        f"{disagreement} DHRD minus pooled baseline: {points}, p = {found.p_value:.3f} ({found.test}); "
-        "one run each."
-    )
+    found = paired_comparison(_metrics(result.task), result.gold, a, b)
+    test = f"p = {found.p_value:.3f} ({found.test})"
+    return f"{disagreement} DHRD minus pooled baseline: {found} points, {test}; one run each."
 
 
 def confusion_figures(result: Result) -> list[go.Figure]:

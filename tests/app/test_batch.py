@@ -1,0 +1,166 @@
+"""The Batch tab: files read within limits, predictions with metrics, downloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from app_runs import BASELINE, DHRD, TASK, last, never, store_runs
+
+from app.backend import Backend
+from app.events import Session
+from app.settings import MAX_FIELDS, MAX_ROWS, Settings
+from app.tabs import batch
+from app.tabs.compare import CompareTab
+from dhrd_lib.config import ConfigError
+from dhrd_lib.tasks import TaskError
+
+RUNS = {"pooled baseline": BASELINE, "DHRD": DHRD}
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory) -> Backend:
+    return Backend(Settings(runs=store_runs(tmp_path_factory.mktemp("runs"), *RUNS.values()), backbone="tiny"))
+
+
+@pytest.fixture(scope="module")
+def table() -> batch.Table:
+    rows = {"body": [f"My lamp {'broke ' * n}" for n in range(30)], "queue": TASK.label_names * 6}
+    return batch.Table("rows.csv", pd.DataFrame(rows))
+
+
+@pytest.fixture(scope="module")
+def result(backend, table) -> batch.Result:
+    texts = batch.texts_of(table, TASK, {"text": "body"})
+    predictions = last(batch.classify(backend, texts, RUNS, never))
+    return batch.Result(TASK, texts, batch.gold_of(table, TASK, "queue"), predictions)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_every_format_gives_same_rows(tmp_path, suffix):
+    rows = pd.DataFrame({"text": ['a "b", c', "d"], "label": ["fix", "refund"]})
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "csv":
+        rows.to_csv(path, index=False)
+    elif suffix == "jsonl":
+        rows.to_json(path, orient="records", lines=True)
+    else:
+        rows.to_parquet(path)
+    assert batch.read_table(path).rows.to_dict("records") == rows.to_dict("records")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.txt", b"text\nx\n", r"rows\.txt ends in '\.txt'"),
+        ("rows.csv", b"text,label\nx\n1,2,3\n", r"rows\.csv"),
+        ("rows.csv", b"text\n\xff\n", r"rows\.csv.*UTF-8"),
+        ("rows.csv", b"text\n", r"rows\.csv has 0 rows"),
+        ("rows.jsonl", b"[1]\n", r"rows\.jsonl"),
+        ("rows.parquet", b"PAR1", r"rows\.parquet can't be read"),
+    ],
+)
+def test_bad_file_is_named_without_folder(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(TaskError, match=message) as error:
+        batch.read_table(path)
+    assert str(tmp_path) not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_too_many_rows_are_refused(tmp_path, suffix):
+    path, row = tmp_path / f"rows.{suffix}", '{"text": "x"}\n' if suffix == "jsonl" else "x\n"
+    path.write_text(("" if suffix == "jsonl" else "text\n") + row * (MAX_ROWS + 1))
+    with pytest.raises(TaskError, match=rf"^rows\.{suffix} has more than 5,000 rows"):
+        batch.read_table(path)
+
+
+def test_unfolding_parquet_is_refused(tmp_path):
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * MAX_ROWS), pa.array(["x" * 1_000_000]))
+    pq.write_table(pa.table({"text": values}), tmp_path / "rows.parquet")
+    assert (tmp_path / "rows.parquet").stat().st_size < 2_000_000
+    with pytest.raises(TaskError, match="unfolds to more than 200 MiB"):
+        batch.read_table(tmp_path / "rows.parquet")
+
+
+def test_labels_that_are_no_text_are_read_as_in_training(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": true}\n{"text": "b", "label": 1.0}\n{"text": "c"}\n')
+    assert batch.read_table(path).rows["label"].tolist() == ["true", "1", ""]
+
+
+def test_unknown_label_is_named_with_row(table):
+    rows = table.rows.assign(queue=[*table.rows["queue"][:3], "nonsense", *table.rows["queue"][4:]])
+    with pytest.raises(TaskError, match=r"rows\.csv, row 4 has the label 'nonsense'; expected one of 'refund'"):
+        batch.gold_of(batch.Table("rows.csv", rows), TASK, "queue")
+
+
+def test_column_must_be_chosen(table):
+    with pytest.raises(TaskError, match="rows.csv has no column None for 'text'; expected one of 'body', 'queue'"):
+        batch.texts_of(table, TASK, {"text": None})
+
+
+def test_summary_has_intervals_and_throughput(result):
+    rows = batch.summary(result)
+    assert [row["system"] for row in rows] == ["pooled baseline", "DHRD"]
+    assert all("%" in row["accuracy [95% interval]"] for row in rows)
+    assert "DHRD minus pooled baseline" in batch.difference(result)
+    assert len(batch.confusion_figures(result)) == 2
+
+
+def test_without_gold_there_is_no_metric(result):
+    unlabeled = batch.Result(TASK, result.texts, None, result.predictions)
+    assert batch.confusion_figures(unlabeled) == []
+    assert [*batch.summary(unlabeled)[0]] == ["system", "rows per second", "truncated inputs"]
+    assert "points" not in batch.difference(unlabeled)
+
+
+def test_downloads_hold_label_names_and_all_probabilities(result, tmp_path):
+    csv, jsonl = batch.save(result, tmp_path)
+    for rows in (pd.read_csv(csv), pd.read_json(jsonl, lines=True)):
+        assert rows["gold"].tolist() == list(TASK.label_names) * 6
+        assert set(rows["DHRD"]) <= set(TASK.label_names)
+        assert (rows["agree"] == "yes").tolist() == (rows["pooled baseline"] == rows["DHRD"]).tolist()
+        probabilities = rows[[f"DHRD p({name})" for name in TASK.label_names]]
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-4)
+        assert (probabilities.to_numpy().argmax(1) == rows["DHRD"].map(TASK.label_names.index)).all()
+
+
+@pytest.mark.parametrize("end", [lambda steps: next(steps, None), lambda steps: steps.close()])
+def test_download_files_are_temporary(backend, table, end):
+    with gr.Blocks():
+        tab = batch.BatchTab(backend, CompareTab(backend))
+    mapping = ["body", *[None] * (MAX_FIELDS - 1), "queue"]
+    steps = tab._on_run(Session(), table, "support_triage", BASELINE, DHRD, *mapping)
+    files = next(shown[4:6] for shown in steps if "rows classified" in shown[0])
+    assert [len(Path(file).read_text().splitlines()) for file in files] == [31, 30]
+    end(steps)
+    assert [file for file in files if Path(file).parent.exists()] == []
+
+
+def test_stop_drops_predictions(backend, result):
+    assert last(batch.classify(backend, result.texts, {"DHRD": DHRD}, lambda: True)) is None
+
+
+def test_without_run_batch_is_refused(backend, result):
+    with pytest.raises(ConfigError, match="There is no trained run for this task"):
+        next(batch.classify(backend, result.texts, {"DHRD": None}, never))
+
+
+def test_file_survives_deleted_upload(backend, tmp_path):
+    """Uploads are deleted after an hour; the page goes on with the rows that it has read."""
+    with gr.Blocks():
+        tab = batch.BatchTab(backend, CompareTab(backend))
+    path = tmp_path / "rows.csv"
+    path.write_text("premise,hypothesis\na,b\n")
+    table, *_, fields = tab._on_file(str(path), "support_triage", None, None)[:5]
+    assert fields == ("text",)
+    path.unlink()
+    fields, *columns = tab._on_picked(table, fields, "everyday_nli", None, None)
+    assert [column.value for column in columns if column.visible] == ["premise", "hypothesis", "(none)"]
