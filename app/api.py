@@ -60,8 +60,8 @@ class Api:
                 "run": run.name,
                 "setting": run.config.training.setting,
                 "task": run.config.data.task,
-                "labels": run.metrics["label_names"],
-                "splits": stored.split_metrics(run),
+                "labels": run.label_names,
+                "splits": run.metrics["splits"],
             }
             for run in stored.usable_runs(self.root)
         ]
@@ -79,7 +79,7 @@ class Api:
         """Many inputs by a run's pooled classifier, in their order.
 
         Streams rows_done; the last one has labels, probabilities (in the order of the run's labels), seconds,
-        the time inside the calls, and inputs_cut, how many were too long and were truncated at the front.
+        the time inside the calls, and inputs_cut, how many were truncated.
         """
         for done in self.backend.classify_rows(run, rows):
             yield {"rows_done": len(done.probabilities)}
@@ -101,8 +101,8 @@ class Api:
     ) -> Iterator[dict]:
         """One input by CoT decoding: of a run that was trained to reason, or zero-shot on the task's backbone.
 
-        Zero-shot, labels, fields and backbone come from the run `beside`, or else from the task's first run: runs on
-        one file may read other columns.
+        Zero-shot, labels, fields and backbone come from the run `beside`, or else from the task's first run: those
+        on one file may read other columns.
 
         Streams text, tokens and latency_ms; the last one has the answer. Cancelling the job stops the decoding.
         """

@@ -33,7 +33,7 @@ class Answer:
     """One system's prediction for one input, and its inference cost.
 
     `label` is None where no answer could be parsed; `probabilities` are by label name. `latency_ms` is the time
-    inside the call, tokenization included. `tokens_cut` input tokens were truncated at the front.
+    inside the call, tokenization included. `tokens_cut` input tokens were truncated.
     """
 
     label: str | None

@@ -138,7 +138,7 @@ def _answer(name: str, answer: Answer, gold: str | None) -> str:
     caption = "Probability of each label"
     tokens = f"{answer.tokens_read} input tokens"
     if answer.tokens_cut:
-        tokens += f" ({answer.tokens_cut} more truncated at the front)"
+        tokens += f" ({answer.tokens_cut} more truncated)"
     if answer.tokens_written:
         caption = "The LM head's probability of each label after this reasoning (not timed)"
         tokens += f", {answer.tokens_written} generated"

@@ -17,8 +17,7 @@ from dhrd_lib.runs import Run, find_runs, load_run, load_runs
 from dhrd_lib.studies import plots
 from dhrd_lib.studies.ablations import by_seed, factors, load_results, one_factor, summarise
 from dhrd_lib.studies.statistics import bootstrap_interval
-from dhrd_lib.tasks import TASKS, Task
-from dhrd_lib.training import load_rows
+from dhrd_lib.tasks import TASKS, Task, load_rows
 
 EMBEDDED_TASKS = ("support_triage", "everyday_nli")
 EXAMPLES = 30
@@ -84,7 +83,7 @@ def reference_run(root: Path, task: str, picked: Iterable[str | None] = ()) -> R
 def task_of(run: Run) -> Task:
     """Return the task as a run knows it: its data file may be gone or changed by now."""
     saved = json.loads((run.folder / "model" / "config.json").read_text(encoding="utf-8"))
-    labels, metrics = tuple(run.metrics["label_names"]), tuple(run.metrics["task_metrics"])
+    labels, metrics = tuple(run.label_names), tuple(run.metrics["task_metrics"])
     verbalizers, splits = tuple(saved["verbalizers"]), tuple(run.test_splits)
     return Task(run.config.data.task, saved["template"], labels, verbalizers, metrics, splits)
 
@@ -149,18 +148,13 @@ def runs_table(root: Path) -> pd.DataFrame:
     """Return one row per stored run and split: metrics in percent, times in seconds.
 
     A run with beta = 0 has no metric: its classifier is untrained.
+
     """
     table = load_runs(root).reindex(columns=list(_COLUMNS))
     table["primary"] = (100 * table["primary"].astype(float)).round(1)
-    table.loc[table["beta"] == 0, "primary"] = None
+
     table["train_seconds"] = table["train_seconds"].astype(float).round(0)
     return table.rename(columns=_COLUMNS)
-
-
-def split_metrics(run: Run) -> dict[str, dict[str, float]]:
-    """Return a run's metrics by split (fractions); those of an untrained classifier (beta = 0) are left out."""
-    splits = run.metrics["splits"]
-    return splits if run.config.training.beta > 0 else {split: {} for split in splits}
 
 
 def metrics_by_split(run: Run) -> list[dict[str, str]]:
@@ -177,7 +171,7 @@ def _metrics_by_split(folder: str, modified_ns: int) -> list[dict[str, str]]:
         interval = "none: answers by CoT decoding"
         if run.config.training.beta > 0:
             groups = predictions["group"] if predictions["group"].notna().all() else None
-            labels, predicted = predictions["label"], predictions["prediction"]
+            labels, predicted = predictions["label_id"], predictions["prediction_id"]
             interval = str(bootstrap_interval(metrics, labels, predicted, groups))
         name = f"{' and '.join(metrics)} [95% interval]"
         rows.append({"split": split, "rows": f"{len(predictions):,}", name: interval})

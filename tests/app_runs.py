@@ -55,7 +55,7 @@ def store_run(
         training=TrainingConfig(alpha=alpha, beta=beta),
     )
     model = build_model(config.model, known, backbone=tiny_backbone("llama"), seed=seed, **limits)
-    # An untrained head says one label for all; with its mean taken off, its labels differ by the text.
+    # An untrained head predicts one label for all; centered, its labels differ by the text.
     words = ("lamp", "kettle", "train", "bill") * 5
     texts = [dict.fromkeys(known.fields, f"My {word} broke{' again' * n}.") for n, word in enumerate(words)]
     mean = model.logits(model.encode(texts)).mean(0)
@@ -65,16 +65,19 @@ def store_run(
     write_json(folder / "environment.json", environment(torch.device("cpu")))
     pd.DataFrame(_HISTORY).to_json(folder / "history.jsonl", orient="records", lines=True)
     for split in ("dev", "test"):
-        _predictions(seed).to_json(folder / f"predictions_{split}.jsonl", orient="records", lines=True)
+        _predictions(seed, known.label_names).to_json(
+            folder / f"predictions_{split}.jsonl", orient="records", lines=True
+        )
     splits = {split: {"accuracy": 0.5, "primary": 0.5} for split in ("dev", "test")}
     totals = {"steps": 2, "best_step": 2, "train_seconds": 1.0, "train_tokens": 10, "tokens_per_second": 10.0}
     sequences = {"train": {"rows": 8}}
-    told = {"task_metrics": ["accuracy"], "label_names": list(known.label_names), "splits": splits}
-    (folder / "metrics.json").write_text(json.dumps({**told, **totals, "sequences": sequences}))
+    facts = {"task_metrics": ["accuracy"], "label_names": list(known.label_names), "splits": splits}
+    (folder / "metrics.json").write_text(json.dumps({**facts, **totals, "sequences": sequences}))
 
 
-def _predictions(seed: int) -> pd.DataFrame:
-    labels = np.arange(20) % 5
-    said = np.where(np.arange(20) < 10 + seed, labels, 0)
-    columns = {"idx": map(str, range(20)), "input_text": "x", "label": labels, "prediction": said}
-    return pd.DataFrame({**columns, "probabilities": [[0.2] * 5] * 20, "group": None, "rationale": None})
+def _predictions(seed: int, label_names: tuple[str, ...]) -> pd.DataFrame:
+    labels = np.array(label_names)[np.arange(20) % len(label_names)]
+    predicted = np.where(np.arange(20) < 10 + seed, labels, label_names[0])
+    columns = {"idx": map(str, range(20)), "input_text": "x", "label": labels, "prediction": predicted}
+    uniform = [1 / len(label_names)] * len(label_names)
+    return pd.DataFrame({**columns, "probabilities": [uniform] * 20, "group": None, "rationale": None})

@@ -26,16 +26,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from app_runs import DHRD, store_runs
 from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from app import batch
-from app.backend import Backend
-from app.settings import Settings
 from dhrd_lib import backbones, training
 from dhrd_lib.__main__ import app
 from dhrd_lib.backbones import load_backbone, resolve_device
@@ -1111,24 +1107,6 @@ def other_run(folder: Path) -> Path:
     return path
 
 
-def table_of(**changes: Any) -> Callable[[Path], batch.Table]:
-    """An uploaded table, the second row of which has other values."""
-    return given_value(batch.Table("a.csv", ["text", "label"], [{"text": "x", "label": "a"}, changes]))
-
-
-def gold(uploaded: batch.Table) -> Any:
-    return batch.mapped(uploaded, TASK, {"text": "text"}, "label").gold.tolist()
-
-
-@cache
-def backend() -> Backend:
-    return Backend(Settings(runs=store_runs(Path(tempfile.mkdtemp()), DHRD), backbone="tiny"))
-
-
-def classified(rows: list[dict[str, Any]]) -> Any:
-    return list(backend().classify_rows(DHRD, rows))
-
-
 RUNS = [
     Case(
         "no-rationale-to-train-on",
@@ -1289,42 +1267,6 @@ RUNS = [
         "{path} holds no results of an ablation (UnicodeDecodeError('utf-8', b'caf\\xe9', 3, 4, 'unexpected end of "
         "data')); expected a file of store_results.",
     ),
-    Case(
-        "a-label-that-the-run-lacks",
-        table_of(text="y", label="c"),
-        gold,
-        "a.csv, row 2 has the label 'c'; expected one of 'a', 'b'.",
-    ),
-    Case(
-        "a-nan-label",
-        table_of(text="y", label=float("nan")),
-        gold,
-        "a.csv, row 2 has the label ''; expected one of 'a', 'b'.",
-    ),
-    Case(
-        "an-upload-of-nothing",
-        file("a.csv", "text\n"),
-        batch.read_table,
-        "a.csv has 0 rows; expected 1 to 5,000.",
-    ),
-    Case(
-        "an-upload-with-a-blank-row",
-        given_value([{"text": "x"}, {"text": " "}]),
-        classified,
-        "Row 2 has no text; expected some.",
-    ),
-    Case(
-        "an-upload-with-a-million-characters",
-        given_value([{"text": "x"}, {"text": "x" * MILLION}]),
-        classified,
-        "Row 2 has 1,000,000 characters in 'text'; expected at most 8,000.",
-    ),
-    Case(
-        "an-upload-with-half-a-character",
-        given_value([{"text": HALF}]),
-        classified,
-        "Row 1 has '\\ud800', half a surrogate pair; expected whole characters.",
-    ),
 ]
 
 # --- where results go --------------------------------------------------------------------------------------
@@ -1470,18 +1412,6 @@ def million(folder: Path) -> Path:
     return write(folder / "a.csv", csv_rows() + "x" * MILLION + ",a\n")
 
 
-def numbers_and_truths(folder: Path) -> list[Path]:
-    """Labels that aren't texts, in a file for training and one that is uploaded."""
-    rows = [{"text": f"t{n}", "label": (True, 1.0)[n % 2]} for n in range(20)]
-    return [write(folder / name, jsonl(*rows)) for name in ("train.jsonl", "upload.jsonl")]
-
-
-def gold_of_both(paths: list[Path]) -> list[list[int]]:
-    task, _ = load_task(str(paths[0]))
-    uploaded = batch.read_table(paths[1])
-    return [list(task.label_names), batch.mapped(uploaded, task, {"text": "text"}, "label").gold[:2].tolist()]
-
-
 def user_file_named_cb(folder: Path) -> Path:
     return write(folder / "cb.csv", csv_rows())
 
@@ -1506,10 +1436,6 @@ def copied_checkpoint(folder: Path) -> Path:
 
 def train_again(runs: Path) -> int:
     return train(RunConfig.load(runs / "run" / "config.json"), runs).metrics["resumed_from_step"]
-
-
-def cut_counts(texts: list[str]) -> list[int]:
-    return [cut for _, _, cut in classified([{"text": text} for text in texts])]
 
 
 def told_by_the_command(path: Path) -> str:
@@ -1605,7 +1531,6 @@ ACCEPTED = [
         train_again,
         1,
     ),
-    Case("labels-that-are-no-texts", numbers_and_truths, gold_of_both, [["1", "true"], [1, 0]]),
     Case(
         "a-checkpoint-torn-by-a-kill",
         resumed_beside_a_torn_checkpoint,
@@ -1618,7 +1543,6 @@ ACCEPTED = [
         told_by_the_command,
         "1 of 2 texts were too long and were cut at the front.",
     ),
-    Case("inputs-that-an-upload-has-cut", given_value(["x", "lamp " * 400, "lamp " * 500]), cut_counts, [2]),
 ]
 
 

@@ -1,36 +1,24 @@
 """Nothing that is read can run code, leave its folder or fill the machine, and a key goes to its server alone.
 
-What is tested elsewhere isn't repeated here: keys in stores and logs of teachers (test_rationales), escaping of the
-page's own HTML, limits of texts and rows (test_app), the line of waiting calls and files by path (test_app_api).
+What is tested elsewhere isn't repeated here: keys in stores and logs of teachers (test_rationales), the app
+(tests/app).
 """
 
 from __future__ import annotations
 
 import ast
-import http.server
 import json
 import os
 import shutil
-import tempfile
-import threading
-import tracemalloc
 from pathlib import Path
 
-import httpx
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from app_runs import BASELINE, DHRD, store_runs
 from conftest import ROOT, tiny_model
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from app import batch, stored
-from app.app import build, launch
-from app.settings import MAX_FIELDS, MAX_FILE_MIB, MAX_ROWS, Settings
 from dhrd_lib import __main__ as cli
-from dhrd_lib import tasks
 from dhrd_lib.backbones import BackboneError, load_backbone
 from dhrd_lib.config import ConfigError, RunConfig, TeacherConfig, WorkbenchError
 from dhrd_lib.modeling import DHRDModel
@@ -357,24 +345,6 @@ def test_a_teachers_name_stays_in_the_folder_of_stores(model, task, tmp_path):
     assert path.resolve().parent == (tmp_path / "stores" / task.name).resolve()
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "."])
-def test_the_app_looks_names_up_and_joins_none_to_a_path(name, tmp_path):
-    root = store_runs(tmp_path / "runs", DHRD)
-    shutil.copytree(root / DHRD, tmp_path / "secret")
-    with pytest.raises(ConfigError, match="There is no finished run"):
-        stored.find_run(root, name)
-    with pytest.raises(ConfigError, match="There is no task"):
-        stored.find_task(root, name)
-    with pytest.raises(ConfigError, match="There is no stored ablation"):
-        stored.ablation_figure(root, name)
-
-
-def test_the_apps_examples_are_of_tasks_with_a_run_and_of_no_file_that_is_named(tmp_path):
-    private = tmp_path / "private.csv"
-    private.write_text("text,label\n" + "secret one,a\nsecret two,b\n" * 10)
-    assert stored.examples(store_runs(tmp_path / "runs", DHRD), str(private)) == ()
-
-
 @pytest.mark.parametrize("template", ["{text.__class__}", "{text[0]}", "{text!r}", "{text:>999999999}", "{}"])
 def test_a_saved_models_template_reaches_nothing_but_the_texts(saved, tmp_path, template):
     folder = tmp_path / "folder"
@@ -398,225 +368,7 @@ def test_an_export_is_never_written_over_what_is_there(saved, tmp_path):
         export(saved["model"], "hf", out=tmp_path / "precious")
 
 
-# ---------------------------------------------------------------------- files that unfold
-
-
-def bomb_parquet(path: Path, rows: int, value: str) -> None:
-    """One value that stands in every row: a dictionary holds it once, and zstd makes next to nothing of it."""
-    column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), [value])
-    pq.write_table(pa.table({"text": column}), path, compression="zstd")
-
-
-@pytest.mark.parametrize("characters", [100_000, 1_000_000])
-def test_a_small_parquet_file_that_unfolds_is_refused_before_it_fills_the_memory(tmp_path, characters):
-    bomb_parquet(tmp_path / "bomb.parquet", 4000, "x" * characters)  # 0.4 and 4 GB of text
-    assert (tmp_path / "bomb.parquet").stat().st_size < 2**20
-    tracemalloc.start()
-    with pytest.raises(
-        TaskError, match=r"^bomb\.parquet unfolds to more than 200 MiB; expected at most so much\.$"
-    ):
-        batch.read_table(tmp_path / "bomb.parquet")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 250 * 2**20
-
-
-def test_a_parquet_column_of_lists_is_refused_because_one_row_may_hold_any_number(tmp_path):
-    pq.write_table(pa.table({"text": ["a"], "many": [[0] * 1_000_000]}), tmp_path / "lists.parquet")
-    with pytest.raises(TaskError, match=r"lists\.parquet has lists or records in the column 'many"):
-        batch.read_table(tmp_path / "lists.parquet")
-
-
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
-def test_a_file_of_too_many_rows_is_not_read_to_its_end(tmp_path, suffix, monkeypatch):
-    path = tmp_path / f"rows.{suffix}"
-    if suffix == "parquet":
-        bomb_parquet(path, 10_000_000, "x")
-        monkeypatch.setattr(tasks, "_bounded_rows", lambda *_: pytest.fail("read"))
-    elif suffix == "jsonl":
-        path.write_text("{}\n" * 5_000_000)
-        monkeypatch.setattr(tasks, "parse_json", lambda _: pytest.fail("read"))
-    else:
-        # It would be an error of line 6,003, if that were reached.
-        path.write_text("text\n" + "x\n" * 6001 + "x\ty,z\n" * 1_000_000)
-    with pytest.raises(TaskError, match=rf"^rows\.{suffix} has more than {MAX_ROWS:,} rows"):
-        batch.read_table(path)
-
-
-def test_a_file_of_many_rows_is_read_whole_where_one_trains_on_it(tmp_path):
-    (tmp_path / "rows.csv").write_text("text\n" + "x\n" * (MAX_ROWS + 1))
-    assert len(tasks.read_rows(tmp_path / "rows.csv")) == MAX_ROWS + 1
-
-
-# ---------------------------------------------------------------------- the app over HTTP
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> Settings:
-    folder = tmp_path_factory.mktemp("app")
-    rows = "text,label\n" + "secret one,a\nsecret two,b\n" * 10
-    (folder / "private.csv").write_text(rows)
-    return Settings(runs=store_runs(folder / "runs", BASELINE), backbone="tiny")
-
-
-@pytest.fixture(scope="module")
-def page(settings):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPENAI_API_KEY", KEY)
-        yield build(settings)
-
-
-@pytest.fixture(scope="module")
-def address(page, settings) -> str:
-    yield launch(page, settings, prevent_thread_lock=True)[1].rstrip("/")
-    page.close()
-
-
-def call(page, address: str, function: str, *data: object) -> httpx.Response:
-    """Call a private event of the page as its own script does, with data that the page would never send."""
-    number = next(number for number, one in page.fns.items() if one.fn and one.fn.__name__ == function)
-    body = {"data": list(data), "fn_index": number, "session_hash": "crafted"}
-    return httpx.post(f"{address}/gradio_api/run/predict", json=body)
-
-
-def file_data(path: object, **more: str) -> dict:
-    return {"path": str(path), "meta": {"_type": "gradio.FileData"}, **more}
-
-
-def test_a_path_that_was_not_uploaded_is_not_read(page, address, settings):
-    for path in (settings.runs.parent / "private.csv", settings.runs / BASELINE / "predictions_test.jsonl"):
-        answer = call(page, address, "_on_file", file_data(path), "support_triage", None, None)
-        assert answer.status_code == 500
-        assert "was not uploaded" in answer.text
-        assert "secret" not in answer.text
-
-
-def test_a_path_in_place_of_a_task_is_not_read(page, address, settings):
-    path = str(settings.runs.parent / "private.csv")
-    for function, *more in (("_on_example", 0, None, None, None), ("_on_task",)):
-        answer = call(page, address, function, path, *more)
-        assert answer.status_code == 500
-        assert "secret" not in answer.text
-
-
-def test_the_app_fetches_nothing_from_the_network_for_a_visitor(page, address):
-    asked = []
-
-    class Inside(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-
-        do_HEAD = do_GET
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Inside)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/rows.csv"
-    try:
-        for data in (file_data(url), file_data("rows.csv", url=url)):
-            assert call(page, address, "_on_file", data, "support_triage", None, None).status_code == 500
-        for path in (f"proxy={url}", f"file={url}"):
-            assert httpx.get(f"{address}/gradio_api/{path}").status_code in (400, 403, 404)
-    finally:
-        server.shutdown()
-    assert asked == []
-
-
-def test_an_uploads_name_leads_nowhere_and_its_content_is_never_a_page(address):
-    files = {"files": ("../../../../outside.html", b"<script>alert(1)</script>")}
-    (path,) = httpx.post(f"{address}/gradio_api/upload", files=files).json()
-    assert ".." not in path
-    assert Path(path).name == "outside.html"
-    answer = httpx.get(f"{address}/gradio_api/file={path}")
-    assert answer.headers["content-disposition"].startswith("attachment")
-    assert "html" not in answer.headers["content-type"]
-
-
-def streamed(address: str, number: int, *data: object) -> list:
-    """What an event that stands in the line gives at its end."""
-    body = {"data": list(data), "fn_index": number, "session_hash": "crafted"}
-    httpx.post(f"{address}/gradio_api/queue/join", json=body).raise_for_status()
-    url = f"{address}/gradio_api/queue/data?session_hash=crafted"
-    with httpx.stream("GET", url, timeout=60) as answer:
-        for line in filter(None, answer.iter_lines()):
-            told = json.loads(line.removeprefix("data: "))
-            if told["msg"] == "process_completed":
-                return told["output"]["data"]
-    pytest.fail("the stream ended early")
-
-
-def test_predictions_come_down_from_the_apps_cache_and_lie_nowhere_else(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    page = build(settings)
-    address = launch(page, settings, prevent_thread_lock=True)[1].rstrip("/")
-    try:
-        files = {"files": ("rows.csv", b"text,label\nMy lamp broke.,fix\n")}
-        (path,) = httpx.post(f"{address}/gradio_api/upload", files=files).json()
-        assert call(page, address, "_on_file", file_data(path), "support_triage", None, None).status_code == 200
-        names = {number: getattr(one.fn, "__qualname__", "") for number, one in page.fns.items()}
-        batch_run = next(number for number, name in names.items() if name == "BatchTab._on_run")
-        streamed(address, batch_run - 1, None)  # the session's start, which comes before it
-        mapping = ["text", *[None] * (MAX_FIELDS - 1), "label"]
-        asked = [None, None, "support_triage", BASELINE, None, *mapping]
-        csv = streamed(address, batch_run, *asked)[5]
-        assert "My lamp broke." in httpx.get(csv["url"]).text
-        left = list(tmp_path.rglob("predictions.*"))
-        assert len(left) == 2
-        assert {file.relative_to(tmp_path).parts[0] for file in left} == {"gradio"}
-    finally:
-        page.close()
-
-
-def test_an_upload_beyond_the_limit_is_refused(address):
-    files = {"files": ("rows.csv", bytes(MAX_FILE_MIB * 2**20 + 1))}
-    answer = httpx.post(f"{address}/gradio_api/upload", files=files, timeout=60)
-    assert answer.status_code == 413
-
-
-@pytest.mark.parametrize("origin", ["http://elsewhere.example", "null"])
-def test_another_sites_page_may_not_call_the_app(address, origin):
-    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
-    asked = httpx.options(f"{address}/gradio_api/call/runs", headers=headers)
-    # Without asking first, a browser sends another site's JSON as plain text only.
-    sent = httpx.post(
-        f"{address}/gradio_api/call/runs",
-        headers={"Origin": origin, "Content-Type": "text/plain"},
-        content='{"data": []}',
-    )
-    assert sent.status_code == 422
-    assert "access-control-allow-origin" not in {**asked.headers, **sent.headers}
-
-
-def test_with_a_user_nothing_is_uploaded_asked_or_read_without_logging_in(settings):
-    locked = Settings(runs=settings.runs, backbone="tiny", user="ada", password="a long secret")
-    page = build(locked)
-    address = launch(page, locked, prevent_thread_lock=True)[1].rstrip("/")
-    try:
-        refused = [
-            httpx.post(f"{address}/gradio_api/upload", files={"files": ("rows.csv", b"text\nx\n")}),
-            httpx.post(f"{address}/gradio_api/call/runs", json={"data": []}),
-            httpx.post(f"{address}/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "s"}),
-            call(page, address, "_start"),
-            httpx.get(f"{address}/config"),
-        ]
-        assert [answer.status_code for answer in refused] == [401] * len(refused)
-        login = httpx.get(address)
-        assert all("a long secret" not in answer.text for answer in [*refused, login])
-    finally:
-        page.close()
-
-
 # ---------------------------------------------------------------------- keys
-
-
-def test_no_key_or_password_is_on_the_page(page, address):
-    for path in ("", "/config", "/gradio_api/info", "/gradio_api/startup-events"):
-        assert KEY not in httpx.get(f"{address}{path}").text
-    assert KEY not in json.dumps(page.get_config_file(), default=str)
-
-
-def test_the_apps_password_is_in_no_repr(settings):
-    locked = Settings(runs=settings.runs, user="ada", password="a long secret")
-    assert "a long secret" not in repr(locked)
 
 
 def test_no_key_gets_into_a_runs_folder_or_the_output_of_training(tmp_path, monkeypatch, capfd):
