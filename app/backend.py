@@ -18,7 +18,6 @@ from app.settings import KEPT_MODELS, MAX_CHARACTERS, MAX_FIELDS, MAX_NEW_TOKENS
 from dhrd_lib.backbones import Backbone, load_backbone, resolve_device
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import CoT, Decoding, Generations
-from dhrd_lib.evaluation import NO_ANSWER
 from dhrd_lib.inputs import Predictions
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.tasks import TaskError, render, template_fields
@@ -161,16 +160,15 @@ class Backend:
             texts = _checked(inputs, cot.template)
             elapsed_ms = _clock(cot.lm.device)
             tokens_read = len(cot.encode_prompt(render(cot.template, texts)))
-            before_ms, written = elapsed_ms(), None
+            before_ms, generations = elapsed_ms(), None
             with closing(cot.stream(texts, Decoding(max_new_tokens=max_new_tokens))) as steps:
-                for written in steps:
-                    yield _generated(cot, written, before_ms)
+                for generations in steps:
+                    yield _generated(cot, generations, before_ms)
                     if is_stopped():
                         return
-            last = _generated(cot, written, before_ms)
-            predicted = int(cot.parse(written).predictions[0])
-            label = None if predicted == NO_ANSWER else cot.label_names[predicted]
-            by_label = dict(zip(cot.label_names, cot.score(written).shares[0].tolist(), strict=True))
+            last = _generated(cot, generations, before_ms)
+            (label,) = cot.parse(generations).labels
+            by_label = dict(zip(cot.label_names, cot.score(generations).probabilities[0].tolist(), strict=True))
             yield replace(last, answer=Answer(label, by_label, last.latency_ms, tokens_read, last.tokens))
 
     # ------------------------------------------------------------------ loading
@@ -186,7 +184,7 @@ class Backend:
 
         def load() -> DHRDModel:
             model = DHRDModel.from_pretrained(run.folder / "model").to(resolve_device(None))
-            _warm_up(cots.fine_tuned(model))
+            _warm_up(CoT.from_model(model))
             if run.config.training.beta > 0:
                 for text in _WARM_UP:
                     model.predict([dict.fromkeys(template_fields(model.config.template), text)])
@@ -197,17 +195,17 @@ class Backend:
 
     def _cot(self, task: str, run: str, picked: Sequence[str | None]) -> CoT:
         if run != ZERO_SHOT:
-            return cots.fine_tuned(self._model(run))
+            return CoT.from_model(self._model(run))
         reference = runs.reference_run(self.settings.runs, task, picked)
         name = reference.config.model.backbone if reference else self.settings.backbone
         known = runs.task_for(self.settings.runs, task, picked)
 
         def load() -> Backbone:
             backbone = load_backbone(name)
-            _warm_up(cots.zero_shot(backbone, known))
+            _warm_up(CoT.from_backbone(backbone, known))
             return backbone
 
-        return cots.zero_shot(self._kept(("backbone", name), 0, load), known)
+        return CoT.from_backbone(self._kept(("backbone", name), 0, load), known)
 
     def _kept(self, key: tuple[str, str], version: int, load: Callable[[], Any]) -> Any:
         """Return the model of a key, loaded where it isn't in memory in this version."""
@@ -261,7 +259,7 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return lambda: now_ms() - started_ms
 
 
-def _generated(cot: CoT, written: Written, before_ms: float) -> Stream:
-    ids = written.samples[0][0]
+def _generated(cot: CoT, generations: Generations, before_ms: float) -> Stream:
+    ids = generations.samples[0][0]
     text = cot.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
-    return Stream(text, len(ids), before_ms + 1000 * written.seconds)
+    return Stream(text, len(ids), before_ms + 1000 * generations.seconds)
