@@ -14,7 +14,6 @@ from dhrd_lib.config import (
     DataConfig,
     ModelConfig,
     RunConfig,
-    TeacherConfig,
     TrainingConfig,
     WorkbenchError,
     parse_json,
@@ -169,7 +168,7 @@ def rationales(
     kind: Annotated[str | None, typer.Option(help="local or openai (any server with its API).")] = None,
     model: Annotated[str | None, typer.Option(help="A backbone, or what the server calls it.")] = None,
     base_url: Annotated[str | None, typer.Option(help="The server's address, up to /v1.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="gold, rejection or human.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="gold or rejection.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; rejection's tries need more.")] = None,
     tries: Annotated[int | None, typer.Option(help="Answers a row at most, for rejection.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A file's text column; may stand twice.")] = None,
@@ -185,24 +184,19 @@ def rationales(
     stopped goes on where it was. A folder that --export-to filled is used through DHRD_RATIONALES_DIR. Exits
     with 1 where a row failed.
     """
-    from dhrd_lib.rationales.generate import export, generate, report_on, select, store_for
+    from dhrd_lib.rationales import TeacherConfig, export, generate, quality_report
     from dhrd_lib.tasks import load_task
 
     chosen = {"kind": kind, "model": model, "base_url": base_url, "protocol": protocol}
     chosen |= {"temperature": temperature, "tries": tries}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    teacher = (TeacherConfig.load(config) if config else TeacherConfig()).replace(chosen)
+    teacher = TeacherConfig.from_dict({**(read_json(config) if config else {}), **chosen})
     loaded, splits = load_task(task, text=text or (), label=label)
     if split not in splits:
         raise typer.BadParameter(f"split is {split!r}; expected one of {', '.join(splits)}.")
     dataset = splits[split].select(range(min(rows or len(splits[split]), len(splits[split]))))
     done = generate(loaded, dataset, teacher, folder)
-    report = report_on(
-        loaded,
-        dataset,
-        select(store_for(loaded, teacher, folder), loaded, dataset, teacher),
-        failed=done.failed,
-    )
+    report = quality_report(loaded, dataset, done.records, failed=done.failed)
     print(done, report.table().to_string(), report.by_label().to_string(), sep="\n\n")
     for idx, reason in done.failed.items():
         print(f"Row {idx} failed: {reason}")

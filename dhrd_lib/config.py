@@ -13,7 +13,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
-from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -42,7 +41,6 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy's and scikit-learn's range
 Name = Annotated[str, Field(min_length=1)]
 Text = Annotated[str, Field(pattern=r"\S")]
-_LOWEST_TEMPERATURE = 0.001
 
 
 def _as_tuple(value: Any) -> Any:
@@ -254,81 +252,6 @@ class RunConfig(Config):
         if not plain or len(name.encode(errors="replace")) > 255:  # the limit of common file systems
             raise ValueError("a plain folder name")
         return name
-
-
-class TeacherConfig(Config):
-    """Who writes the rationales, and how they are asked (paper, "Teacher").
-
-    `kind` is "local" (any causal LM that `load_backbone` takes) or "openai" (any server that speaks
-    OpenAI's chat API). `model` of None is the embedded backbone, or what DHRD_TEACHER_MODEL names for a
-    server; `base_url` of None is OPENAI_BASE_URL, or the hosted default. The key is never a part of the
-    configuration: `api_key_env` is the name of the variable that holds it.
-
-    `protocol` is "gold" (the label is given), "rejection" (it isn't; up to `tries` answers a row, until
-    one agrees with it) or "human" (the rationales that the data brings; nobody is asked). `prompt` is a
-    template of the row's fields, `input`, `labels`, `label` and `sentinel`; None is the protocol's own.
-
-    `temperature` of None is the model's own, and 0 is greedy; `seed` of None sends none. `token_limit` is
-    what the server calls the limit `max_tokens`. Prices are for the cost line; without them it has tokens
-    only. `concurrency`, `timeout_s` (of one request) and `max_retries` belong to servers; `batch_size`,
-    `device` and `dtype` to local models. None of these last changes what a stored rationale belongs to.
-    """
-
-    kind: Literal["local", "openai"] = "local"
-    model: Text | None = None
-    base_url: Text | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    protocol: Literal["gold", "rejection", "human"] = "gold"
-    tries: PositiveInt = 4
-    prompt: Text | None = None
-    temperature: Weight | None = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_tokens: PositiveInt = 256
-    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    seed: Seed | None = None
-    concurrency: PositiveInt = 4
-    timeout_s: PositiveFloat = 60.0
-    max_retries: Count = 5
-    usd_per_million_tokens_in: Weight | None = None
-    usd_per_million_tokens_out: Weight | None = None
-    batch_size: PositiveInt = 8
-    device: Name = "auto"
-    dtype: DType = "auto"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        # No value is repeated: a key that somebody puts in one of these fields must not reach a log.
-        if not self.api_key_env.isidentifier():
-            raise ConfigError("api_key_env isn't a variable's name; expected the name, never the key.")
-        if self.base_url is not None:
-            _check_base_url(self.base_url)
-        if self.temperature and self.temperature < _LOWEST_TEMPERATURE:
-            raise ConfigError(
-                f"temperature is {self.temperature!r}, by which no logit can be divided; expected 0, which is "
-                f"greedy, or {_LOWEST_TEMPERATURE} or more."
-            )
-        if self.protocol == "rejection" and self.tries > 1 and self.temperature == 0:
-            raise ConfigError(
-                f"temperature is 0 with protocol='rejection' and tries={self.tries}, so that every try says "
-                "the same; expected a temperature above 0, or tries=1."
-            )
-        return self
-
-
-def _check_base_url(base_url: str) -> None:
-    """Refuse an address that isn't one, or that carries a secret, without repeating it."""
-    try:
-        parts = urlsplit(base_url)
-        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        known = False
-    if not known:
-        raise ConfigError("base_url isn't an address; expected http://… or https://….")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ConfigError(
-            "base_url has a user, password or query; expected host and path only, and the key in the "
-            "variable that api_key_env names."
-        )
 
 
 def user_path(name: str | Path) -> Path:

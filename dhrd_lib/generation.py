@@ -136,8 +136,10 @@ def check_context(lm: PreTrainedModel, prompts: Sequence[list[int]], max_new_tok
         )
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> list[int]:
-    """Return the ids of a chat of (role, content), up to where the assistant's next turn begins.
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], **arguments: Any
+) -> list[int]:
+    """Return the ids of a chat of (role, content), up to the assistant's next turn; `arguments` are the template's.
 
     A tokenizer without a chat template gets the contents as lines of plain text. A special token that a content
     spells is encoded as text, so that no content can end its turn.
@@ -150,7 +152,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, s
     fence = secrets.token_hex(16)  # put around such spellings; no content can contain it
     fenced = [(role, spelled.sub(rf"{fence}\g<0>{fence}", content)) for role, content in turns]
     messages = [{"role": role, "content": content} for role, content in fenced]
-    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
     ids = []
     for place, part in enumerate(chat.split(fence)):  # The template writes the start token itself.
         ids += tokenizer(part, add_special_tokens=False, split_special_tokens=place % 2 == 1).input_ids

@@ -6,6 +6,7 @@ import html
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -15,9 +16,8 @@ from datasets import Dataset
 from IPython.display import HTML, DisplayHandle, display
 from transformers import TrainerCallback, TrainerState
 
-from dhrd_lib.config import TeacherConfig
-from dhrd_lib.rationales.generate import FLAGS, Filters, flags, report_on, review, select
-from dhrd_lib.rationales.store import RationaleStore, Record
+from dhrd_lib.config import WorkbenchError
+from dhrd_lib.rationales import FLAGS, Filters, TeacherConfig, flags, quality_report, select, store_for
 from dhrd_lib.runs import Run
 from dhrd_lib.sequences import IGNORE_INDEX, SequenceFormat
 from dhrd_lib.studies import ablations, plots
@@ -27,20 +27,20 @@ from dhrd_lib.tasks import Task
 class ReviewPanel(widgets.VBox):
     """Pages through the rationales of a split: input, gold, rationale and flags; accept, reject or edit.
 
-    A verdict goes to the store as a new record that keeps the teacher's words; `select` and `report_on` take
-    it from there. Rows without a rationale aren't shown.
+    A verdict goes to the store as a new record that keeps the teacher's text; `select` takes it from there. Rows
+    without a rationale aren't shown.
     """
 
     def __init__(
         self,
         task: Task,
         dataset: Dataset,
-        store: RationaleStore,
         config: TeacherConfig,
+        folder: str | Path = "rationales",
         filters: Filters | None = None,
     ) -> None:
-        self._task, self._dataset, self._store, self._filters = task, dataset, store, filters
-        self._records = select(store, task, dataset, config)
+        self._task, self._dataset, self._filters = task, dataset, filters
+        self._store, self._records = store_for(task, config, folder), select(task, dataset, config, folder)
         self._shown: list[int] = []
         self._at = 0
         self.choice = widgets.Dropdown(options=["all", "flagged", "not reviewed"], description="Show:")
@@ -85,8 +85,8 @@ class ReviewPanel(widgets.VBox):
         if verdict == "accept" and self.words.value.strip() != self._records[place].rationale:
             verdict = "edit"  # or the new words would be lost
         try:
-            self._records[place] = review(self._store, self._records[place], verdict, self.words.value)
-        except (ValueError, OSError) as error:
+            self._records[place] = self._store.review(self._records[place], verdict, self.words.value)
+        except (WorkbenchError, OSError) as error:
             self.message.value = html.escape(str(error))
             return
         self._show()
@@ -272,11 +272,7 @@ class RationaleExplorer(_Browser):
     @classmethod
     def of(cls, task: Task, dataset: Dataset, per_page: int = 5) -> RationaleExplorer:
         """Explore a split that `load_task` gave, with the rationales that stand in it."""
-        human = {"protocol": "human"}
-        records = [
-            Record(row["idx"], "", "", human, row["rationale"]) if row["rationale"] else None for row in dataset
-        ]
-        return cls(report_on(task, dataset, records).rows, per_page)
+        return cls(quality_report(task, dataset).rows, per_page)
 
     def chosen(self) -> pd.DataFrame:
         """The rows that pass the filters."""

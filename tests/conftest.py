@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -25,7 +26,7 @@ from transformers import (
 from dhrd_lib.backbones import Backbone, load_backbone
 from dhrd_lib.config import ModelConfig
 from dhrd_lib.modeling import DHRDModel, build_model
-from dhrd_lib.tasks import Task
+from dhrd_lib.tasks import Task, load_task
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,6 +98,29 @@ def own_cache(tmp_path_factory):
     patch.setenv("DHRD_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+@pytest.fixture
+def no_teacher(monkeypatch):
+    """Hide servers, keys and rationales of the environment; backing off takes no time."""
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "DHRD_RATIONALES_DIR", "DHRD_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+
+
+@pytest.fixture(scope="session")
+def triage() -> Task:
+    return load_task("support_triage")[0]
+
+
+@pytest.fixture(scope="session")
+def train() -> Dataset:
+    return load_task("support_triage")[1]["train"]
+
+
+@pytest.fixture(scope="session")
+def rows(train) -> Dataset:
+    return train.select(range(12))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A loopback server with OpenAI's chat API that misbehaves on demand, and the job that is to be killed."""
+"""A loopback server with OpenAI's chat API that misbehaves on demand, and a job for it that is to be killed."""
 
 from __future__ import annotations
 
@@ -17,42 +17,44 @@ from typing import Any
 
 from datasets import Dataset
 
-from dhrd_lib.config import TeacherConfig
-from dhrd_lib.rationales.generate import Generation, generate
-from dhrd_lib.rationales.teachers import SENTINEL
+from dhrd_lib.rationales import SENTINEL, Generation, TeacherConfig, generate
 from dhrd_lib.tasks import Task, load_task
 
-STATUS = {"429": 429, "500": 500, "401": 401, "404": 404, "400": 400}
 
-
-def good_reply(prompt: str, nth: int) -> str:
-    """The same words for the same prompt at every time: a deterministic teacher that agrees with gold."""
+def good_reply(prompt: str) -> str:
+    """Return the same text for the same prompt: a deterministic teacher that agrees with gold."""
     gold = re.findall(r"^Answer: (.*)$", prompt, flags=re.MULTILINE)[-1]
     digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
     return f"The facts {digest} lead there.\n{SENTINEL} {gold}"
 
 
+def completion(content: Any, finish: str = "stop", **message: Any) -> dict[str, Any]:
+    """Return the body of a chat completion; `message` are further fields of its message."""
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content, **message}}
+    usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
+    return {"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage}
+
+
 class FaultServer:
     """Answers each request as `plan(prompt, nth)` says, where nth counts the requests for that prompt from 0.
 
-    A plan's values: "ok", "cut_off", "429" (with Retry-After), "500", "401", "404", "400", "hang", "drop"
-    (before the reply), "drop_midway", "broken_json", "html", "no_choices", "null_content", "echo_key" (the
-    reply's text quotes the key), "echo_key_500".
+    A plan returns the reply's text, a body (dict), a status with an error, a pair of both, or a fault of the
+    transport: "hang", "drop" (before the reply), "drop_midway", "broken_json", "html" or "echo_key".
     """
 
     def __init__(
         self,
-        plan: Callable[[str, int], str] = lambda prompt, nth: "ok",
-        reply: Callable[[str, int], str] = good_reply,
+        plan: Callable[[str, int], Any] = lambda prompt, nth: good_reply(prompt),
         delay_s: float = 0.0,
         retry_after: str = "0.05",
     ) -> None:
-        self.plan, self.reply, self.delay_s, self.retry_after = plan, reply, delay_s, retry_after
+        self.plan, self.delay_s, self.retry_after = plan, delay_s, retry_after
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
+        self.paths: list[str] = []
         self.at_once = self.most_at_once = 0
         self.stopping = threading.Event()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self._server.daemon_threads = True
         self._server.handle_error = lambda *_: None  # clients that are killed break their connections
@@ -69,22 +71,6 @@ class FaultServer:
         self._server.server_close()
         self._thread.join(timeout=10)
 
-    def take(self, body: dict[str, Any]) -> tuple[str, int]:
-        """Count a request; its prompt, and how many there were before with that prompt."""
-        prompt = body["messages"][-1]["content"]
-        with self._lock:
-            nth = self.asked[prompt]
-            self.asked[prompt] += 1
-            self.bodies.append(body)
-            self.at_once += 1
-            self.most_at_once = max(self.most_at_once, self.at_once)
-        return prompt, nth
-
-    def leave(self) -> None:
-        """The counterpart of `take`."""
-        with self._lock:
-            self.at_once -= 1
-
 
 class _Handler(BaseHTTPRequestHandler):
     owner: FaultServer
@@ -94,45 +80,44 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt, nth = self.owner.take(body)
+        body, owner = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.owner
+        prompt = body["messages"][-1]["content"]
+        with owner.lock:
+            nth = owner.asked[prompt]
+            owner.asked[prompt] += 1
+            owner.bodies.append(body)
+            owner.paths.append(self.path)
+            owner.at_once += 1
+            owner.most_at_once = max(owner.most_at_once, owner.at_once)
         try:
-            self._answer(self.owner.plan(prompt, nth), prompt, nth)
+            time.sleep(owner.delay_s)
+            self._answer(owner.plan(prompt, nth), prompt)
         finally:
-            self.owner.leave()
+            with owner.lock:
+                owner.at_once -= 1
 
-    def _answer(self, behaviour: str, prompt: str, nth: int) -> None:
-        time.sleep(self.owner.delay_s)
-        if behaviour == "hang":
+    def _answer(self, planned: Any, prompt: str) -> None:
+        if planned == "hang":
             self.owner.stopping.wait(60)
             self.close_connection = True
-        elif behaviour == "drop":
+        elif planned == "drop":
             self._drop()
-        elif behaviour in STATUS or behaviour == "echo_key_500":
-            said = self.headers["Authorization"] if behaviour == "echo_key_500" else f"no luck ({behaviour})"
-            extra = {"Retry-After": self.owner.retry_after} if behaviour == "429" else {}
-            self._send(STATUS.get(behaviour, 500), json.dumps({"error": {"message": said}}), extra)
-        elif behaviour == "html":
+        elif planned == "drop_midway":
+            self._send(200, json.dumps(completion(good_reply(prompt))), midway=True)
+        elif planned == "html":
             self._send(200, "<html>Bad gateway</html>", {"Content-Type": "text/html"})
-        elif behaviour == "broken_json":
+        elif planned == "broken_json":
             self._send(200, '{"choices": [{"message": {"con')
-        elif behaviour == "no_choices":
-            self._send(200, json.dumps({"choices": []}))
+        elif planned == "echo_key":
+            self._send(200, json.dumps(completion(f"{self.headers['Authorization']} {good_reply(prompt)}")))
+        elif isinstance(planned, str | dict):
+            self._send(200, json.dumps(planned if isinstance(planned, dict) else completion(planned)))
         else:
-            self._chat(behaviour, prompt, nth)
-
-    def _chat(self, behaviour: str, prompt: str, nth: int) -> None:
-        text, finish = self.owner.reply(prompt, nth), "stop"
-        if behaviour == "cut_off":
-            text, finish = "The facts lead to", "length"
-        elif behaviour == "null_content":
-            text = None
-        elif behaviour == "echo_key":
-            text = f"{self.headers['Authorization']} {text}"
-        choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
-        usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
-        whole = json.dumps({"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage})
-        self._send(200, whole, midway=behaviour == "drop_midway")
+            status, error = planned if isinstance(planned, tuple) else (planned, {"message": f"status {planned}"})
+            if error == "echo_key":
+                error = {"message": self.headers["Authorization"]}
+            headers = {"Retry-After": self.owner.retry_after} if status == 429 else {}
+            self._send(status, json.dumps({"error": error}), headers)
 
     def _send(self, status: int, text: str, headers: dict[str, str] | None = None, midway: bool = False) -> None:
         raw = text.encode()
@@ -153,14 +138,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
+def served(server: FaultServer, **fields: Any) -> TeacherConfig:
+    """Return the configuration of a teacher behind the server."""
+    return TeacherConfig(**{"kind": "openai", "model": "fixed", "base_url": server.base_url, **fields})
+
+
 def job(n_rows: int) -> tuple[Task, Dataset]:
-    """The first rows of the embedded task's train split."""
+    """Return the first rows of the embedded task's train split."""
     task, data = load_task("support_triage")
     return task, data["train"].select(range(n_rows))
 
 
 def run_job(base_url: str, folder: Path, task: Task, dataset: Dataset, ready: Any = None) -> Generation:
-    """What a process does that is to be killed: ask for rationales, four at a time; `ready` is set first."""
+    """Ask for rationales, four at a time, in a process that is to be killed; `ready` is set first."""
     config = TeacherConfig(kind="openai", model="fixed", base_url=base_url, concurrency=4, max_retries=0)
     if ready is not None:
         ready.set()

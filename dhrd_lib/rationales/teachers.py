@@ -1,27 +1,31 @@
-"""Teachers: how a rationale is asked for, who is asked, and how an answer is read (paper, "Teacher")."""
+"""Teachers: the prompt for a rationale, and the models that reply to it (paper, "Teacher")."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
+import httpx
 import openai
-import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from pydantic import Field, model_validator
 
+from dhrd_lib import config as types
 from dhrd_lib.backbones import EMBEDDED, load_backbone
-from dhrd_lib.config import ConfigError, TeacherConfig, WorkbenchError
-from dhrd_lib.inputs import SENTINEL
-from dhrd_lib.tasks import Task, render, template_fields
+from dhrd_lib.config import Config, ConfigError, WorkbenchError
+from dhrd_lib.cot.answers import AnswerReader
+from dhrd_lib.generation import context_length, encode_chat, end_ids, generate
+from dhrd_lib.inputs import SENTINEL, render, template_fields
+from dhrd_lib.rationales.replies import Reply, has_thinking, is_complete, opened_thinking, split_thinking
+from dhrd_lib.tasks import Task
 
-GOLD_PROMPT = """You write explanations for a classifier. Read the text and its right answer, and explain \
+PROMPTS = {
+    "gold": """You write explanations for a classifier. Read the text and its right answer, and explain \
 step by step, in two or three sentences, which facts of the text lead to it. Don't name the answer in the \
 explanation, and don't say that you were given it. After the explanation write {sentinel}, and after that \
 the answer, one of: {labels}.
@@ -29,319 +33,337 @@ the answer, one of: {labels}.
 {input}
 Answer: {label}
 
-Let's think step by step."""
-
-REJECTION_PROMPT = """You write explanations for a classifier. Read the text and explain step by step, in \
+Let's think step by step.""",
+    "rejection": """You write explanations for a classifier. Read the text and explain step by step, in \
 two or three sentences, which of its facts lead to the answer. Don't name the answer in the explanation. \
 After the explanation write {sentinel}, and after that the answer, one of: {labels}.
 
 {input}
 
-Let's think step by step."""
-
-PROMPTS = {"gold": GOLD_PROMPT, "rejection": REJECTION_PROMPT}
-_LONGEST_ANSWER = 80  # characters; what writes more after the sentinel isn't answering any more
+Let's think step by step.""",
+}
+_LOWEST_TEMPERATURE = 0.001
+# Codes of errors that every row would meet: they are about the account, or a parameter that every request has.
+_HOPELESS = {402, 404, "insufficient_quota", "model_not_found", "unsupported_parameter", "unsupported_value"}
+_MAX_SAME_FAILURES = 10
 
 
 class TeacherError(WorkbenchError):
-    """A teacher that can't be asked."""
+    """A teacher that cannot be asked."""
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What came back for one prompt: a text, or in `failure` the reason why there is none."""
+class TeacherConfig(Config):
+    """Who writes the rationales, and how they are asked (paper, "Teacher").
 
-    text: str = ""
-    finish_reason: str = ""
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-    seconds: float = 0.0
-    failure: str | None = None
+    `kind` is "local" (a causal LM that `load_backbone` takes; `model` of None is the embedded one) or "openai" (a
+    server with OpenAI's chat API; `base_url` of None is OPENAI_BASE_URL, or the hosted default). The key is never
+    part of the configuration: `api_key_env` names the variable that holds it.
+
+    `protocol` is "gold" (the label is given) or "rejection" (it isn't; up to `tries` replies for a row, until one
+    agrees with it). `prompt` is a template of the row's fields, `input`, `labels`, `label` and `sentinel`.
+    `use_reasoning` takes a thinking model's reasoning for the rationale; otherwise thinking is dropped.
+    `temperature` of None is the model's default, and 0 is greedy. `token_limit` is the server's name for the limit
+    `max_tokens`. `extra_body` is added to each request; a local model takes its `chat_template_kwargs`.
+    `default_query` is added to each address, such as Azure's api-version; it and the fields after it do not change
+    which stored records count.
+    """
+
+    kind: Literal["local", "openai"] = "local"
+    model: types.Text | None = None
+    base_url: types.Text | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    protocol: Literal["gold", "rejection"] = "gold"
+    tries: types.PositiveInt = 4
+    prompt: types.Text | None = None
+    system: types.Text | None = None
+    use_reasoning: bool = False
+    temperature: types.Weight | None = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_tokens: types.PositiveInt = 256
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    seed: types.Seed | None = None
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    default_query: dict[str, str] = Field(default_factory=dict)
+    usd_per_million_tokens_in: types.Weight | None = None
+    usd_per_million_tokens_out: types.Weight | None = None
+    concurrency: types.PositiveInt = 4
+    timeout_s: types.PositiveFloat = 60.0
+    max_retries: types.Count = 5
+    batch_size: types.PositiveInt = 8
+    device: types.Name = "auto"
+    dtype: types.DType = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        # No value is repeated: a key that somebody puts in one of these fields must not reach a log.
+        if not self.api_key_env.isidentifier():
+            raise ConfigError("api_key_env isn't a variable's name; expected the name, never the key.")
+        _check_address(self.base_url, "base_url")
+        if self.kind == "openai" and self.model is None:
+            raise ConfigError("model is None with kind='openai'; expected the server's name for a model.")
+        if self.temperature and self.temperature < _LOWEST_TEMPERATURE:
+            raise ConfigError(
+                f"temperature is {self.temperature!r}, by which no logit can be divided; expected 0, which is "
+                f"greedy, or {_LOWEST_TEMPERATURE} or more."
+            )
+        if self.protocol == "rejection" and self.tries > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"temperature is 0 with protocol='rejection' and tries={self.tries}, so that every try gives the "
+                "same reply; expected a temperature above 0, or tries=1."
+            )
+        return self
 
 
-# ---------------------------------------------------------------------- prompts and answers
+def _check_address(address: str | None, name: str) -> None:
+    """Refuse an address that isn't one, or that carries a secret, without repeating it."""
+    try:
+        parts = urlsplit(address or "http://default")
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        known = False
+    if not known:
+        raise ConfigError(f"{name} isn't an address; expected http://… or https://….")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        where = "host and path only, and the key in the variable that api_key_env names"
+        raise ConfigError(f"{name} has a user, password or query; expected {where}.")
 
 
 def make_prompt(task: Task, row: Mapping[str, Any], config: TeacherConfig) -> str:
-    """The prompt for a row of a split that `load_task` gave.
+    """Return the prompt for a row of a split that `load_task` gave.
 
-    Raises `ConfigError` where the template reads something else than a field of the task, `input`, `labels`,
-    `label` and `sentinel`; where it leaves the input out; and where it gives the label in the rejection
-    protocol, or doesn't in the gold protocol.
+    Raises `ConfigError` where the template reads an unknown field or leaves the input out, and where it gives the
+    label in the rejection protocol or leaves it out in the gold protocol.
     """
     template = config.prompt or PROMPTS[config.protocol]
-    _check_prompt(template, task, config.protocol)
-    values = {field: row[field] for field in task.fields}
-    values |= {"input": row["input_text"], "labels": ", ".join(task.verbalizers), "sentinel": SENTINEL}
-    return render(template, {**values, "label": task.verbalizers[row["label"]]})
-
-
-def _check_prompt(template: str, task: Task, protocol: str) -> None:
     read = set(template_fields(template))
     known = {*task.fields, "input", "labels", "label", "sentinel"}
     if unknown := sorted(read - known):
         raise ConfigError(f"prompt reads {unknown[0]!r}; expected one of {', '.join(sorted(known))}.")
     if "input" not in read and not read >= set(task.fields):
         raise ConfigError("prompt leaves the input out; expected {input}, or every field of the task.")
-    if protocol == "gold" and "label" not in read:
-        raise ConfigError("prompt doesn't give the label in the gold protocol; expected {label} in it.")
-    if protocol == "rejection" and "label" in read:
-        raise ConfigError("prompt gives the label in the rejection protocol; expected no {label} in it.")
-
-
-def split_reply(text: str) -> tuple[str, str]:
-    """A reply as rationale and answer, parted by the sentinel; the answer is empty where there is none.
-
-    What thinking models put in front between <think> tags is no part of the rationale.
-    """
-    text = re.sub(r"^\s*<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
-    rationale, _, after = text.partition(SENTINEL)
-    lines = after.strip().splitlines()
-    return rationale.strip(), lines[0].strip()[:_LONGEST_ANSWER] if lines else ""
-
-
-def read_answer(answer: str, task: Task) -> int | None:
-    """The class that an answer names, as verbalizer or label name; None where it names none or several."""
-    names = {name.lower(): i for i, name in [*enumerate(task.label_names), *enumerate(task.verbalizers)]}
-    # Longest first, so that "not entailment" isn't read as "entailment".
-    either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    found = {names[name] for name in re.findall(rf"(?<!\w)(?:{either})(?!\w)", answer.lower())}
-    return found.pop() if len(found) == 1 else None
-
-
-# ---------------------------------------------------------------------- who is asked
+    if ("label" in read) != (config.protocol == "gold"):
+        has, expected = ("gives", "no {label}") if "label" in read else ("leaves out", "{label}")
+        raise ConfigError(f"prompt {has} the label in the {config.protocol} protocol; expected {expected} in it.")
+    values = {field: row[field] for field in task.fields}
+    values |= {"input": row["input_text"], "labels": ", ".join(task.verbalizers), "sentinel": SENTINEL}
+    return render(template, {**values, "label": task.verbalizers[row["label"]]})
 
 
 def teacher_name(config: TeacherConfig) -> str:
-    """What the teacher is called in a store: the model's name, or "human"."""
-    if config.protocol == "human":
-        return "human"
-    default = EMBEDDED if config.kind == "local" else os.environ.get("DHRD_TEACHER_MODEL")
-    name = config.model or default
-    if not name:
-        raise TeacherError("No model is named; expected `model`, or the variable DHRD_TEACHER_MODEL.")
-    return name
+    """Return the model's name in a store."""
+    return config.model or EMBEDDED
 
 
 def teacher_parameters(config: TeacherConfig) -> dict[str, Any]:
-    """What a rationale depends on beside prompt and model; a record with other parameters is another one.
+    """Return what a rationale depends on besides prompt and model; records with other parameters do not count.
 
-    The number of tries isn't among them: more tries go on from those that were made.
+    The number of tries isn't among them, so that more tries continue those that were made.
     """
-    if config.protocol == "human":
-        return {"protocol": "human"}
-    names = ("kind", "protocol", "temperature", "top_p", "max_tokens", "seed")
-    values = {name: getattr(config, name) for name in names}
-    return {**values, "server": _base_url(config)} if config.kind == "openai" else values
+    values = config.model_dump(include={"kind", "protocol", "temperature", "top_p", "max_tokens", "seed"})
+    # Where they have their defaults, older records count.
+    values |= config.model_dump(include={"system", "use_reasoning", "extra_body"}, exclude_defaults=True)
+    return {**values, "server": _server(config)} if config.kind == "openai" else values
 
 
-def load_teacher(config: TeacherConfig) -> OpenAITeacher | LocalTeacher:
-    """The teacher, ready to be asked; raises `TeacherError` where a server's model or key isn't named."""
-    return LocalTeacher(config) if config.kind == "local" else OpenAITeacher(config)
+def _server(config: TeacherConfig) -> str | None:
+    address = config.base_url or os.environ.get("OPENAI_BASE_URL") or None
+    _check_address(address, "base_url" if config.base_url else "OPENAI_BASE_URL")
+    return address and address.rstrip("/")
+
+
+def _turns(prompt: str, config: TeacherConfig) -> list[tuple[str, str]]:
+    return [*([("system", config.system)] if config.system else []), ("user", prompt)]
+
+
+def load_teacher(config: TeacherConfig, reader: AnswerReader) -> OpenAITeacher | LocalTeacher:
+    """Return the teacher, ready to be asked; raise `TeacherError` where the variable holds no key."""
+    return LocalTeacher(config, reader) if config.kind == "local" else OpenAITeacher(config)
 
 
 class OpenAITeacher:
-    """A server that speaks OpenAI's chat API: hosted models, vLLM, Ollama, `transformers serve`.
+    """A server with OpenAI's chat API: hosted models, vLLM, Ollama, `transformers serve`.
 
-    The client repeats a request that met 408, 409, 429, 5xx, a time-out or a broken connection, up to
-    `max_retries` times, with back-off or after what Retry-After says.
+    The client repeats a request that met 408, 409, 429, 5xx, a time-out or a broken connection, up to `max_retries`
+    times, with back-off or after what Retry-After says. An error that every row would meet ends the asking.
     """
 
     def __init__(self, config: TeacherConfig) -> None:
-        self._config = config
-        self._model = teacher_name(config)
-        self._key = _api_key(config)
-        self._refused: str | None = None
+        self._config, server, name = config, _server(config), config.api_key_env
+        self._key = os.environ.get(name, "").strip()
+        if not self._key and not server:
+            raise TeacherError(f"The variable {name} is empty; expected a key in it, or base_url.")
+        if not all(33 <= ord(character) <= 126 for character in self._key):
+            raise TeacherError(f"The variable {name} holds no key; expected printable ASCII without spaces.")
+        self._stopped: str | None = None
+        self._last_failure, self._same_failures = "", 0
         self._client = openai.OpenAI(
-            # A server without a key still gets one, because the client wants one.
-            api_key=self._key or "none",
-            base_url=_base_url(config),
+            api_key=self._key or "none",  # The client requires one, a local server does not.
+            base_url=server,
             timeout=config.timeout_s,
             max_retries=config.max_retries,
+            default_query=config.default_query,
+            http_client=openai.DefaultHttpxClient(event_hooks={"response": [_reveal_error]}),
         )
 
     def ask(self, prompts: Sequence[str], attempt: int = 0) -> Iterator[tuple[int, Reply]]:
-        """Each prompt's place and its reply, as they come; `concurrency` of them are asked at a time.
+        """Yield each prompt's index and its reply, as they come.
 
-        The next prompt is sent once the caller has come back for more, so that at most `concurrency` replies
-        are on their way or not dealt with yet: that many a kill can cost.
+        The next prompt is sent once the caller has come back for more: a kill costs `concurrency` replies at most.
         """
-        pool = ThreadPoolExecutor(self._config.concurrency)
-        waiting = iter(range(len(prompts)))
-        running = {}
+        pool, waiting = ThreadPoolExecutor(self._config.concurrency), iter(range(len(prompts)))
+        running, free = {}, self._config.concurrency
         try:
-            for place in islice(waiting, self._config.concurrency):
-                running[pool.submit(self._one, prompts[place], attempt)] = place
-            while running:
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(done), done.result()
-                    for place in islice(waiting, 1):
-                        running[pool.submit(self._one, prompts[place], attempt)] = place
+            while True:
+                running |= {pool.submit(self._request, prompts[i], attempt): i for i in islice(waiting, free)}
+                if not running:
+                    return
+                done, free = wait(running, return_when=FIRST_COMPLETED).done.pop(), 1
+                yield running.pop(done), done.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _one(self, prompt: str, attempt: int) -> Reply:
-        if self._refused:
-            return Reply(failure=f"not asked, because an earlier request met {self._refused}")
-        start = time.monotonic()
+    def _request(self, prompt: str, attempt: int) -> Reply:
+        if self._stopped:
+            return Reply(failure=f"not asked, because earlier requests met {self._stopped}")
+        config, start = self._config, time.monotonic()
+        optional = {
+            "temperature": config.temperature,
+            "top_p": config.top_p if config.top_p < 1 else None,
+            "seed": None if config.seed is None else config.seed + attempt,
+        }
         try:
-            response = self._client.chat.completions.create(
-                model=self._model,
-                messages=[{"role": "user", "content": prompt}],
-                **self._sampling(attempt),
+            response = self._client.chat.completions.with_raw_response.create(
+                model=config.model,
+                messages=[{"role": role, "content": text} for role, text in _turns(prompt, config)],
+                extra_body=config.extra_body,
+                **{config.token_limit: config.max_tokens},
+                **{name: value for name, value in optional.items() if value is not None},
             )
-        except (openai.OpenAIError, ValueError) as error:
-            return Reply(failure=self._reason(error), seconds=time.monotonic() - start)
-        return self._read(response, time.monotonic() - start)
+            self._same_failures = 0
+            return self._read(response.http_response.json(), time.monotonic() - start)
+        except openai.OpenAIError as error:
+            failure = self._failure(error)
+        except ValueError:
+            failure = "the reply isn't JSON"
+        except (AttributeError, IndexError, KeyError, TypeError):
+            # The client doesn't check what a server sends, so any part of it may be missing or of another type.
+            failure = "the reply isn't a chat completion"
+        return Reply(failure=failure, seconds=time.monotonic() - start)
 
-    def _sampling(self, attempt: int) -> dict[str, Any]:
-        config = self._config
-        chosen: dict[str, Any] = {config.token_limit: config.max_tokens}
-        if config.temperature is not None:
-            chosen["temperature"] = config.temperature
-        if config.top_p < 1:
-            chosen["top_p"] = config.top_p
-        if config.seed is not None:
-            chosen["seed"] = config.seed + attempt
-        return chosen
+    def _read(self, body: Any, seconds: float) -> Reply:
+        choice, usage = body["choices"][0], body.get("usage") or {}
+        message, finish = choice["message"], choice.get("finish_reason") or "stop"
+        text, reasoning, refusal = _texts(message)
+        tokens = (usage.get(f"{name}_tokens") for name in ("prompt", "completion"))
+        failure = f"the teacher refused: {self._clean(refusal)[:200]}" if refusal else None
+        if finish in ("content_filter", "error", "abort") or choice.get("error"):
+            failure = f"the server ended the reply early (finish reason {finish!r})"
+        counts = (count if type(count) is int else None for count in tokens)
+        return Reply(self._clean(text), self._clean(reasoning), str(finish), *counts, seconds, failure)
 
-    def _read(self, response: Any, seconds: float) -> Reply:
-        # The client doesn't check what a server sends, so any part of it may be missing or of another type.
-        try:
-            choice = response.choices[0]
-            text, finish = choice.message.content or "", choice.finish_reason or "stop"
-            text = self._without_key(text).encode("utf-8", "replace").decode()
-        except (AttributeError, IndexError, TypeError):
-            return Reply(failure="the reply isn't a chat completion", seconds=seconds)
-        usage = getattr(response, "usage", None)
-        tokens = [getattr(usage, f"{name}_tokens", None) for name in ("prompt", "completion")]
-        tokens = [count if isinstance(count, int) else None for count in tokens]
-        return Reply(text, str(finish), *tokens, seconds)
-
-    def _reason(self, error: Exception) -> str:
-        """Why a request failed, in one line without the key; what never can succeed stops the others."""
-        config = self._config
+    def _failure(self, error: openai.OpenAIError) -> str:
+        """Return why a request failed, without the key; an error that every row would meet ends the asking."""
+        config, hopeless = self._config, False
         if isinstance(error, openai.APIStatusError):
-            status = error.status_code
-            if status in (401, 403):  # the body may quote the key
-                self._refused = f"HTTP {status}: the server refuses the key in {config.api_key_env}"
-                return self._refused
-            reason = f"HTTP {status}: {self._without_key(' '.join(error.message.split()))[:200]}"
-            if status == 404:
-                self._refused = reason
-            return reason
-        if isinstance(error, openai.APITimeoutError):
-            return f"no reply within {config.timeout_s:g} s, asked {config.max_retries + 1} times"
-        if isinstance(error, openai.APIConnectionError):
-            return f"the connection failed ({type(error.__cause__).__name__})"
-        return "the reply isn't JSON"
+            status, message = error.status_code, self._clean(" ".join(error.message.split()))[:200]
+            reason, hopeless = f"HTTP {status}: {message}", bool({status, error.code} & _HOPELESS)
+            if status in (401, 403) and not re.search("moderat|flagged", message):
+                reason, hopeless = f"HTTP {status}: the server refuses the key in {config.api_key_env}", True
+            if error.param in type(config).model_fields:
+                reason += f"; expected another {error.param} in the teacher's configuration"
+        elif isinstance(error, openai.APITimeoutError):
+            reason = f"no reply within {config.timeout_s:g} s, asked {config.max_retries + 1} times"
+        else:
+            reason = f"the connection failed ({type(error.__cause__).__name__})"
+        self._same_failures = self._same_failures + 1 if reason == self._last_failure else 1
+        self._last_failure = reason
+        if hopeless or self._same_failures >= max(_MAX_SAME_FAILURES, 2 * config.concurrency):
+            self._stopped = reason
+        return reason
 
-    def _without_key(self, text: str) -> str:
-        # What is shorter is a stand-in ("none", "EMPTY") and may be a word of the text.
-        return text.replace(self._key, "***") if len(self._key) >= 8 else text
+    def _clean(self, text: str) -> str:
+        # A shorter key is a placeholder ("none", "EMPTY") and may be a word of the text.
+        text = text.replace(self._key, "***") if len(self._key) >= 8 else text
+        return text.encode("utf-8", "replace").decode()  # half a surrogate pair can't be stored
 
 
-def _base_url(config: TeacherConfig) -> str | None:
-    return config.base_url or os.environ.get("OPENAI_BASE_URL")
+def _texts(message: dict[str, Any]) -> tuple[str, str, str]:
+    """Return a message's text, reasoning and refusal, whether it has them as fields or as parts of its content."""
+    content = message["content"] or ""
+    texts = {"text": [], "thinking": [], "refusal": []}
+    for part in [content] if isinstance(content, str) else content:
+        part = {"text": part} if isinstance(part, str) else part
+        for kind, of in texts.items():
+            value = part.get(kind) or ""
+            of += [value] if isinstance(value, str) else [inner["text"] for inner in value]
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or "".join(texts["thinking"])
+    return "".join(texts["text"]), reasoning, message.get("refusal") or "".join(texts["refusal"])
 
 
-def _api_key(config: TeacherConfig) -> str:
-    """The key from the environment; empty where a server of one's own needs none."""
-    name = config.api_key_env
-    key = os.environ.get(name, "").strip()
-    if not key and not _base_url(config):
-        raise TeacherError(f"The variable {name} is empty; expected a key in it, or base_url.")
-    if not all(33 <= ord(sign) <= 126 for sign in key):
-        raise TeacherError(f"The variable {name} holds no key; expected printable ASCII without spaces.")
-    return key
+def _reveal_error(response: httpx.Response) -> None:
+    """Give an error that came with status 200 its own, and keep the client from repeating a hopeless request."""
+    response.read()
+    try:
+        error = response.json()["error"]
+        code = error.get("code") if isinstance(error, dict) else None
+    except (KeyError, TypeError, ValueError):
+        return
+    if error and response.status_code == 200:
+        response.status_code = code if isinstance(code, int) and 400 <= code < 600 else 400
+    if isinstance(error, dict) and "insufficient_quota" in (code, error.get("type")):
+        response.headers["x-should-retry"] = "false"
 
 
 class LocalTeacher:
-    """A causal LM on this machine, asked in batches, padded on the left."""
+    """A causal LM on this machine, asked in batches."""
 
-    def __init__(self, config: TeacherConfig) -> None:
-        self._config = config
+    def __init__(self, config: TeacherConfig, reader: AnswerReader) -> None:
+        self._config, self._reader = config, reader
         self._backbone = load_backbone(teacher_name(config), config.device, config.dtype)
+        # Thinking may quote the sentinel, so a model that thinks ends by its end token alone.
+        self._may_think = has_thinking(self._backbone.tokenizer.chat_template or "")
 
     def ask(self, prompts: Sequence[str], attempt: int = 0) -> Iterator[tuple[int, Reply]]:
-        """Each prompt's place and its reply, batch by batch, shortest prompts first."""
-        texts = [self._chat(prompt) for prompt in prompts]
-        lengths = [len(ids) for ids in self._tokenize(texts).input_ids] if texts else []
-        context = getattr(self._backbone.model.config.get_text_config(), "max_position_embeddings", math.inf)
-        fits = []
-        for place in sorted(range(len(texts)), key=lengths.__getitem__):
-            wanted = lengths[place] + self._config.max_tokens
-            if wanted > context:
-                yield place, Reply(failure=f"prompt and max_tokens take {wanted} tokens of {context}")
+        """Yield each prompt's index and its reply, batch by batch, shortest prompts first."""
+        config, lm, tokenizer = self._config, self._backbone.model, self._backbone.tokenizer
+        template = config.extra_body.get("chat_template_kwargs", {})
+        rows = [encode_chat(tokenizer, _turns(prompt, config), **template) for prompt in prompts]
+        fits, context = [], context_length(lm)
+        for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+            if (needed := len(rows[i]) + config.max_tokens) > context:
+                yield i, Reply(failure=f"prompt and max_tokens need {needed} positions of {context}")
             else:
-                fits.append(place)
-        for first in range(0, len(fits), self._config.batch_size):
-            batch = fits[first : first + self._config.batch_size]
-            yield from zip(batch, self._batch([texts[i] for i in batch], attempt), strict=True)
+                fits.append(i)
+        sampling = {"do_sample": True, "top_p": config.top_p, "temperature": config.temperature}
+        if config.temperature == 0:
+            sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        elif config.temperature is None:
+            del sampling["temperature"]
+        for first in range(0, len(fits), config.batch_size):
+            batch, start = fits[first : first + config.batch_size], time.monotonic()
+            replies = generate(
+                lm,
+                tokenizer,
+                [rows[i] for i in batch],
+                seed=None if config.seed is None else config.seed + attempt,
+                is_complete=None if self._may_think else self._is_complete,
+                max_new_tokens=config.max_tokens,
+                **sampling,
+            )
+            seconds = round((time.monotonic() - start) / len(batch), 4)
+            for i, ids in zip(batch, replies, strict=True):
+                yield i, self._reply(rows[i], ids, seconds)
 
-    def _chat(self, prompt: str) -> str:
+    def _is_complete(self, text: str) -> bool:
+        return is_complete(text, self._reader)
+
+    def _reply(self, prompt: list[int], ids: list[int], seconds: float) -> Reply:
         tokenizer = self._backbone.tokenizer
-        if not tokenizer.chat_template:
-            return f"{prompt}\n"
-        message = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-
-    def _tokenize(self, texts: list[str], **padding: Any) -> Any:
-        tokenizer = self._backbone.tokenizer
-        # A chat template writes the start token itself.
-        return tokenizer(texts, add_special_tokens=not tokenizer.chat_template, **padding)
-
-    @torch.no_grad()
-    def _batch(self, texts: list[str], attempt: int) -> list[Reply]:
-        model, tokenizer = self._backbone.model, self._backbone.tokenizer
-        inputs = self._tokenize(texts, padding=True, padding_side="left", return_tensors="pt")
-        length = inputs.input_ids.shape[1]
-        ended = _Ended(tokenizer, model.generation_config, length, len(texts))
-        start = time.monotonic()
-        with torch.random.fork_rng():
-            if self._config.seed is not None:
-                torch.manual_seed(self._config.seed + attempt)
-            rows = model.generate(
-                **inputs.to(model.device),
-                max_new_tokens=self._config.max_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                stopping_criteria=[ended],
-                **self._sampling(),
-            )[:, length:]
-        seconds = (time.monotonic() - start) / len(texts)
-        replies = []
-        for i, row in enumerate(rows):
-            end = int(ended.places[i])
-            text = tokenizer.decode(row[: end or len(row)], skip_special_tokens=True)
-            tokens_in = int(inputs.attention_mask[i].sum())
-            replies.append(Reply(text, "stop" if end else "length", tokens_in, end or len(row), round(seconds, 4)))
-        return replies
-
-    def _sampling(self) -> dict[str, Any]:
-        if self._config.temperature == 0:
-            return {"do_sample": False}
-        chosen: dict[str, Any] = {"do_sample": True, "top_p": self._config.top_p}
-        if self._config.temperature is not None:
-            chosen["temperature"] = self._config.temperature
-        return chosen
-
-
-class _Ended(StoppingCriteria):
-    """Ends a row at the end token, or once the answer after the sentinel stands; remembers where."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, start: int, rows: int) -> None:
-        ends = config.eos_token_id
-        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-        self._tokenizer, self._start = tokenizer, start
-        self.places = torch.zeros(rows, dtype=torch.long)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.BoolTensor:
-        for i, row in enumerate(input_ids[:, self._start :].tolist()):
-            if not self.places[i] and (row[-1] in self._ends or _answered(self._tokenizer.decode(row))):
-                self.places[i] = len(row)
-        return (self.places > 0).to(input_ids.device)
-
-
-def _answered(text: str) -> bool:
-    after = text.partition(SENTINEL)[2].lstrip()
-    return "\n" in after or len(after) > _LONGEST_ANSWER
+        ended = bool(ids) and ids[-1] in end_ids(self._backbone.model, tokenizer)
+        # Marks of thinking may be special tokens, and the first may be in the prompt.
+        text = opened_thinking(tokenizer.decode(prompt[-16:])) + tokenizer.decode(ids[:-1] if ended else ids)
+        finished = ended or len(ids) < self._config.max_tokens or self._is_complete(text)
+        thinking, text = split_thinking(text)
+        for token in tokenizer.all_special_tokens:
+            thinking, text = thinking.replace(token, ""), text.replace(token, "")
+        return Reply(text, thinking, "stop" if finished else "length", len(prompt), len(ids), seconds)

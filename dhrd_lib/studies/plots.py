@@ -17,7 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dhrd_lib.rationales.generate import FLAGS, RationaleReport
+from dhrd_lib.rationales.quality import FLAGS, RationaleReport
 
 COLORS = {"pooled baseline": "#D55E00", "DHRD": "#0072B2", "reasoning only": "#009E73", "pipeline": "#E69F00"}
 # What isn't a setting (a head, a value of alpha) has a figure to itself, so these may repeat.

@@ -18,9 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dhrd_lib.backbones import load_backbone
-from dhrd_lib.config import RunConfig, TeacherConfig
-from dhrd_lib.rationales.generate import generate
-from dhrd_lib.rationales.store import RationaleStore
+from dhrd_lib.config import RunConfig
+from dhrd_lib.rationales import RationaleStore, TeacherConfig, generate
 from dhrd_lib.runs import Run, find_runs
 from dhrd_lib.serving.classifier import load_classifier
 from dhrd_lib.serving.export import export
@@ -29,7 +28,8 @@ from dhrd_lib.studies.sweeps import Grid, sweep
 from dhrd_lib.tasks import load_task
 from dhrd_lib.training import train
 
-TEACHER = TeacherConfig(model="tiny", max_tokens=12, batch_size=2, device="cpu")
+# Greedy, it writes blank lines alone; a row of its own for each batch, so that its draws are the same after a kill.
+TEACHER = TeacherConfig(model="tiny", max_tokens=12, batch_size=1, device="cpu", temperature=1.0, seed=0)
 ROWS = 12
 CONFIG = {
     "name": "run",

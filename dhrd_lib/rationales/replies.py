@@ -1,0 +1,118 @@
+"""Reading a teacher's reply: without the thinking before it, as rationale and answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import regex
+
+from dhrd_lib.cot.answers import MAX_ANSWER_CHARACTERS, AnswerReader
+from dhrd_lib.inputs import SENTINEL
+
+_NAME = "(?:seed:)?(?:think|thinking|thought|reasoning)"
+# What opens and closes the thinking that a model writes before its reply, as regular expressions. A chat template
+# may open it in the prompt; the reply then has the closing mark alone.
+THINKING = (
+    (rf"<{_NAME}>", rf"</{_NAME}>"),  # DeepSeek, Qwen, GLM and most others; EXAONE, Seed-OSS
+    (r"\[THINK\]", r"\[/THINK\]"),  # Magistral
+    (r"◁think▷", r"◁/think▷"),  # Kimi
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),  # OpenThinker, Sky-T1
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command A
+    (r"<\|inner_prefix\|>", r"<\|inner_suffix\|>"),  # Apertus
+    (r"<\|channel>", r"<channel\|>"),  # Gemma 4
+    (r"<unused94>", r"<unused95>"),  # MedGemma
+    (r"\[unused16\]", r"\[unused17\]"),  # Pangu
+    # gpt-oss, with control tokens and without.
+    (r"<\|channel\|>\s*(?:analysis|commentary)[^<]*<\|message\|>", r"<\|channel\|>\s*final[^<]*<\|message\|>"),
+    (r"\A\s*analysis(?=.*assistantfinal)", r"assistantfinal"),
+    (r"Here(?: is|'s) my thought process:", r"Here(?: is|'s) my response:"),  # Granite 3
+)
+_OPENING, _CLOSING = (
+    regex.compile("|".join(marks), regex.IGNORECASE | regex.DOTALL) for marks in zip(*THINKING, strict=True)
+)
+# A server that does not know a model's end token leaves it in the text, and what the model writes after it.
+_END_OF_TURN = regex.compile(
+    r"<\|(?:im_end|im_start|eot_id|eom_id|end_of_text|endoftext|end_of_turn|end|return|user|start_header_id)\|>"
+    r"|<｜end▁of▁sentence｜>|</s>|<end_of_turn>|<eos>|<turn\|>|\[EOS\]"
+)
+_WRAPPER = regex.compile(
+    r"</?(?:answer|response|output|explanation|rationale)>|<\|(?:begin|end)_of_(?:solution|box)\|>"
+    r"|<\|(?:START|END)_RESPONSE\|>",
+    regex.IGNORECASE,
+)
+# In any case and emphasis, as a heading or in other brackets; without brackets in capitals, or alone on a line.
+_SENTINEL = regex.compile(
+    r"[\s*_#>`~\-]*(?:[\[［【(<\\]+\s*(?i:END[ _]OF[ _]REASONING)\s*[\]］】)>\\]+|\bEND[ _]OF[ _]REASONING\b"
+    r"|(?im:^[*_#>`~\- ]*END[ _]OF[ _]REASONING(?=[*_`~:. ]*$)))[*_`~:]*"
+)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A teacher's reply to one prompt: a text, or in `failure` the reason why there is none.
+
+    `reasoning` is the thinking that came apart from the text; tokens are None where the server doesn't count them.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    finish_reason: str = ""
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    seconds: float = 0.0
+    failure: str | None = None
+
+
+def split_thinking(text: str) -> tuple[str, str]:
+    """Return a reply's thinking and what follows it, without end tokens and wrapping tags.
+
+    Everything up to the last closing mark is thinking, and everything after an opening mark that is not closed.
+    """
+    *_, end = [0, *(match.end() for match in _CLOSING.finditer(text))]
+    thinking, rest = text[:end], text[end:]
+    if opened := _OPENING.search(rest):
+        thinking, rest = thinking + rest[opened.start() :], rest[: opened.start()]
+    thinking = _CLOSING.sub("", _OPENING.sub("", thinking))
+    return _END_OF_TURN.split(thinking, 1)[0].strip(), _WRAPPER.sub("", _END_OF_TURN.split(rest, 1)[0]).strip()
+
+
+def opened_thinking(prompt: str) -> str:
+    """Return the opening mark that a rendered prompt ends with, or "": the reply then begins with thinking."""
+    *_, last = [None, *_OPENING.finditer(prompt.rstrip())]
+    return last.group() if last and last.end() == len(prompt.rstrip()) else ""
+
+
+def has_thinking(text: str) -> bool:
+    """Return whether a mark of thinking is in a text."""
+    return bool(_OPENING.search(text) or _CLOSING.search(text))
+
+
+def is_complete(text: str, reader: AnswerReader) -> bool:
+    """Return whether the answer after the sentinel is complete, whatever a reply continues with."""
+    rest = split_thinking(text)[1]
+    return any(reader.is_settled(SENTINEL + rest[match.end() :]) for match in _SENTINEL.finditer(rest))
+
+
+def read_reply(reply: Reply, reader: AnswerReader, use_reasoning: bool = False) -> tuple[str, str, int | None]:
+    """Return rationale, answer and class of a reply; the class is None where no label, or several, are named.
+
+    The sentinel is the first one that a label follows, because a reply may quote it before. With `use_reasoning`
+    the rationale is the model's thinking. Raises `ValueError` with the reason where there is no rationale.
+    """
+    if reply.failure:
+        raise ValueError(reply.failure)
+    thinking, text = split_thinking(reply.text)
+    thinking = reply.reasoning.strip() or thinking
+    splits = [(text, "", None)]
+    for match in reversed(list(_SENTINEL.finditer(text))):
+        after = text[match.end() :]
+        classes = set(reader.read_all(SENTINEL + after))
+        label = classes.pop() if len(classes) == 1 else None
+        splits.append((text[: match.start()].strip(), " ".join(after.split())[:MAX_ANSWER_CHARACTERS], label))
+    rationale, answer, label = next((split for split in reversed(splits) if split[2] is not None), splits[-1])
+    rationale = thinking if use_reasoning else rationale
+    if not rationale:
+        hint = f", but {len(thinking)} characters of thinking, which use_reasoning=true takes" if thinking else ""
+        kind = "reasoning" if use_reasoning else "rationale"
+        raise ValueError(f"the reply has no {kind} (finish reason {reply.finish_reason!r}){hint}")
+    return rationale, answer, label

@@ -1,0 +1,326 @@
+"""Generating rationales: each row is asked for once, whatever stops a run, and the command does it all."""
+
+import json
+import multiprocessing
+import os
+import random
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from fault_server import FaultServer, completion, good_reply, job, run_job, served
+from typer.testing import CliRunner
+
+from dhrd_lib.__main__ import app
+from dhrd_lib.backbones import EMBEDDED, load_backbone
+from dhrd_lib.config import ConfigError
+from dhrd_lib.rationales import (
+    SENTINEL,
+    RationaleStore,
+    Record,
+    TeacherConfig,
+    export,
+    generate,
+    make_prompt,
+    quality_report,
+    select,
+    store_for,
+)
+from dhrd_lib.tasks import load_task
+
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("no_teacher")]
+
+
+def test_second_run_asks_nothing(triage, rows, tmp_path):
+    with FaultServer(delay_s=0.05) as server:
+        config = served(server, concurrency=3, usd_per_million_tokens_in=2.0, usd_per_million_tokens_out=10.0)
+        first = generate(triage, rows, config, tmp_path, progress=False)
+        second = generate(
+            triage, rows, config.replace({"base_url": f"{server.base_url}/"}), tmp_path, progress=False
+        )
+    assert set(server.asked.values()) == {1}
+    assert server.most_at_once == 3
+    assert (first.stored, first.replies, first.failed) == (12, 12, {})
+    assert (first.tokens_in, first.tokens_out) == (1200, 240)
+    assert first.usd == pytest.approx((1200 * 2 + 240 * 10) / 1e6)
+    assert "12 rows: 0 stored before, 12 stored now, 0 failed" in str(first)
+    assert "1200 tokens in, 240 tokens out, 0.0048 USD" in str(first)
+    assert (second.stored_before, second.stored, second.replies) == (12, 0, 0)
+    assert second.records == first.records == select(triage, rows, config, tmp_path)
+    assert [record.idx for record in first.records] == list(rows["idx"])
+    for row, record in zip(rows, first.records, strict=True):
+        assert good_reply(make_prompt(triage, row, config)).startswith(record.rationale)
+        assert (record.agreed, record.tokens_in, record.tokens_out) == (True, 100, 20)
+        assert record.answer == triage.verbalizers[row["label"]]
+
+
+def test_replies_without_usage_are_counted(triage, rows, tmp_path):
+    body = {**completion(f"Why. {SENTINEL} fix"), "usage": None}
+    with FaultServer(lambda prompt, nth: body) as server:
+        outcome = generate(triage, rows, served(server), tmp_path, progress=False)
+    assert "(12 replies without)" in str(outcome)
+
+
+def test_change_of_prompt_or_parameters_asks_again(triage, rows, tmp_path):
+    changes = [
+        {},
+        {"prompt": "{input}\nAnswer: {label}\nWhy? {sentinel}"},
+        {"temperature": 0.5},
+        {"max_tokens": 99},
+        {"seed": 3},
+        {"system": "Be brief."},
+        {"extra_body": {"top_k": 1}},
+    ]
+    with FaultServer() as server:
+        for number, change in enumerate(changes, 1):
+            assert generate(triage, rows, served(server, **change), tmp_path, progress=False).stored == 12
+            store = store_for(triage, served(server), tmp_path)
+            assert len(store.read()) == 12 * number
+        same = served(server, concurrency=1, timeout_s=5.0, max_retries=1, api_key_env="OTHER")
+        assert generate(triage, rows, same, tmp_path, progress=False).stored == 0
+        relabeled = rows.map(lambda row: {"label": (row["label"] + 1) % 5})
+        assert generate(triage, relabeled, same, tmp_path, progress=False).stored == 12
+    other = TeacherConfig(kind="openai", model="Fixed", base_url="http://127.0.0.1:1/v1")
+    assert store_for(triage, other, tmp_path).path == store.path
+    assert select(triage, rows, other, tmp_path) == [None] * 12
+
+
+def test_empty_rationale_of_an_old_store_is_asked_again(triage, rows, tmp_path):
+    with FaultServer() as server:
+        config = served(server)
+        (first,) = generate(triage, rows.select([0]), config, tmp_path, progress=False).records
+        store = store_for(triage, config, tmp_path)
+        store.path.unlink()
+        store.append(Record(**{**first.model_dump(), "rationale": "", "agreed": None}))
+        again = generate(triage, rows.select([0]), config, tmp_path, progress=False)
+    assert (again.stored, again.records) == (1, [first.model_copy(update={"seconds": again.records[0].seconds})])
+
+
+def test_rejection_keeps_the_first_reply_that_agrees(triage, rows, tmp_path):
+    gold = {row["input_text"]: triage.verbalizers[row["label"]] for row in rows}
+    agrees_at = {"replace": 0, "fix": 1, "explain": 2}
+
+    def reply(prompt, nth):
+        right = next(label for text, label in gold.items() if text in prompt)
+        wrong = "fix" if right != "fix" else "refund"
+        return f"Try {nth}. {SENTINEL} {right if nth >= agrees_at.get(right, 99) else wrong}"
+
+    with FaultServer(reply) as server:
+        fields = {"protocol": "rejection", "temperature": 0.8, "seed": 5}
+        config = served(server, tries=3, **fields)
+        outcome = generate(triage, rows, config, tmp_path, progress=False)
+        for row, record in zip(rows, outcome.records, strict=True):
+            tries, label = server.asked[make_prompt(triage, row, config)], triage.verbalizers[row["label"]]
+            assert tries == agrees_at.get(label, 2) + 1
+            assert (record.agreed, record.rationale) == (label in agrees_at, f"Try {tries - 1}.")
+        assert {body["seed"] for body in server.bodies} == {5, 6, 7}
+        kept = quality_report(triage, rows, outcome.records).kept
+        assert set(kept) == {record.idx for record in outcome.records if record.agreed}
+        assert generate(triage, rows, config, tmp_path, progress=False).replies == 0
+        # One try more continues those that were made.
+        again = generate(triage, rows, served(server, tries=4, **fields), tmp_path, progress=False)
+        assert again.replies == sum(record.agreed is False for record in outcome.records)
+
+
+def test_exported_rationales_are_joined_by_load_task(train, tmp_path, monkeypatch):
+    export({"0": "Eins é", "3": "Drei"}, tmp_path / "new" / "support_triage.jsonl")
+    monkeypatch.setenv("DHRD_RATIONALES_DIR", str(tmp_path / "new"))
+    exported = load_task("support_triage")[1]["train"]
+    assert (exported[0]["rationale"], exported[3]["rationale"]) == ("Eins é", "Drei")
+    assert exported[1]["rationale"] == train[1]["rationale"]
+    with pytest.raises(ConfigError, match="no rationale is kept"):
+        export({}, tmp_path / "new" / "support_triage.jsonl")
+    assert load_task("support_triage")[1]["train"][0]["rationale"] == "Eins é"
+
+
+@pytest.mark.parametrize("model", ["../../outside", "/etc/outside", "..", "a/../../b", "A\0b", "\\..\\x"])
+def test_store_stays_in_its_folder(model, triage, tmp_path):
+    path = store_for(triage, TeacherConfig(model=model), tmp_path / "stores").path
+    assert path.resolve().parent == (tmp_path / "stores" / triage.name).resolve()
+
+
+# ---------------------------------------------------------------------- kills and processes
+
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def _spawn(target, *arguments):
+    """Start a process from a server that has imported the library, so that it is at work within moments."""
+    _CONTEXT.set_forkserver_preload(["pytest", "dhrd_lib.rationales"])
+    process = _CONTEXT.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def _without_time(records):
+    return sorted((one.key, one.rationale, one.answer, one.agreed, one.finish_reason) for one in records)
+
+
+def _lines(store):
+    return store.path.read_bytes().count(b"\n") if store.path.exists() else 0
+
+
+def _kill_at_a_random_moment(process, ready, store, generator):
+    """Kill a job while it starts, or some moments after its store has grown by some records."""
+    assert ready.wait(60)
+    wanted, until = _lines(store) + generator.randint(0, 8), time.monotonic() + 30
+    while _lines(store) < wanted and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(generator.uniform(0, 0.06))
+    alive = process.is_alive()
+    process.kill()
+    process.join(30)
+    assert alive, "the job was done before it could be killed"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore:.* is torn")
+def test_killed_job_ends_as_if_unkilled(tmp_path):
+    n_rows, generator, growth = 200, random.Random(0), []
+    task, dataset = job(n_rows)
+    with FaultServer(delay_s=0.05) as server:
+        run_job(server.base_url, tmp_path / "unkilled", task, dataset)
+        server.asked.clear()
+        store = RationaleStore(tmp_path / "killed" / "support_triage" / "fixed.jsonl")
+        for _ in range(20):
+            before, ready = len(store.read()), _CONTEXT.Event()
+            process = _spawn(run_job, server.base_url, tmp_path / "killed", task, dataset, ready)
+            _kill_at_a_random_moment(process, ready, store, generator)
+            growth.append(len(store.read()) - before)
+        outcome = run_job(server.base_url, tmp_path / "killed", task, dataset)
+    assert sum(grown > 0 for grown in growth) >= 10, f"too few kills met a job at work: {growth}"
+    assert (outcome.stored_before, outcome.failed) == (sum(growth), {})
+    assert outcome.stored == n_rows - sum(growth) > 0
+    assert Counter(record.idx for record in store.read()) == Counter(dataset["idx"])
+    unkilled = RationaleStore(tmp_path / "unkilled" / "support_triage" / "fixed.jsonl").read()
+    assert _without_time(store.read()) == _without_time(unkilled)
+    # A kill costs the requests under way at most, and there are four of them.
+    assert sum(server.asked.values()) <= n_rows + 4 * len(growth)
+
+
+def test_two_processes_ask_for_no_row_twice(tmp_path):
+    with FaultServer(delay_s=0.02) as server:
+        both = [_spawn(run_job, server.base_url, tmp_path, *job(60)) for _ in range(2)]
+        for process in both:
+            process.join(60)
+            assert process.exitcode == 0
+    assert set(server.asked.values()) == {1}
+    found = RationaleStore(tmp_path / "support_triage" / "fixed.jsonl").read()
+    assert Counter(record.idx for record in found) == Counter(str(i) for i in range(60))
+
+
+# ---------------------------------------------------------------------- a real server, and the embedded backbone
+
+
+@pytest.fixture(scope="module")
+def real_server(tmp_path_factory):
+    """Run `transformers serve` with the embedded backbone; its address, and its name for the model."""
+    folder = load_backbone(EMBEDDED, device="cpu").source
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", folder, "--device", "cpu"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/health", process, log)
+            yield f"http://127.0.0.1:{port}/v1", folder
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(20)
+
+
+def _wait_for(address, process, log):
+    until = time.monotonic() + 90
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            with urllib.request.urlopen(address, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"transformers serve didn't come up:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+@pytest.mark.timeout(400)
+def test_transformers_serve_and_local_teacher_agree(real_server, triage, train, tmp_path):
+    rows, (base_url, model) = train.select(range(4)), real_server
+    config = TeacherConfig(kind="openai", model=model, base_url=base_url, max_tokens=16, concurrency=2)
+    outcome = generate(triage, rows, config, tmp_path, progress=False)
+    assert (outcome.stored, outcome.failed, outcome.replies_without_usage) == (4, {}, 0)
+    assert outcome.tokens_in > 4 * 100
+    assert all(record.tokens_out <= 16 and record.seconds > 0 for record in outcome.records)
+    assert generate(triage, rows, config, tmp_path, progress=False).replies == 0
+    # The same model asked directly, in one batch, gets the same prompts and gives the same replies.
+    direct = TeacherConfig(model=EMBEDDED, device="cpu", max_tokens=16, batch_size=2)
+    local = generate(triage, rows.select(range(2)), direct, tmp_path, progress=False).records
+    assert [record.tokens_in for record in local] == [record.tokens_in for record in outcome.records[:2]]
+    assert [record.rationale for record in local] == [record.rationale for record in outcome.records[:2]]
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_command_generates_reports_and_exports(tmp_path):
+    teacher = tmp_path / "teacher.json"
+    teacher.write_text(json.dumps({"kind": "openai", "max_retries": 0, "concurrency": 1}))
+
+    def plan(prompt, nth):
+        return 500 if nth == 0 and "two flat American prongs" in prompt else good_reply(prompt)
+
+    with FaultServer(plan) as server:
+        options = ["rationales", "support_triage", "--config", str(teacher), "--base-url", server.base_url]
+        options += ["--model", "fixed", "--rows", "4", "--folder", str(tmp_path / "r")]
+        options += ["--export-to", str(tmp_path / "out")]
+        first, second = CliRunner().invoke(app, options), CliRunner().invoke(app, options)
+    assert first.exit_code == 1
+    assert "Row 1 failed: HTTP 500" in first.output
+    assert "4 rows: 0 stored before, 3 stored now, 1 failed" in first.output
+    assert second.exit_code == 0, second.output
+    assert "leaks_label" in second.output
+    lines = [json.loads(line) for line in (tmp_path / "out" / "support_triage.jsonl").read_text().splitlines()]
+    assert [line["idx"] for line in lines] == ["0", "1", "2", "3"]
+
+
+def documented_commands() -> list[list[str]]:
+    """Return the arguments of each `rationales` command in docs/scaling.md."""
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    start = "python -m dhrd_lib "
+    lines = [line.removeprefix(start) for line in text.splitlines() if line.startswith(f"{start}rationales ")]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_documented_commands_ask_a_server(place, tmp_path):
+    command = documented_commands()[place]
+    with FaultServer(lambda prompt, nth: f"It burst. {SENTINEL} {('fix', 'refund')[nth % 2]}") as server:
+        command[command.index("--base-url") + 1] = server.base_url
+        result = CliRunner().invoke(app, [*command, "--rows", "4", "--folder", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    sampled = "rejection" in command
+    assert {body["temperature"] for body in server.bodies} == {0.7 if sampled else 0}
+    assert max(server.asked.values()) == (4 if sampled else 1)
+
+
+def test_command_refuses_unknown_split_and_field(tmp_path):
+    result = CliRunner().invoke(app, ["rationales", "--folder", str(tmp_path), "--split", "tset"])
+    assert result.exit_code == 2
+    assert "tset" in result.output
+    (tmp_path / "teacher.json").write_text(json.dumps({"kind": "openai", "api_key": "sk-a-secret"}))
+    result = CliRunner().invoke(app, ["rationales", "--config", str(tmp_path / "teacher.json")])
+    assert isinstance(result.exception, ConfigError)
+    assert "sk-a-secret" not in f"{result.exception} {result.output}"

@@ -1,0 +1,246 @@
+"""Filters, the report, and the panel where a person reviews rationales."""
+
+import json
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from dhrd_lib.config import ConfigError
+from dhrd_lib.rationales import (
+    FLAGS,
+    Filters,
+    Record,
+    TeacherConfig,
+    flags,
+    names_label,
+    quality_report,
+    select,
+    store_for,
+)
+from dhrd_lib.rationales.generate import row_keys
+from dhrd_lib.studies.plots import compare_reports
+from dhrd_lib.tasks import load_task
+from dhrd_lib.widgets import ReviewPanel
+
+
+def record(rationale: str = "It burst.", **fields) -> Record:
+    values = {"idx": "0", "prompt_hash": "h", "teacher": "t", "parameters": {"protocol": "gold"}, "agreed": True}
+    return Record(**{**values, "rationale": rationale, **fields})
+
+
+def split(rationales: list[str | None]) -> Dataset:
+    """Return a split with the columns that `load_task` gives, of the labels fix, refund, explain in turn."""
+    strings = dict.fromkeys(("text", "idx", "input_text", "rationale"), Value("string"))
+    n = len(rationales)
+    columns = {
+        "text": [f"text {i}" for i in range(n)],
+        "idx": [str(i) for i in range(n)],
+        "input_text": [f"Customer: text {i}\nWhat must happen next?" for i in range(n)],
+        "rationale": rationales,
+        "label": [i % 3 for i in range(n)],
+    }
+    labels = ClassLabel(names=["fix", "refund", "explain"])
+    return Dataset.from_dict(columns, features=Features({**strings, "label": labels}))
+
+
+@pytest.mark.parametrize(
+    ("text", "verbalizer", "expected"),
+    [
+        ("Give a refund.", "refund", True),
+        ("It was Refunded, twice.", "refund", True),
+        ("The money goes back.", "refund", False),
+        ("That entails it.", "entailment", True),
+        ("The tail is long.", "entailment", False),
+        ("a contradictory claim", "contradiction", True),
+        ("An explained fee", "explain", True),
+        ("a plain fee", "explain", False),
+        ("Fixing it", "fix", True),
+        ("the fixture", "fix", False),
+        ("prefix", "fix", False),
+        ("Escalation is due", "escalate", True),
+        ("Replacements are sent", "replace", True),
+        ("a place", "replace", False),
+        ("It is not entailed", "not entailment", True),
+        ("It is entailed", "not entailment", False),
+        ("the first one", "the first", True),
+        ("first of all", "the first", False),
+        ("a card arrival problem", "card_arrival", True),
+        ("", "fix", False),
+        # Common words count as an answer alone.
+        ("Nobody knows; another note", "no", False),
+        ("There is no fee, and he has no receipt.", "no", False),
+        ("No customer asked.", "no", False),
+        ("No, it isn't", "no", True),
+        ("The answer must be no because it rained.", "no", True),
+        ('That makes it a "no" here.', "no", True),
+        ("So it is no.", "no", True),
+        ("yesterday", "yes", False),
+        ("Yes!", "yes", True),
+        ("He has 1 lamp of type A.", "1", False),
+        ("The label is 1.", "1", True),
+        ("A lamp broke.", "A", False),
+        ("是否损坏尚不清楚。", "否", False),
+        ("所以，答案为：否", "否", True),
+        ("いいえ、壊れていない。", "いいえ", True),
+        # Scripts that join words.
+        ("客户要求退款，因为商品损坏。", "退款", True),
+        ("客户要求换货。", "退款", False),
+        ("返金する必要がある", "返金", True),
+        ("ลูกค้าต้องการคืนเงินทันที", "คืนเงิน", True),
+        ("يجب إجراء الاسترداد فورا", "استرداد", True),
+        ("고객은 환불을 원한다", "환불", True),
+        ("ग्राहक को धनवापसी चाहिए", "धनवापसी", True),
+        ("これはrefundについて", "refund", True),
+    ],
+)
+def test_label_is_found_in_its_forms(text, verbalizer, expected):
+    assert names_label(text, verbalizer) is expected
+
+
+INPUT = "Customer: the paint kit burst and dried onto the paper before the course began\nWhat must happen next?"
+COPY = "The paint kit burst and dried onto the paper before the course began, so."
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ()),
+        ({"agreed": False}, ("disagrees",)),
+        ({"agreed": None}, ("no_answer",)),
+        ({"agreed": None, "parameters": {"protocol": "human"}}, ()),
+        ({"rationale": "It is to be replaced."}, ("leaks_label",)),
+        ({"rationale": " \n"}, ("empty",)),
+        ({"finish_reason": "length"}, ("cut_off",)),
+        ({"rationale": "hmm\n</think>\n\nA burst kit is no use."}, ("thinking",)),
+        ({"tokens_in": 12}, ("prompt_cut",)),
+        ({"tokens_in": 30}, ()),
+        ({"rationale": " ".join(f"w{i}" for i in range(151))}, ("too_long",)),
+        ({"rationale": "The kit burst open. " * 4}, ("repeats",)),
+        ({"rationale": "套件破裂了。" * 4}, ("repeats",)),
+        ({"rationale": COPY}, ("copies_input",)),
+    ],
+)
+def test_each_filter_flags_its_case_alone(fields, expected):
+    one = record(**{"rationale": "A kit that arrives burst is no use to her.", **fields})
+    assert flags(one, INPUT, "replace") == expected
+
+
+def test_filters_have_limits():
+    assert flags(record("one two three four five six"), INPUT, "replace", Filters(max_words=5)) == ("too_long",)
+
+
+@pytest.mark.parametrize("name", ["support_triage", "everyday_nli"])
+def test_packaged_rationales_pass_every_filter(name):
+    task, data = load_task(name)
+    report = quality_report(task, data["train"])
+    assert report.leak_rate == 0.0
+    assert len(report.kept) == len(data["train"])
+
+
+def test_report_on_the_data_counts_missing_rationales(task):
+    report = quality_report(task, split(["Because.", None, "Since."]))
+    assert report.kept == {"0": "Because.", "2": "Since."}
+    assert report.table().loc["missing", "count"] == 1
+    assert report.by_label()["agreed"].isna().all()
+    with pytest.raises(ConfigError, match="no rows"):
+        quality_report(task, split([]))
+
+
+def test_report_counts_every_filter_and_row(task):
+    records = [
+        record("They broke.", idx="0"),
+        record("Refunding is owed.", idx="1"),
+        None,
+        record("They broke.", idx="3", agreed=False),
+        record("", idx="4", agreed=None),
+        record("They broke.", idx="5", finish_reason="length"),
+        record("A fix is due.", idx="6", review="accept", original="A fix is due."),
+        record("They broke.", idx="7", review="reject", original="They broke."),
+        record("Because of an explanation and a refund.", idx="8"),
+    ]
+    report = quality_report(task, split(["x"] * 9), records, failed={"2": "HTTP 500"})
+    table = report.table()["count"]
+    assert {name: count for name, count in table.items() if count} == {
+        "rows": 9,
+        "missing": 1,
+        "failed": 1,
+        "rationales": 8,
+        "disagrees": 1,
+        "no_answer": 1,
+        "leaks_label": 2,
+        "empty": 1,
+        "cut_off": 1,
+        "accept by hand": 1,
+        "reject by hand": 1,
+        "names another label (no filter)": 1,
+        "kept": 3,
+    }
+    assert set(report.kept) == {"0", "6", "8"}
+    assert report.leak_rate == 2 / 8
+    by_label = report.by_label()
+    assert by_label.loc["fix", "agreed"] == by_label.loc["refund", "agreed"] == pytest.approx(2 / 3)
+    assert by_label["rationales"].sum() == 8
+    assert report.lengths()["max"] == 7
+    figure = compare_reports({"small": report})
+    shown = dict(zip(figure.data[0].y, figure.data[0].x, strict=True))
+    assert set(shown) == {name.replace("_", " ") for name in [*FLAGS, "kept"]}
+    assert shown["leaks label"] == pytest.approx(25.0)
+
+
+# ---------------------------------------------------------------------- review
+
+
+CONFIG = TeacherConfig(model="m", prompt="{input} {label}")
+
+
+def reviewed(task, folder, rationales):
+    """Return a split whose rationales a teacher has stored, the store, and the panel."""
+    data = split(rationales)
+    store = store_for(task, CONFIG, folder)
+    for (key, _), text in zip(row_keys(task, data, CONFIG), rationales, strict=True):
+        store.append(record(text, **{**key._asdict(), "parameters": json.loads(key.parameters)}))
+    return data, store, ReviewPanel(task, data, CONFIG, folder)
+
+
+def test_panel_pages_shows_flags_and_stores_verdicts(task, tmp_path):
+    texts = ["They broke <b>.", "Refunding is owed.", "Nothing is wrong.", "They broke again."]
+    data, store, panel = reviewed(task, tmp_path, texts)
+    assert "1 of 4" in panel.row.value
+    assert panel.words.value == "They broke <b>."
+    panel.next.click()
+    assert "leaks label" in panel.row.value
+    assert "<b>Gold</b>" in panel.row.value
+    panel.reject.click()
+    panel.next.click()
+    panel.words.value = "All is <well>."
+    panel.accept.click()
+    assert "Before the edit" in panel.row.value
+    panel.next.click()
+    panel.next.click()
+    assert "4 of 4" in panel.row.value
+    panel.words.value = ""
+    panel.edit.click()
+    assert "empty" in panel.message.value
+    panel.previous.click()
+    assert "3 of 4" in panel.row.value
+    panel.choice.value = "not reviewed"
+    assert "1 of 2" in panel.row.value
+    panel.choice.value = "flagged"
+    assert "1 of 1" in panel.row.value
+    verdicts = [(one.idx, one.review, one.rationale) for one in store.read()[4:]]
+    assert verdicts == [("1", "reject", "Refunding is owed."), ("2", "edit", "All is <well>.")]
+    assert set(quality_report(task, data, select(task, data, CONFIG, tmp_path)).kept) == {"0", "2", "3"}
+
+
+def test_panel_escapes_a_rows_text(task, tmp_path):
+    _, _, panel = reviewed(task, tmp_path, ["<script>alert(1)</script>"])
+    panel.words.value = "Fine."
+    panel.edit.click()
+    assert "&lt;script&gt;" in panel.row.value
+    assert "<script>" not in panel.row.value
+
+
+def test_panel_without_rationales_has_nothing_to_judge(task, tmp_path):
+    panel = ReviewPanel(task, split(["a"]), CONFIG, tmp_path)
+    assert panel.row.value == "No rationale to show."
+    assert panel.accept.disabled
