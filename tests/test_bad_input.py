@@ -14,14 +14,12 @@ import re
 import shutil
 import struct
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -39,14 +37,11 @@ from dhrd_lib.config import (
     DataConfig,
     ModelConfig,
     RunConfig,
-    TeacherConfig,
     TrainingConfig,
     WorkbenchError,
 )
 from dhrd_lib.inputs import render_inputs
 from dhrd_lib.modeling import DHRDModel, build_model
-from dhrd_lib.rationales.generate import export, generate, report_on
-from dhrd_lib.rationales.store import RationaleStore, Record, StoreError
 from dhrd_lib.runs import load_run
 from dhrd_lib.sequences import DHRDCollator, encode_example, encode_split
 from dhrd_lib.serving.classifier import load_classifier
@@ -458,18 +453,6 @@ RATIONALES = [
         "for these rows, here or in the folder DHRD_RATIONALES_DIR.",
     ),
     Case(
-        "none-kept",
-        file("kept/a.jsonl", LINES),
-        lambda path: export({}, path),
-        "{path} isn't written: no rationale is kept; expected one or more.",
-    ),
-    Case(
-        "no-row-to-report-on",
-        given_value(None),
-        lambda _: report_on(TASK, split([]), []),
-        "The split has no rows; expected one or more to report on.",
-    ),
-    Case(
         "no-row-to-encode",
         given_value(split(["r"] * 4)),
         lambda rows: encode(rows.filter(lambda row: row["rationale"] != "r")),
@@ -487,57 +470,6 @@ RATIONALES = [
 def encode(rows: Dataset, **options: Any) -> Any:
     return encode_split(rows, model().sequence_format, TASK.verbalizers, with_rationale=True, **options)
 
-
-# --- the store -------------------------------------------------------------------------------------------
-
-RECORD = Record("0", "h", "t", {"seed": 1}, "r")
-WHOLE = json.dumps(dataclasses.asdict(RECORD))
-
-
-def store_line(**changes: Any) -> str:
-    return json.dumps({**dataclasses.asdict(RECORD), **changes})
-
-
-def refused_line(id: str, line: str | bytes, reason: str) -> Case:
-    """A line between two whole ones."""
-    raw = line if isinstance(line, bytes) else line.encode()
-    content = b"\n".join([WHOLE.encode(), raw, WHOLE.encode(), b""])
-    sentence = f"{{path}}, line 2 isn't a whole record ({reason})."
-    return Case(id, file("store.jsonl", content), lambda path: RationaleStore(path).read(), sentence)
-
-
-STORE = [
-    refused_line("torn", WHOLE[:20], "Unterminated string starting at: line 1 column 14 (char 13)"),
-    refused_line("nul-bytes", "\0\0\0", "Expecting value: line 1 column 1 (char 0)"),
-    refused_line(
-        "invalid-utf-8", b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
-    ),
-    refused_line("a-list", "[]", "it is a list"),
-    refused_line("a-newer-field", store_line(cost=1), "it has the unknown field 'cost'"),
-    refused_line("no-rationale", '{"idx": "0"}', "its 'prompt_hash' isn't a str"),
-    refused_line("a-key-twice", WHOLE[:-1] + ', "idx": "1"}', "a key stands twice"),
-    refused_line("agreed-in-words", store_line(agreed="yes"), "its 'agreed' isn't a bool or null"),
-    refused_line("tokens-in-words", store_line(tokens_in="9"), "its 'tokens_in' isn't an int or null"),
-    refused_line("truth-for-tokens", store_line(tokens_out=True), "its 'tokens_out' isn't an int or null"),
-    refused_line("no-seconds", store_line(seconds=None), "its 'seconds' isn't a float or an int"),
-    refused_line("nan-seconds", store_line(seconds=float("nan")), "its 'seconds' is nan"),
-    refused_line("endless-seconds", store_line(seconds=10**400), f"its 'seconds' is {10**400}"),
-    refused_line("no-answer", store_line(answer=None), "its 'answer' isn't a str"),
-    refused_line("an-unknown-verdict", store_line(review="maybe"), "its 'review' is 'maybe'"),
-    refused_line("nested-too-deeply", "[" * 200_000, "it is nested too deeply"),
-    refused_line(
-        "half-a-character",
-        WHOLE.replace('"r"', '"\\ud800"'),
-        "'utf-8' codec can't encode character '\\ud800' in position "
-        f"{WHOLE.index(chr(34) + 'r' + chr(34)) + 1}: surrogates not allowed",
-    ),
-    Case(
-        "a-store-that-is-there",
-        file("store.jsonl", WHOLE + "\n"),
-        lambda path: RationaleStore.from_dataset(RationaleStore(path).to_dataset(), path),
-        "{path} exists; expected a new file, so that no records are mixed.",
-    ),
-]
 
 # --- backbones and saved models -----------------------------------------------------------------------------
 
@@ -1342,32 +1274,12 @@ OUTS = [
         + "'); expected room there "
         "and the right to write; out may name another folder.",
     ),
-    Case(
-        "rationales-exported-over-a-folder",
-        lambda folder: (folder / "x.jsonl").mkdir() or folder,
-        lambda path: export({"0": "r"}, path / "x.jsonl"),
-        "{path} can't be written ([Errno 21] Is a directory: '{path}/x.jsonl.part' -> '{path}/x.jsonl'); expected "
-        "room there and the right to write; they may be written to another folder.",
-    ),
-    Case(
-        "a-rationale-store-in-a-files-place",
-        file("taken", "x"),
-        command("rationales", "--protocol", "human", "--rows", "1", "--folder", "{path}"),
-        f"{A_FILE} {GOES_ON}",
-    ),
-    Case(
-        "rationales-exported-below-a-file",
-        file("taken", "x"),
-        lambda path: export({"0": "r"}, path / "new" / "x.jsonl"),
-        f"{A_FILE} they may be written to another folder.",
-    ),
 ]
 
 REFUSED = {
     "text": TEXTS,
     "file": FILES,
     "rationales": RATIONALES,
-    "store": STORE,
     "model": MODELS,
     "run": RUNS,
     "out": OUTS,
@@ -1414,11 +1326,6 @@ def million(folder: Path) -> Path:
 
 def user_file_named_cb(folder: Path) -> Path:
     return write(folder / "cb.csv", csv_rows())
-
-
-def human_rationales(folder: Path) -> str:
-    found = generate(TASK, split(["r", None, None]), TeacherConfig(protocol="human"), folder)
-    return f"{found.rows} rows, {found.stored} stored, {found.failed}"
 
 
 def resumed_beside_a_torn_checkpoint(folder: Path) -> Path:
@@ -1470,12 +1377,6 @@ ACCEPTED = [
         counts,
         "3 rows, 6 tokens, 0 of them taught to the LM head; 0 inputs cut at the front, 0 rationales cut at the "
         "end, 3 rows without a rationale",
-    ),
-    Case(
-        "a-teacher-without-rationales",
-        lambda folder: folder,
-        human_rationales,
-        "3 rows, 1 stored, {'1': 'the data brings no rationale', '2': 'the data brings no rationale'}",
     ),
     Case(
         "a-byte-order-mark",
@@ -1555,20 +1456,6 @@ def test_what_can_be_read_is_read_and_what_is_cut_or_missing_is_counted(case, tm
         assert on_disk(tmp_path).items() >= before.items()
 
 
-def test_a_torn_last_record_is_moved_aside_with_a_warning_that_says_where_to(tmp_path):
-    path = write(tmp_path / "store.jsonl", f"{WHOLE}\n{WHOLE[:30]}")
-    told = (
-        f"{path} ended in a torn record of 30 bytes, as a kill leaves it; it was moved to store.jsonl.torn, and "
-        "its row will be asked again."
-    )
-    with pytest.warns(UserWarning, match=f"^{re.escape(told)}$"):
-        assert RationaleStore(path).read() == [RECORD]
-    assert on_disk(tmp_path) == {
-        "store.jsonl": f"{WHOLE}\n".encode(),
-        "store.jsonl.torn": f"{WHOLE[:30]}\n".encode(),
-    }
-
-
 # --- anything at all ---------------------------------------------------------------------------------------------
 
 ANY_TEXT = st.text(max_size=40) | st.text(st.characters(), max_size=4).map(lambda text: text + HALF)
@@ -1612,56 +1499,11 @@ def test_any_texts_become_a_finite_loss_or_are_refused(rows):
 HALVES = re.compile("[\ud800-\udfff]")
 
 
-def read_quietly(path: Path) -> list[Record] | None:
-    """The records of a store, or None where it is refused."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return RationaleStore(path).read()
-        except StoreError:
-            return None
-
-
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-NAMES = [field.name for field in dataclasses.fields(Record)]
-ANY_LINE = (
-    st.binary(max_size=30)
-    | st.just(WHOLE.encode())
-    | st.builds(lambda cut: WHOLE.encode()[:cut], st.integers(0, len(WHOLE)))
-    | st.builds(lambda name, value: store_line(**{name: value}).encode(), st.sampled_from(NAMES), ANY_JSON)
-)
-
-
-@FUZZED
-@given(st.lists(ANY_LINE, max_size=4), st.booleans())
-def test_any_bytes_in_a_store_are_whole_records_or_refused_and_none_is_lost(lines, ended):
-    content = b"\n".join(lines) + (b"\n" if ended else b"")
-    with fresh_folder() as folder:
-        found = read_quietly(write(folder / "store.jsonl", content))
-        kept = b"".join(raw for _, raw in sorted(on_disk(folder).items()))
-    assert kept.rstrip(b"\n") == content.rstrip(b"\n")
-    if found is not None:
-        whole = [line for line in content.split(b"\n") if line.strip()]
-        assert len(found) in (len(whole), len(whole) - 1)
-        for record, line in zip(found, whole, strict=False):
-            assert {name: getattr(record, name) for name in json.loads(line)} == json.loads(line)
-
-
-@FUZZED
-@given(st.lists(st.text(max_size=40), min_size=1, max_size=3), st.data())
-def test_a_store_cut_anywhere_gives_the_records_before_the_cut(rationales, data):
-    records = [dataclasses.replace(RECORD, idx=str(n), rationale=said) for n, said in enumerate(rationales)]
-    lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False).encode() + b"\n" for one in records]
-    cut = data.draw(st.integers(0, sum(map(len, lines))))
-    ends = np.cumsum([len(line) for line in lines])
-    with fresh_folder() as folder:
-        found = read_quietly(write(folder / "store.jsonl", b"".join(lines)[:cut]))
-    # A line that lacks its end alone is whole.
-    assert found == records[: int((ends - 1 <= cut).sum())]
 
 
 @FUZZED

@@ -27,7 +27,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = [
     "dhrd_lib.studies.sweeps",
     "dhrd_lib.serving.export",
-    "dhrd_lib.rationales.generate",
+    "dhrd_lib.rationales",
     "transformers.models.llama.modeling_llama",
 ]
 _LONGEST_SECONDS = 180
