@@ -15,8 +15,8 @@ import plotly.graph_objects as go
 from dhrd_lib.config import ConfigError, DataConfig, WorkbenchError, user_path
 from dhrd_lib.runs import Run, find_runs, load_run, load_runs
 from dhrd_lib.studies import plots
-from dhrd_lib.studies.ablations import by_seed, factors, load_results, one_factor, summarise
 from dhrd_lib.studies.statistics import bootstrap_interval
+from dhrd_lib.studies.tables import by_seed, factors, load_results, one_factor, summarize
 from dhrd_lib.tasks import TASKS, Task, load_rows
 
 EMBEDDED_TASKS = ("support_triage", "everyday_nli")
@@ -214,12 +214,12 @@ def ablation_figure(table: pd.DataFrame) -> go.Figure:
     final = table[table["split"] == next(split for split in table["split"] if split != "dev")]
     factor, line = [*factors(table), None][:2]
     rows = one_factor(final, factor, line)
-    return plots.factor_effect(summarise(rows, [factor, "series"]), by_seed(rows), factor)
+    return plots.factor_effect(summarize(rows, [factor, "series"]), by_seed(rows), factor)
 
 
 def ablation_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return one row per setting and split: its factors, mean over seeds and 95% interval, in percent."""
-    found = summarise(table, factors(table))
+    found = summarize(table, factors(table))
     for column in ("value", "low", "high", "std"):
         found[column] = (100 * found[column]).round(1)
     return found.rename(

@@ -3,7 +3,7 @@
     python -m benchmarks.frozen_layers [--layers 20 24 26 28] [--runs runs] [--out runs/bench]
 
 With fewer layers to train a larger learning rate suits, so each number of layers gets the one that is best on dev.
-A stopped grid resumes. Writes OUT/frozen_layers.json, a file of `ablations.store_results`.
+A stopped grid resumes. Writes OUT/frozen_layers.json, a file of `tables.store_results`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pandas as pd
 
 from benchmarks.common import parse_args
 from dhrd_lib.runs import load_run
-from dhrd_lib.studies import ablations
+from dhrd_lib.studies import ablations, tables
 from dhrd_lib.studies.sweeps import Grid, sweep
 
 FIELDS = ["freeze_layers", "learning_rate"]
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
         rows=(208, "train rows"),
         runs=("runs", "folder of runs"),
     )
-    base = ablations.base(options.task, backbone=options.backbone, max_train_rows=options.rows)
+    base = ablations.task_base(options.task, backbone=options.backbone, max_train_rows=options.rows)
     values = {
         "training.alpha": (0.0,),
         "model.freeze_layers": tuple(options.layers),
@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
         "training.seed": tuple(options.seeds),
     }
     cells = sweep(Grid(f"ablation-{options.task}", values, base), options.runs)
-    table = ablations.collect([load_run(Path(options.runs) / run) for run in cells["run"].unique()])
+    table = tables.collect([load_run(Path(options.runs) / run) for run in cells["run"].unique()])
     Path(options.out).mkdir(parents=True, exist_ok=True)
-    ablations.store_results(table, Path(options.out) / "frozen_layers.json")
+    tables.store_results(table, Path(options.out) / "frozen_layers.json")
     chosen = by_layers(table)
     print(chosen.to_string(index=False, float_format="{:.4g}".format))
     return chosen
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
 
 def by_layers(table: pd.DataFrame) -> pd.DataFrame:
     """Return one row per number of layers and final split, with the learning rate that dev chose."""
-    summary = ablations.summarise(table, FIELDS)
+    summary = tables.summarize(table, FIELDS)
     dev = summary[summary["split"] == "dev"]
     best = dev.loc[dev.groupby("freeze_layers")["value"].idxmax(), FIELDS]
     seconds = table.drop_duplicates("run").groupby(FIELDS)["train_seconds"].mean().reset_index()

@@ -12,41 +12,15 @@ import typer
 from dhrd_lib.config import (
     ConfigError,
     DataConfig,
-    ModelConfig,
     RunConfig,
-    TrainingConfig,
     WorkbenchError,
     parse_json,
     read_json,
     reason_of,
 )
+from dhrd_lib.studies.comparison import PROFILES, comparison
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-
-PROFILES = {
-    # Two epochs with the lowest 20 of 30 layers frozen take about 22 minutes on two CPU cores.
-    "quick": {"tasks": ["support_triage"], "seeds": 1, "epochs": 2, "freeze_layers": 20},
-    "full": {"tasks": ["support_triage", "everyday_nli"], "seeds": 5, "epochs": 3, "freeze_layers": 15},
-}
-
-
-def comparison(profile: str) -> list[RunConfig]:
-    """The runs of a profile: pooled baseline and DHRD on the same task, seed, steps and selection."""
-    chosen = PROFILES[profile]
-    return [
-        RunConfig(
-            name=f"{profile}-{task}-{setting}-seed{seed}",
-            model=ModelConfig(freeze_layers=chosen["freeze_layers"]),
-            data=DataConfig(task=task, max_input_tokens=256, max_rationale_tokens=128),
-            training=TrainingConfig(
-                alpha=alpha, epochs=chosen["epochs"], batch_size=8, learning_rate=2e-4, seed=seed
-            ),
-        )
-        for task in chosen["tasks"]
-        for seed in range(chosen["seeds"])
-        # DHRD first: its rows' cached states serve the baseline too, whose rows are the inputs alone.
-        for setting, alpha in (("dhrd", 1.0), ("baseline", 0.0))
-    ]
 
 
 @app.command()
@@ -248,16 +222,16 @@ def ablate(
         raise typer.BadParameter(
             f"--task is {task!r} and --base {str(base)!r}; expected one of them: a base has a task."
         )
-    shared = read_json(base) if base else ablations.base(task or DataConfig().task)
-    out = out or runs / f"ablation_{ablation}_{ablations.task_stem(shared)}.json"
+    shared = read_json(base) if base else ablations.task_base(task or DataConfig().task)
+    out = out or runs / ablations.results_name(ablation, shared)
     # Before hours of training, so that the results have a place to go.
     with writing(out.parent, "--out may name another file"):
         out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
         raise ConfigError(f"{out} is a folder; expected a file, such as {out / 'results.json'}.")
-    table = ablations.run_ablation(ablation, shared, range(seeds), runs, workers)
-    ablations.store_results(table, out)
-    print(ablations.summarise(table, ["setting", *ablations.factors(table)]).to_string(index=False))
+    result = ablations.run_ablation(ablation, seeds=seeds, runs=runs, base=shared, workers=workers)
+    result.store(out)
+    print(result.summary().to_string(index=False))
     print(f"Results: {out}")
 
 

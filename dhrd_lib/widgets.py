@@ -20,7 +20,7 @@ from dhrd_lib.config import WorkbenchError
 from dhrd_lib.rationales import FLAGS, Filters, TeacherConfig, flags, quality_report, select, store_for
 from dhrd_lib.runs import Run
 from dhrd_lib.sequences import IGNORE_INDEX, SequenceFormat
-from dhrd_lib.studies import ablations, plots
+from dhrd_lib.studies import plots, tables
 from dhrd_lib.tasks import Task
 
 
@@ -342,14 +342,15 @@ class DisagreementBrowser(_Browser):
 class AblationDashboard:
     """The runs of an ablation by metric, task, split, factor and line; hover shows the run.
 
-    `table` is of `ablations.collect` or `load_results`. A field that is neither factor nor line is held at the
-    value that most runs have. A saved notebook shows the figure as it was last, without a kernel.
+    `table` is of `tables.collect` or `load_results`. A field that is neither factor nor line is held at the
+    value with which most values of the factor were run. A saved notebook shows the figure as it was last, without
+    a kernel.
     """
 
     METRICS = ("accuracy", "macro_f1")
 
     def __init__(self, table: pd.DataFrame) -> None:
-        self.table, factors = table, ablations.factors(table)
+        self.table, factors = table, tables.factors(table)
         splits = sorted(dict.fromkeys(table["split"]), key=lambda split: split == "dev")
         self.choices = {
             "metric": _choice("Metric:", _spoken(self.METRICS)),
@@ -368,13 +369,13 @@ class AblationDashboard:
         """The runs that the figure shows, with their line as `series`."""
         rows = self.table[self.table["split"] == self.choices["split"].value]
         rows = rows[rows["task"] == self.choices["task"].value]
-        return ablations.one_factor(rows, self.choices["factor"].value, self.choices["line"].value)
+        return tables.one_factor(rows, self.choices["factor"].value, self.choices["line"].value)
 
     def figure(self) -> go.Figure:
         """Means with their intervals, and every run, of what is chosen."""
         rows, factor, metric = self.chosen(), self.choices["factor"].value, self.choices["metric"].value
-        summary = ablations.summarise(rows, [factor, "series"], [metric])
-        return plots.factor_effect(summary, ablations.by_seed(rows, [metric]), factor, metric)
+        summary = tables.summarize(rows, [factor, "series"], [metric])
+        return plots.factor_effect(summary, tables.by_seed(rows, [metric]), factor, metric)
 
     def _draw(self) -> None:
         if self._shown is not None:

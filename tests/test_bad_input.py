@@ -46,8 +46,6 @@ from dhrd_lib.runs import load_run
 from dhrd_lib.sequences import DHRDCollator, encode_example, encode_split
 from dhrd_lib.serving.classifier import load_classifier
 from dhrd_lib.serving.export import export as export_model
-from dhrd_lib.studies import ablations
-from dhrd_lib.studies.ablations import load_results
 from dhrd_lib.tasks import Task, load_task, read_rows
 from dhrd_lib.training import train
 
@@ -1110,15 +1108,6 @@ RUNS = [
         "{path}/predictions_test.jsonl lacks idx, input_text, label, prediction, probabilities, group, rationale; "
         "expected what training wrote.",
     ),
-    *(
-        Case(
-            f"answers-by-cot-{told}",
-            file("cot_test.json", told),
-            lambda path: ablations._read_cot(path, 2),
-            "{path} has no answers to 2 rows; expected that file removed, and they come anew.",
-        )
-        for told in ("[]", "{}", '{"predictions": [0]}', '{"predictions": ["a", "b"]}')
-    ),
     unusable("optimizer.pt", b"x", "Weights only load failed"),
     unusable("optimizer.pt", b"PK\x03\x04 a zip file that was cut off", TORN_ZIP),
     unusable("optimizer.pt", None, "optimizer.pt isn't there"),
@@ -1191,13 +1180,6 @@ RUNS = [
         load_run,
         "{path}/config.json: training.gamma is not a field; expected one of "
         f"{', '.join(TrainingConfig.model_fields)}.",
-    ),
-    Case(
-        "results-in-latin-1",
-        file("results.json", LATIN),
-        load_results,
-        "{path} holds no results of an ablation (UnicodeDecodeError('utf-8', b'caf\\xe9', 3, 4, 'unexpected end of "
-        "data')); expected a file of store_results.",
     ),
 ]
 

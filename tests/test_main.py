@@ -38,16 +38,6 @@ def tiny(config: RunConfig) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize(("profile", "tasks", "seeds"), [("quick", 1, 1), ("full", 2, 5)])
-def test_a_profile_pairs_dhrd_and_its_baseline_which_differ_in_alpha_alone(profile, tasks, seeds):
-    configs = cli.comparison(profile)
-    assert len({config.name for config in configs}) == len(configs) == 2 * tasks * seeds
-    for dhrd, baseline in zip(configs[::2], configs[1::2], strict=True):
-        assert dhrd.replace({"name": "same", "training.alpha": 0.0}) == baseline.replace({"name": "same"})
-        assert (dhrd.training.setting, baseline.training.setting) == ("DHRD", "pooled baseline")
-    assert {config.training.seed for config in configs} == set(range(seeds))
-
-
 def test_compare_trains_both_writes_the_report_and_takes_up_finished_runs(tmp_path, monkeypatch):
     configs = [tiny(config) for config in cli.comparison("quick")]
     monkeypatch.setattr(cli, "comparison", lambda _: configs)

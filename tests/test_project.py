@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from dhrd_lib.studies import ablations
+from dhrd_lib.studies import tables
 from dhrd_lib.studies.statistics import points_interval
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -127,17 +127,17 @@ def test_the_readmes_cost_of_int8_is_the_stored_benchmark():
 def test_the_readmes_ablations_are_the_stored_ones():
     results, readme = ROOT / "notebooks" / "results", (ROOT / "README.md").read_text(encoding="utf-8")
     weights = ["alpha", "beta", "alpha_schedule"]
-    table = ablations.load_results(results / "ablation_loss_weights_support_triage.json")
+    table = tables.load_results(results / "ablation_loss_weights_support_triage.json")
     baseline = dict(zip(weights, (0.0, 1.0, "constant"), strict=True))
-    found = ablations.compare(table[table["split"] == "test"], weights, baseline)
+    found = tables.compare(table[table["split"] == "test"], weights, baseline)
     told = re.findall(r"\| alpha ([\d.]+), beta ([\d.]+) \| (.+) \| ([\d.]+) \|", readme)
     assert len(told) == 5
     for alpha, beta, points, p in told:
         row = found[(found["alpha"] == float(alpha)) & (found["beta"] == float(beta))].iloc[0]
         assert (points, p) == (in_points(row), f"{row['p_holm']:.3f}")
-    table = ablations.load_results(results / "ablation_alignment_support_triage.json")
+    table = tables.load_results(results / "ablation_alignment_support_triage.json")
     table = table[(table["split"] == "test") & (table["alpha"] > 0) & (table["shuffled_share"] == 1)]
-    for row in ablations.compare(table, ["alignment"], {"alignment": "consistent"}).itertuples():
+    for row in tables.compare(table, ["alignment"], {"alignment": "consistent"}).itertuples():
         if row.alignment != "shuffle_rationale_label":
             assert f"({in_points(row._asdict())})" in readme
 
@@ -145,32 +145,32 @@ def test_the_readmes_ablations_are_the_stored_ones():
 def test_the_readmes_ablations_of_everyday_nli_are_the_stored_ones():
     results, readme = ROOT / "notebooks" / "results", (ROOT / "README.md").read_text(encoding="utf-8")
     weights = {"alpha": 0.0, "beta": 1.0, "alpha_schedule": "constant"}
-    table = ablations.load_results(results / "ablation_loss_weights_everyday_nli.json")
+    table = tables.load_results(results / "ablation_loss_weights_everyday_nli.json")
     table = table[table["split"] == "test"]
-    (row,) = ablations.compare(table, list(weights), weights).itertuples()
-    first, second = (f"({value:.1%})" for value in ablations.summarise(table, list(weights))["value"])
+    (row,) = tables.compare(table, list(weights), weights).itertuples()
+    first, second = (f"({value:.1%})" for value in tables.summarize(table, list(weights))["value"])
     assert f"leaves chance {first} and DHRD\nwith alpha 1 doesn't {second}: {in_points(row._asdict())}" in readme
     assert f"p {row.p_holm:.3f}. The label alone" in readme
-    table = ablations.load_results(results / "ablation_alignment_everyday_nli.json")
+    table = tables.load_results(results / "ablation_alignment_everyday_nli.json")
     table = table[(table["split"] == "test") & (table["alpha"] > 0) & (table["shuffled_share"] == 1)]
-    values = ablations.summarise(table, ["alignment"]).set_index("alignment")["value"]
-    compared = ablations.compare(table, ["alignment"], {"alignment": "consistent"}).set_index("alignment")
+    values = tables.summarize(table, ["alignment"]).set_index("alignment")["value"]
+    compared = tables.compare(table, ["alignment"], {"alignment": "consistent"}).set_index("alignment")
     told = f"{values['only_label']:.1%} there, {in_points(compared.loc['only_label'])} against\naligned rationales"
     assert f"The label alone reaches {told}" in readme
     assert (values[["shuffle_rationale", "shuffle_rationale_label"]] < 0.35).all()
-    table = ablations.load_results(results / "ablation_rationale_length_everyday_nli.json")
+    table = tables.load_results(results / "ablation_rationale_length_everyday_nli.json")
     table = table[(table["split"] == "test") & (table["max_rationale_tokens"] < 128)]
-    first, second = ablations.summarise(table, ["max_rationale_tokens"])["value"]
+    first, second = tables.summarize(table, ["max_rationale_tokens"])["value"]
     assert f"Cut to 8 and 16 tokens, rationales give {first:.1%} and {second:.1%}" in readme
-    by_seed = ablations.by_seed(table)
+    by_seed = tables.by_seed(table)
     assert list((by_seed["value"] < 0.34).groupby(by_seed["max_rationale_tokens"]).sum()) == [1, 1]
-    table = ablations.load_results(results / "ablation_pooling_everyday_nli.json")
+    table = tables.load_results(results / "ablation_pooling_everyday_nli.json")
     table, chosen = table[(table["split"] == "test") & (table["alpha"] == 0)], ["pooling", "head"]
-    values = ablations.summarise(table, chosen).set_index(chosen)["value"].sort_values(ascending=False)
+    values = tables.summarize(table, chosen).set_index(chosen)["value"].sort_values(ascending=False)
     assert list(values.index[:2]) == [("weightedmean", "mlp"), ("last", "mlp")]
     assert f"is level\nwith the last token ({values.iloc[0]:.1%})" in readme
     assert f"the others lie at {100 * values.iloc[-1]:.1f} to {values.iloc[2]:.1%}; none differs after" in readme
-    assert (ablations.compare(table, chosen, {"pooling": "last", "head": "mlp"})["p_holm"] > 0.05).all()
+    assert (tables.compare(table, chosen, {"pooling": "last", "head": "mlp"})["p_holm"] > 0.05).all()
 
 
 def test_the_readmes_two_seeds_are_the_stored_ones():

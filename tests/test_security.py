@@ -22,8 +22,8 @@ from dhrd_lib.config import ConfigError, RunConfig, WorkbenchError
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.serving.classifier import load_classifier
 from dhrd_lib.serving.export import export
-from dhrd_lib.studies.ablations import load_results
 from dhrd_lib.studies.sweeps import Grid, sweep
+from dhrd_lib.studies.tables import load_results
 from dhrd_lib.tasks import TaskError
 from dhrd_lib.training import train
 

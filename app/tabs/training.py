@@ -27,8 +27,8 @@ from app import runs as stored
 from app.events import QUIET
 from app.settings import Settings
 from app.tabs.compare import CompareTab
-from dhrd_lib.__main__ import comparison
 from dhrd_lib.config import RunConfig
+from dhrd_lib.studies.comparison import comparison
 
 _NO_RUNS = (
     "There is no trained run here yet, so the pooled baseline and DHRD can't predict. Train both on support_triage "

@@ -1,29 +1,35 @@
-"""Ablations: settings that differ in chosen fields, over several seeds, compared on the same rows.
-
-A table of runs and splits comes from run folders (`collect`) or from a stored file (`load_results`); it is the
-same table, so a figure is computed from either by the same code. What counts as a setting is named at each call:
-the fields in `by`, the seed never among them.
-"""
+"""Ablations: grids of settings that are trained with several seeds, and what their tables show."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 
-from dhrd_lib import evaluation
-from dhrd_lib.config import CHANGES_NO_RESULT, HEADS, POOLING_MODES, RunConfig, WorkbenchError, read_json
+from dhrd_lib.config import HEADS, POOLING_MODES, ConfigError, RunConfig
 from dhrd_lib.cot import CoT, Decoding
-from dhrd_lib.modeling import DHRDModel
-from dhrd_lib.runs import TOTALS, Run, load_run, write_json
-from dhrd_lib.studies.statistics import bootstrap_interval, holm, paired_comparison
-from dhrd_lib.studies.sweeps import Grid, sweep
+from dhrd_lib.runs import Run, load_run, write_json
+from dhrd_lib.studies import plots, takeaways
+from dhrd_lib.studies.sweeps import Grid, digest, sweep
+from dhrd_lib.studies.tables import (
+    ResultsError,
+    by_seed,
+    collect,
+    compare,
+    factors,
+    load_results,
+    one_factor,
+    store_results,
+    summarize,
+)
 from dhrd_lib.tasks import load_rows
 
-# The grids of each ablation, whose cells are trained with every seed; they have the cell of plain DHRD in common.
+# The grids of each ablation, whose cells are trained with every seed; each ablation has the cell of plain DHRD.
 ABLATIONS: dict[str, list[dict[str, tuple]]] = {
     "loss_weights": [
         {"training.alpha": (0.0, 0.5, 1.0, 2.0), "training.beta": (1.0, 0.5)},
@@ -45,337 +51,177 @@ ABLATIONS: dict[str, list[dict[str, tuple]]] = {
         {"data.max_rationale_tokens": (8, 16, 32)},
     ],
 }
-
-# Of the table's columns those that belong to a run's split; the others are the run's.
-_OF_SPLIT = ("split", "task_metrics", "labels", "groups", "predictions")
-
-
-class ResultsError(WorkbenchError):
-    """Runs that can't be compared, or a file that holds no results."""
-
-
-class Sizes(NamedTuple):
-    """How much the cells of an ablation train: by default so little that two CPU cores finish many of them.
-
-    With 26 of SmolLM2's 30 layers frozen, their states come from the trunk cache. No limit of rows is 0.
-    """
-
-    freeze_layers: int = 26
-    max_train_rows: int = 208
-    max_eval_rows: int = 0
-    epochs: int = 2
-    learning_rate: float = 1e-3
-
-
+# Small enough that two CPU cores finish many cells: the states below 26 of 30 layers come from the trunk cache.
+_BASE = {
+    "model": {"backbone": "smollm2-135m", "freeze_layers": 26},
+    "data": {"max_input_tokens": 256, "max_rationale_tokens": 128, "max_train_rows": 208, "max_eval_rows": 0},
+    "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "keep_model": False},
+}
 # The pooled baseline stayed at chance with 208 and 480 rows, and with a rate of 5e-4 for two seeds of three.
-SIZES = {"everyday_nli": Sizes(freeze_layers=20, max_train_rows=960, epochs=1, learning_rate=2e-4)}
+_SIZES = {"everyday_nli": {"freeze_layers": 20, "max_train_rows": 960, "epochs": 1, "learning_rate": 2e-4}}
+_SIZE_FIELDS = ["backbone", "freeze_layers", "max_train_rows", "epochs", "learning_rate"]
+_SECTIONS = {name: of for name, of in RunConfig().to_dict().items() if isinstance(of, dict)}
+_DEFAULTS = {name: value for of in _SECTIONS.values() for name, value in of.items()}
 
 
-def base(task: str = "support_triage", *, backbone: str = "smollm2-135m", **sizes: float) -> dict[str, Any]:
-    """What the cells of an ablation share: the task's `Sizes`, but for those that are named here."""
-    chosen = SIZES.get(task, Sizes())._replace(**sizes)
-    return {
-        "model": {"backbone": backbone, "freeze_layers": chosen.freeze_layers},
-        "data": {
-            "task": task,
-            "max_input_tokens": 256,
-            "max_rationale_tokens": 128,
-            "max_train_rows": chosen.max_train_rows,
-            "max_eval_rows": chosen.max_eval_rows,
-        },
-        "training": {
-            "epochs": chosen.epochs,
-            "batch_size": 8,
-            "learning_rate": chosen.learning_rate,
-            "keep_model": False,
-        },
-    }
+@dataclass(frozen=True)
+class AblationResult:
+    """An ablation's table (one row per run and split, see `collect`) with its summaries and figures."""
+
+    name: str
+    table: pd.DataFrame
+
+    def where(self, **values: Any) -> AblationResult:
+        """Return the rows in which each named column has the value, or one of the values of a list."""
+        table = self.table
+        for name, value in values.items():
+            table = table[table[name].isin(value if isinstance(value, list | tuple) else [value])]
+        return dataclasses.replace(self, table=table)
+
+    def summary(self) -> pd.DataFrame:
+        """Return each setting's mean over seeds with its interval (see `summarize`)."""
+        return summarize(self.table, ["setting", *factors(self.table)])
+
+    def against(self, **reference: Any) -> pd.DataFrame:
+        """Return each setting minus the reference, as in `against(alpha=0.0)` (see `compare`).
+
+        A factor that isn't named has its default in the reference, or its most frequent value if that wasn't run.
+        """
+        for name in factors(self.table):
+            values = self.table[name]
+            default = _DEFAULTS[name] if _DEFAULTS[name] in set(values) else values.mode()[0]
+            reference.setdefault(name, default)
+        return compare(self.table, list(reference), reference)
+
+    def plot(self, factor: str, line: str | None = None, question: str = "") -> go.Figure:
+        """Plot the metric over a factor on the final splits, one line per task, split and value of `line`.
+
+        `one_factor` says at which values the other factors are held.
+        """
+        final = self.table[self.table["split"] != "dev"] if self.table["split"].nunique() > 1 else self.table
+        rows, metric = one_factor(final, factor, line), " and ".join(final["task_metrics"].iloc[0])
+        return plots.factor_effect(summarize(rows, [factor, "series"]), by_seed(rows), factor, metric, question)
+
+    def takeaways(self, split: str = "test") -> str:
+        """Return what the table shows on a split, as Markdown with one section per task."""
+        lines = []
+        for task, table in self.table.groupby("task", sort=False):
+            sentences = takeaways.SENTENCES[self.name](dataclasses.replace(self, table=table), split)
+            lines += [f"**{task}**", "", *(f"- {sentence}" for sentence in sentences), ""]
+        return "\n".join([*lines, "An interval that includes zero shows neither a difference nor equality."])
+
+    def costs(self) -> pd.DataFrame:
+        """Return one row per task: its runs, hours of training in all, sizes, and rows of each split."""
+        rows = []
+        for task, table in self.table.groupby("task", sort=False):
+            runs, splits = table.drop_duplicates("run"), table.drop_duplicates("split")
+            row = {"task": task, "runs": len(runs), "hours": runs["train_seconds"].sum() / 3600}
+            row |= runs.iloc[0][
+                ["backbone", "freeze_layers", "max_train_rows", "epochs", "learning_rate"]
+            ].to_dict()
+            rows.append(row | dict(zip(splits["split"] + " rows", splits["labels"].map(len), strict=True)))
+        return pd.DataFrame(rows)
+
+    def store(self, path: str | Path) -> None:
+        """Write the table for `load_results`."""
+        store_results(self.table, path)
 
 
-def grids(ablation: str, base: Mapping[str, Any], seeds: Sequence[int]) -> list[Grid]:
-    """The grids of an ablation on top of `base`, which has `RunConfig`'s sections, or some of them.
+def task_base(task: str = "support_triage", **fields: Any) -> dict[str, Any]:
+    """Return the `RunConfig` sections that an ablation's cells share: the task's sizes, with fields set by name."""
+    base = {section: dict(of) for section, of in _BASE.items()}
+    for name, value in {"task": task, **_SIZES.get(task, {}), **fields}.items():
+        if name not in _DEFAULTS:
+            raise ConfigError(f"{name} is not a field; expected one of {', '.join(_DEFAULTS)}.")
+        base[next(section for section, of in _SECTIONS.items() if name in of)][name] = value
+    return base
 
-    They are named after the task, so that ablations with one base find each other's runs.
-    """
-    name = f"ablation-{task_stem(base)}"
-    return [Grid(name, {**values, "training.seed": tuple(seeds)}, dict(base)) for values in ABLATIONS[ablation]]
+
+def grids(name: str, base: Mapping[str, Any], seeds: Sequence[int]) -> list[Grid]:
+    """Return the grids of an ablation; ablations with one base share runs, and another base has other names."""
+    stem = f"ablation-{_stem(base)}"
+    if base != task_base(RunConfig.from_dict(dict(base)).data.task):
+        stem += f"-{digest(base)}"
+    return [Grid(stem, {**values, "training.seed": tuple(seeds)}, dict(base)) for values in ABLATIONS[name]]
 
 
-def task_stem(base: Mapping[str, Any]) -> str:
-    """The name of a base's task, or of its data file without folder and ending."""
-    return Path(RunConfig.from_dict(base).data.task).stem
+def results_name(name: str, base: Mapping[str, Any]) -> str:
+    """Return the file name of an ablation's results."""
+    return f"ablation_{name}_{_stem(base)}.json"
+
+
+def _stem(base: Mapping[str, Any]) -> str:
+    return Path(RunConfig.from_dict(dict(base)).data.task).stem
 
 
 def run_ablation(
-    ablation: str, base: Mapping[str, Any], seeds: Sequence[int], root: str | Path = "runs", workers: int = 1
-) -> pd.DataFrame:
-    """Train what an ablation lacks in the folder of runs, and return its table (see `collect`).
+    name: str,
+    task: str | Sequence[str] = "support_triage",
+    seeds: int | Sequence[int] = 3,
+    runs: str | Path = "runs",
+    stored: str | Path | None = None,
+    *,
+    base: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    **fields: Any,
+) -> AblationResult:
+    """Return an ablation's results on one or several tasks; trains the cells that aren't finished in `runs`.
 
-    Runs with `beta = 0` have learned no classifier: they answer by CoT, which is decoded here once. Raises
-    `ResultsError` where a cell failed; the others are trained all the same.
+    Runs with `beta = 0` are decoded by CoT, once. Raises `ResultsError` where a cell failed; the others are trained
+    all the same.
+
+    Args:
+        seeds: how many, from 0, or which.
+        stored: folder of stored results (`AblationResult.store`), which replace the runs of a task where they have
+            the same base.
+        base: `RunConfig` sections that the cells share, instead of the task's.
+        workers: processes on this machine.
+        fields: fields of the configuration by name, in place of the task's: `backbone="tiny"`, `epochs=1`.
     """
-    found = [sweep(grid, root, workers=workers) for grid in grids(ablation, base, seeds)]
-    cells = pd.concat(found).drop_duplicates("run")
+    if name not in ABLATIONS:
+        raise ConfigError(f"the ablation is {name!r}; expected one of {', '.join(ABLATIONS)}.")
+    seeds, tables = range(seeds) if isinstance(seeds, int) else seeds, []
+    tasks = [task] if isinstance(task, str) else task
+    for shared in [base] if base else [task_base(one, **fields) for one in tasks]:
+        path = Path(stored or ".") / results_name(name, shared)
+        table = load_results(path) if stored and path.is_file() else None
+        if table is None or not _has_base(table, name, shared):
+            table = _train(grids(name, shared, seeds), Path(runs), workers)
+        tables.append(table)
+    return AblationResult(name, pd.concat(tables, ignore_index=True))
+
+
+def _has_base(table: pd.DataFrame, name: str, base: Mapping[str, Any]) -> bool:
+    """Return whether a stored table's runs share the base, but for the fields that the ablation varies."""
+    varied = {key.split(".")[1] for grid in ABLATIONS[name] for key in grid}
+    fields = {key: value for section in base.values() for key, value in section.items() if key not in varied}
+    return all((table[key] == value).all() for key, value in fields.items())
+
+
+def _train(grids: Sequence[Grid], runs: Path, workers: int) -> pd.DataFrame:
+    cells = pd.concat([sweep(grid, runs, workers=workers) for grid in grids]).drop_duplicates("run")
     failed = cells[cells["state"] != "finished"]
     if len(failed):
-        first = failed.iloc[0]
-        told = f"{len(failed)} of {len(cells)} cells aren't trained"
-        raise ResultsError(f"{told}; {first['run']}: {str(first['reason']).rstrip('.')}.")
-    runs = [load_run(Path(root) / name) for name in cells["run"]]
-    for run in runs:
+        run, reason = failed.iloc[0][["run", "reason"]]
+        raise ResultsError(f"{len(failed)} of {len(cells)} cells failed; {run}: {str(reason).rstrip('.')}.")
+    done = [load_run(runs / run) for run in cells["run"]]
+    for run in done:
         if run.config.training.beta == 0:
-            answer_by_cot(run)
-    return collect(runs)
+            decode_by_cot(run)
+    return collect(done)
 
 
-def stored_or_trained(
-    stored: str | Path, ablation: str, bases: Sequence[Mapping[str, Any]], seeds: Sequence[int], root: str | Path
-) -> pd.DataFrame:
-    """The tables of one ablation on several bases as one table.
+def decode_by_cot(run: Run) -> None:
+    """Decode the first test split of a run with `beta = 0` and store it in the run's folder, as cot_SPLIT.json.
 
-    Each comes from its file in the folder `stored`, and from `run_ablation` where that has none; "" is no folder.
+    Greedy, and at most as long as the rationales of its training, with room for the answer.
     """
-    tables = []
-    for base in bases:
-        path = Path(stored) / results_name(ablation, base)
-        found = load_results(path) if stored and path.is_file() else run_ablation(ablation, base, seeds, root)
-        tables.append(found)
-    return pd.concat(tables, ignore_index=True)
-
-
-def results_name(ablation: str, base: Mapping[str, Any]) -> str:
-    """The name of the file with an ablation's results."""
-    return f"ablation_{ablation}_{task_stem(base)}.json"
-
-
-def answer_by_cot(run: Run, decoding: Decoding | None = None) -> None:
-    """Let a run with `beta = 0` answer its first test split by CoT, and keep the answers in its folder.
-
-    Greedy by default and at most as long as the rationales that it was taught, with room for the answer.
-    """
-    split = run.test_splits[0]
-    path = run.folder / f"cot_{split}.json"
+    path = run.folder / f"cot_{run.test_splits[0]}.json"
     if path.is_file():
         return
-    decoding = decoding or Decoding(sample=False, max_new_tokens=run.config.data.max_rationale_tokens + 16)
     _, splits = load_rows(run.config.data)
-    rows = sorted(splits[split], key=lambda row: row["idx"])
-    system = CoT.from_model(DHRDModel.from_pretrained(run.folder / "model"))
+    rows = sorted(splits[run.test_splits[0]], key=lambda row: row["idx"])
+    system = CoT.from_model(run.model())
+    decoding = Decoding(sample=False, max_new_tokens=run.config.data.max_rationale_tokens + 16)
     answers = system.parse(system.generate(rows, decoding))
     write_json(path, {"predictions": answers.prediction_ids.tolist(), "tokens": answers.tokens.tolist()})
-
-
-def collect(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a run and split: run, setting, every configuration field, seconds, environment, what was predicted.
-
-    `labels` and `predictions` are tuples of class indices in the order of the rows' idx, `groups` the rows' groups
-    or None, `task_metrics` the names of the task's metrics. A run with `beta = 0` has the answers that it gave by
-    CoT, and no row for a split without them.
-    """
-    rows = []
-    for run in runs:
-        config = run.config.to_dict()
-        del config["name"]
-        of_run = {"run": run.name, "setting": run.config.training.setting}
-        for section in config.values():
-            of_run |= section
-        of_run |= {name: run.metrics[name] for name in TOTALS} | {"environment": run.environment}
-        rows += [{**of_run, **_of_split(run, split)} for split in run.metrics["splits"] if _answered(run, split)]
-    return pd.DataFrame(rows)
-
-
-def _answered(run: Run, split: str) -> bool:
-    return run.config.training.beta > 0 or (run.folder / f"cot_{split}.json").is_file()
-
-
-def _of_split(run: Run, split: str) -> dict[str, Any]:
-    frame = run.predictions(split).sort_values("idx")
-    groups = tuple(frame["group"]) if frame["group"].notna().all() else None
-    said = {"labels": tuple(frame["label_id"].tolist()), "predictions": tuple(frame.get("prediction_id", ()))}
-    if run.config.training.beta == 0:
-        said["predictions"] = _read_cot(run.folder / f"cot_{split}.json", len(frame))
-    return {"split": split, "task_metrics": tuple(run.metrics["task_metrics"]), "groups": groups, **said}
-
-
-def _read_cot(path: Path, n_rows: int) -> tuple[int, ...]:
-    """The answers that `answer_by_cot` stored; raises `ResultsError` on anything else."""
-    told = read_json(path)
-    found = told.get("predictions") if isinstance(told, dict) else None
-    if not (isinstance(found, list) and len(found) == n_rows and all(type(one) is int for one in found)):
-        raise ResultsError(
-            f"{path} has no answers to {n_rows} rows; expected that file removed, and they come anew."
-        )
-    return tuple(found)
-
-
-def factors(table: pd.DataFrame) -> list[str]:
-    """The fields that tell a task's settings apart: neither the seed, nor what changes no result."""
-    kept = {"run", "setting", "seed", "task", "environment", *CHANGES_NO_RESULT, *TOTALS, *_OF_SPLIT}
-    tasks = [part for _, part in table.groupby("task")]
-    return [n for n in table if n not in kept and any(part[n].map(repr).nunique() > 1 for part in tasks)]
-
-
-def one_factor(table: pd.DataFrame, factor: str, line: str | None = None) -> pd.DataFrame:
-    """The runs that a figure over one factor shows, with their line (a value of another factor) as `series`.
-
-    Every other factor is held at the value that most runs have.
-    """
-    for held in factors(table):
-        if held not in (factor, line):
-            table = table[table[held] == table[held].mode()[0]]
-    if line is None:
-        return table.assign(series="all runs")
-    return table.assign(series=[f"{line.replace('_', ' ')} {value}" for value in table[line]])
-
-
-def store_results(table: pd.DataFrame, path: str | Path) -> None:
-    """Write a table of `collect` as JSON that `load_results` reads: gold labels once, shared fields once.
-
-    The environment is the first run's.
-    """
-    fields = [name for name in table if name not in (*_OF_SPLIT, *TOTALS, "run", "environment")]
-    shared = [name for name in fields if table[name].map(repr).nunique() == 1]
-    runs = []
-    for run, part in table.groupby("run", sort=False):
-        first = part.iloc[0]
-        own = {name: first[name] for name in fields if name not in shared}
-        totals = {name: first[name] for name in TOTALS}
-        said = {row["split"]: _joined(row["predictions"]) for _, row in part.iterrows()}
-        runs.append({"run": run, "fields": own, **totals, "predictions": said})
-    gold = [
-        {
-            "task": task,
-            "split": split,
-            "task_metrics": list(one["task_metrics"]),
-            "labels": _joined(one["labels"]),
-            "groups": one["groups"],
-        }
-        for (task, split), one in ((key, _one_gold(key, part)) for key, part in table.groupby(["task", "split"]))
-    ]
-    first = table.iloc[0]
-    content = {"environment": first["environment"], "shared": {name: first[name] for name in shared}}
-    write_json(Path(path), json.loads(json.dumps({**content, "gold": gold, "runs": runs}, default=_plain_value)))
-
-
-def load_results(path: str | Path) -> pd.DataFrame:
-    """The table that `store_results` wrote; raises `ResultsError` where the file holds none."""
-    try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        gold = {(one["task"], one["split"]): one for one in stored["gold"]}
-        rows = [
-            {**fields, **_split_row(gold[fields["task"], split], said)}
-            for run, fields in ((run, _fields(stored, run)) for run in stored["runs"])
-            for split, said in run["predictions"].items()
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ResultsError(
-            f"{path} holds no results of an ablation ({error!r}); expected a file of store_results."
-        ) from error
-    return pd.DataFrame(rows)
-
-
-def _fields(stored: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
-    totals = {name: run[name] for name in TOTALS}
-    of_run = {"run": run["run"], **stored["shared"], **run["fields"], **totals}
-    return {**of_run, "environment": stored["environment"]}
-
-
-def _split_row(gold: Mapping[str, Any], said: str) -> dict[str, Any]:
-    groups = None if gold["groups"] is None else tuple(gold["groups"])
-    shared = {"split": gold["split"], "task_metrics": tuple(gold["task_metrics"]), "groups": groups}
-    return {**shared, "labels": _parted(gold["labels"]), "predictions": _parted(said)}
-
-
-def _joined(indices: Sequence[int]) -> str:
-    # A list would stand on a line a number.
-    return " ".join(map(str, indices))
-
-
-def _parted(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split())
-
-
-def _plain_value(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else list(value)
-
-
-def _one_gold(key: tuple[str, str], part: pd.DataFrame) -> pd.Series:
-    """The row whose labels stand for all: runs that are compared saw the same rows."""
-    if part["labels"].nunique() > 1:
-        run = part.loc[part["labels"] != part["labels"].iloc[0], "run"].iloc[0]
-        raise ResultsError(
-            f"runs {part['run'].iloc[0]!r} and {run!r} have different rows of {key[0]} {key[1]}; expected the same."
-        )
-    return part.iloc[0]
-
-
-def by_seed(table: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """The table with a column `value`: the primary metric of each run and split, a fraction, or the one named."""
-    values = [
-        evaluation.task_metrics(metrics or row["task_metrics"], row["labels"], row["predictions"], row["groups"])
-        for _, row in table.iterrows()
-    ]
-    return table.assign(value=[value["primary"] for value in values])
-
-
-def summarise(table: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """One row a task, split and setting: its mean over seeds and the interval over seeds and rows.
-
-    Columns: task, split, those in `by`, n_seeds, value, low, high (fractions) and std (over seeds; NaN for one).
-    Raises `ResultsError` where a setting has two runs with one seed.
-    """
-    rows = []
-    for key, part in table.groupby(["task", "split", *by], sort=False, dropna=False):
-        _one_gold(key[:2], part)
-        _one_run_a_seed(part, by)
-        first = part.iloc[0]
-        names = metrics or first["task_metrics"]
-        found = bootstrap_interval(names, first["labels"], list(part["predictions"]), first["groups"])
-        std = by_seed(part, metrics)["value"].std()
-        rows.append({**_named(by, key), "n_seeds": len(part), **vars(found), "std": std})
-    return pd.DataFrame(rows)
-
-
-def compare(table: pd.DataFrame, by: Sequence[str], reference: Mapping[str, Any]) -> pd.DataFrame:
-    """Each setting minus the reference (a value for each field in `by`), seed by seed on the same rows.
-
-    Columns: task, split, those in `by`, the fields of `PairedComparison` (a is the reference), and p_holm, which is
-    corrected for the number of settings that are compared on the task and split. A setting is
-    compared on the seeds that it has in common with the reference; one without any is left out.
-
-    Raises:
-        ResultsError: no run is of the reference.
-    """
-    chosen = pd.Series(True, index=table.index)
-    for name in by:
-        chosen &= table[name] == reference[name]
-    if not chosen.any():
-        raise ResultsError(f"no run is of the reference {dict(reference)}; expected one or more.")
-    rows = []
-    for (task, split), part in table.groupby(["task", "split"], sort=False):
-        first = _one_gold((task, split), part)
-        base = part[chosen.loc[part.index]].set_index("seed")["predictions"]
-        for key, other in part[~chosen.loc[part.index]].groupby(list(by), sort=False, dropna=False):
-            _one_run_a_seed(other, by)
-            said = other.set_index("seed")["predictions"]
-            seeds = sorted(set(said.index) & set(base.index))
-            if seeds:
-                found = paired_comparison(
-                    first["task_metrics"], first["labels"], list(base[seeds]), list(said[seeds]), first["groups"]
-                )
-                rows.append({**_named(by, (task, split, *key)), **vars(found)})
-    frame = pd.DataFrame(rows)
-    if rows:
-        frame["p_holm"] = frame.groupby(["task", "split"])["p_value"].transform(holm)
-    return frame
-
-
-def _named(by: Sequence[str], key: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(["task", "split", *by], key, strict=True))
-
-
-def _one_run_a_seed(part: pd.DataFrame, by: Sequence[str]) -> None:
-    twice = part[part["seed"].duplicated(keep=False)]
-    if len(twice):
-        runs = " and ".join(map(repr, twice["run"].head(2)))
-        raise ResultsError(f"runs {runs} have the same {', '.join(by)} and seed; expected them told apart in `by`.")

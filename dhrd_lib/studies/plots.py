@@ -95,7 +95,7 @@ def factor_effect(
 ) -> go.Figure:
     """Draw the metric over the values of one factor: means with 95% intervals, and a small mark for every run.
 
-    `summary` is of `ablations.summarize` and `seeds` of `ablations.by_seed`, both with the column `factor` and one
+    `summary` is of `tables.summarize` and `seeds` of `tables.by_seed`, both with the column `factor` and one
     more, series, which names the line. A numeric factor has lines with bands, another has a dot per value.
     """
     figure = _figure(question or f"What does {_words(factor)} change? Means with 95% intervals, a mark per run")

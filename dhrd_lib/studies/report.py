@@ -2,7 +2,7 @@
 
 The file is self-contained, plotly.js included, and its content security policy keeps it from requesting anything
 else. Every figure in it is computed from the runs' stored predictions, grouped and compared by
-`dhrd_lib.studies.ablations`.
+`dhrd_lib.studies.tables`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from rich.table import Table
 from dhrd_lib.config import WorkbenchError
 from dhrd_lib.evaluation import confusion, per_class
 from dhrd_lib.studies import plots
-from dhrd_lib.studies.ablations import by_seed, collect, compare, factors, summarise
 from dhrd_lib.studies.statistics import Interval, points_interval
+from dhrd_lib.studies.tables import by_seed, collect, compare, factors, summarize
 
 if TYPE_CHECKING:
     from dhrd_lib.runs import Run
@@ -137,7 +137,7 @@ class _Section:
         if self.table.empty:  # reasoning-only runs without CoT predictions
             return pd.DataFrame(columns=list(COLUMNS))
         splits = list(dict.fromkeys(self.table["split"]))
-        results = summarise(self.table, ["setting"])
+        results = summarize(self.table, ["setting"])
         results = results.sort_values("split", key=lambda names: names.map(splits.index), kind="stable")
         majority = {row.split: np.bincount(row.labels).max() / len(row.labels) for row in self.table.itertuples()}
         results["majority_share"] = results["split"].map(majority)

@@ -102,7 +102,7 @@ class Grid:
             name = "-".join([self.name, *(f"{_short(key)}{_slug(value)}" for key, value in told.items())])
             # Two values that read the same as a part of a file's name, or one that is too long for it.
             if name in cells or len(name) > 120:
-                name = f"{name[:100]}-{_digest(cell)}"
+                name = f"{name[:100]}-{digest(cell)}"
             cells[name] = cell
         return cells
 
@@ -120,7 +120,7 @@ class Grid:
     @property
     def study_name(self) -> str:
         """The name of the Optuna study: another base or other values make another study."""
-        return f"{self.name}-{_digest([self.base, self.values])}"
+        return f"{self.name}-{digest([self.base, self.values])}"
 
 
 def _refuse(name: str, values: object) -> tuple:
@@ -153,7 +153,8 @@ def _slug(value: Value) -> str:
     return re.sub(r"[^\w.+-]+", "_", str(value))
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Return eight hex digits that depend on a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 

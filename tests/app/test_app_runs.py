@@ -19,7 +19,7 @@ from app.tabs.runs import RunsTab, model_card
 from dhrd_lib.config import ConfigError
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import find_runs
-from dhrd_lib.studies import ablations
+from dhrd_lib.studies import tables
 from dhrd_lib.tasks import load_task
 
 
@@ -120,15 +120,15 @@ class TestRunsTab:
         assert not table.visible
 
     def test_ablation_is_figure_and_table(self, root, tmp_path):
-        table, path = ablations.collect(find_runs(root)[:2]), tmp_path / "ablation_mine.json"
-        ablations.store_results(table, path)
+        table, path = tables.collect(find_runs(root)[:2]), tmp_path / "ablation_mine.json"
+        tables.store_results(table, path)
         results = stored.ablation_results(tmp_path, "mine")
         shown = stored.ablation_table(results)
         assert len(shown) == table["run"].nunique() * table["split"].nunique()
         assert shown["metric (%)"].between(0, 100).all()
         axis = stored.ablation_figure(results).layout.xaxis.title.text
-        assert axis == ablations.factors(table)[0].replace("_", " ")
-        ablations.store_results(table[table["run"] == BASELINE], path)
+        assert axis == tables.factors(table)[0].replace("_", " ")
+        tables.store_results(table[table["run"] == BASELINE], path)
         os.utime(path, (1, 1))
         assert set(stored.ablation_results(tmp_path, "mine")["run"]) == {BASELINE}
 

@@ -43,9 +43,9 @@ config = RunConfig(
 run = train(config, "runs", callbacks=[LiveLossCurves(seconds_between=0)])
 """
 DASHBOARD = f"""
-from dhrd_lib.studies import ablations
+from dhrd_lib.studies import tables
 from dhrd_lib.widgets import AblationDashboard
-stored = ablations.load_results({str(ROOT / "notebooks" / "results" / "ablation_pooling_support_triage.json")!r})
+stored = tables.load_results({str(ROOT / "notebooks" / "results" / "ablation_pooling_support_triage.json")!r})
 AblationDashboard(stored)
 """
 DRAWN_POINTS = """

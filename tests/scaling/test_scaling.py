@@ -24,7 +24,7 @@ from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import Run, load_run
 from dhrd_lib.sequences import SequenceFormat, encode_split
-from dhrd_lib.studies import ablations
+from dhrd_lib.studies import tables
 from dhrd_lib.tasks import load_rows
 from dhrd_lib.training import train
 
@@ -267,8 +267,8 @@ def test_the_documented_gain_of_the_trunk_cache_is_the_stored_one():
 
 
 def test_the_documented_accuracy_by_frozen_layers_is_the_stored_one():
-    table = ablations.load_results(ROOT / "benchmarks" / "results" / "frozen_layers.json")
-    found = ablations.summarise(table, ["freeze_layers", "learning_rate"]).set_index("split")
+    table = tables.load_results(ROOT / "benchmarks" / "results" / "frozen_layers.json")
+    found = tables.summarize(table, ["freeze_layers", "learning_rate"]).set_index("split")
     for layers, part in found.groupby("freeze_layers"):
         best = part.loc["dev"].sort_values("value")["learning_rate"].iloc[-1]
         chosen = part[part["learning_rate"] == best]

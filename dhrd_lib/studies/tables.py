@@ -1,0 +1,191 @@
+"""Tables of runs: one row per run and split, from run folders or from a stored file, summarized and compared.
+
+A setting is a combination of values of the fields in `by`, never of the seed. Settings are compared seed by seed on
+the same rows, so a figure is the same whether its table was collected or loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dhrd_lib.config import CHANGES_NO_RESULT, WorkbenchError
+from dhrd_lib.evaluation import task_metrics
+from dhrd_lib.runs import TOTALS, Run
+from dhrd_lib.studies.statistics import PairedComparison, bootstrap_interval, holm, paired_comparison
+
+# What all runs of a task share on a split, and what else belongs to a split.
+_GOLD = ("task_metrics", "groups", "labels")
+_OF_SPLIT = ("split", *_GOLD, "predictions")
+
+
+class ResultsError(WorkbenchError):
+    """Runs that can't be compared, or cells of an ablation that failed."""
+
+
+def collect(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return one row per run and split: run, setting, every configuration field, totals, environment, predictions.
+
+    `labels` and `predictions` are tuples of class indices in the order of the rows' idx, `groups` is a tuple or
+    None, `task_metrics` has the names of the task's metrics. A run with `beta = 0` has the predictions of its CoT
+    decoding (`cot_SPLIT.json`), and no row for a split without them: its classifier is untrained.
+    """
+    rows = []
+    for run in runs:
+        config = run.config.to_dict()
+        shared = {"run": run.name, "setting": run.config.training.setting}
+        shared |= config["model"] | config["data"] | config["training"]
+        shared |= {name: run.metrics[name] for name in TOTALS} | {"environment": run.environment}
+        for split in run.metrics["splits"]:
+            frame, cot = run.predictions(split).sort_values("idx"), run.folder / f"cot_{split}.json"
+            if run.config.training.beta > 0:
+                predictions = frame["prediction_id"].tolist()
+            elif cot.is_file():
+                predictions = json.loads(cot.read_text(encoding="utf-8"))["predictions"]
+            else:
+                continue
+            row = {"split": split, "task_metrics": tuple(run.metrics["task_metrics"])}
+            row["groups"] = tuple(frame["group"]) if frame["group"].notna().all() else None
+            row |= {"labels": tuple(frame["label_id"].tolist()), "predictions": tuple(predictions)}
+            rows.append(shared | row)
+    return pd.DataFrame(rows)
+
+
+def store_results(table: pd.DataFrame, path: str | Path) -> None:
+    """Write a table of `collect` as JSON: columns with one value once, each split's labels once, then the rows."""
+    gold = table.drop_duplicates(["task", "split"])[["task", "split", *_GOLD]]
+    rows = table.drop(columns=list(_GOLD))
+    shared = [name for name in rows if rows[name].map(repr).nunique() == 1]
+    content = {
+        "shared": rows[shared].head(1).to_dict("records")[0],
+        "gold": gold.to_dict("records"),
+        "rows": rows.drop(columns=shared).to_dict("records"),
+    }
+    Path(path).write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def load_results(path: str | Path) -> pd.DataFrame:
+    """Return the table that `store_results` wrote; raises `ResultsError` where the file holds none."""
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not {"shared", "gold", "rows"} <= content.keys():
+        raise ResultsError(f"{path} holds no results of an ablation; expected a file of store_results.")
+    gold = {(of["task"], of["split"]): of for of in content["gold"]}
+    rows = [{**content["shared"], **row} for row in content["rows"]]
+    rows = [{**row, **gold[row["task"], row["split"]]} for row in rows]
+    table = pd.DataFrame(rows)
+    for name in (*_GOLD, "predictions"):
+        table[name] = [None if of is None else tuple(of) for of in table[name]]
+    return table
+
+
+def factors(table: pd.DataFrame) -> list[str]:
+    """Return the fields in which a task's settings differ: neither the seed, nor what changes no result."""
+    ignored = {"run", "setting", "seed", "task", "environment", *CHANGES_NO_RESULT, *TOTALS, *_OF_SPLIT}
+    tasks = [part for _, part in table.groupby("task")]
+    return [name for name in table if name not in ignored and any(of[name].map(repr).nunique() > 1 for of in tasks)]
+
+
+def one_factor(table: pd.DataFrame, factor: str, line: str | None = None) -> pd.DataFrame:
+    """Return the runs of a figure over one factor, with task, split and value of `line` as `series`.
+
+    Each other factor is held at the value with which most values of the factor were run. Besides the columns a
+    factor may be `share_of_wrong_rationales` or `rationale_tokens`.
+    """
+    if factor in _AXES:
+        table = table.assign(**{factor: _AXES[factor](table)}).dropna(subset=factor)
+    else:
+        for name in set(factors(table)) - {factor, line}:
+            counts = table.groupby(name)[[factor, "run"]].nunique()
+            table = table[table[name] == counts.sort_values([factor, "run"]).index[-1]]
+    parts = [table[name].astype(str) for name in ("task", "split") if table[name].nunique() > 1]
+    if line:
+        parts.append(line.replace("_", " ") + " " + table[line].astype(str))
+    series = [" ".join(names) for names in zip(*parts, strict=True)]
+    return table.assign(series=series or "all runs")
+
+
+def _share_of_wrong_rationales(table: pd.DataFrame) -> pd.Series:
+    share = table["shuffled_share"].where(table["alignment"] == "shuffle_rationale")
+    return share.mask(table["alignment"] == "consistent", 0.0).where(table["alpha"] > 0)
+
+
+def _rationale_tokens(table: pd.DataFrame) -> pd.Series:
+    tokens = table["max_rationale_tokens"].where(table["alignment"] == "consistent")
+    return tokens.mask(table["alignment"] == "only_label", 0).where(table["alpha"] > 0)
+
+
+# Factors that two fields make up together; settings without a rationale, or with another row's, have none.
+_AXES = {"share_of_wrong_rationales": _share_of_wrong_rationales, "rationale_tokens": _rationale_tokens}
+
+
+def by_seed(table: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return the table with a column `value`: the primary metric of each run and split, or the named one."""
+    values = [
+        task_metrics(metrics or row.task_metrics, row.labels, row.predictions, row.groups)["primary"]
+        for row in table.itertuples()
+    ]
+    return table.assign(value=values)
+
+
+def summarize(table: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return one row per task, split and setting: its mean over seeds and the interval over seeds and rows.
+
+    Columns: task, split, those in `by`, n_seeds, value, low, high (fractions) and std (over seeds; NaN for one).
+    Raises `ResultsError` where a setting has two runs with one seed, or runs of a split have other rows.
+    """
+    rows, by = [], list(by)
+    for key, runs in table.groupby(["task", "split", *by], sort=False, dropna=False):
+        labels, groups, names = _gold(runs)
+        predictions = list(_predictions_by_seed(runs, by))
+        interval = bootstrap_interval(metrics or names, labels, predictions, groups)
+        figures = {"n_seeds": len(runs), **vars(interval), "std": by_seed(runs, metrics)["value"].std()}
+        rows.append(dict(zip(["task", "split", *by], key, strict=True)) | figures)
+    return pd.DataFrame(rows)
+
+
+def compare(table: pd.DataFrame, by: Sequence[str], reference: Mapping[str, Any]) -> pd.DataFrame:
+    """Return each setting minus the reference (a value for each field in `by`), seed by seed on the same rows.
+
+    Columns: task, split, those in `by`, the fields of `PairedComparison` (a is the reference), and p_holm, which is
+    corrected for the settings compared on that task and split. Only the seeds of both count; a setting without any
+    is left out. Raises `ResultsError` where no run is of the reference, and as `summarize`.
+    """
+    rows, by = [], list(by)
+    is_reference = (table[by] == [reference[name] for name in by]).all(axis=1)
+    if not is_reference.any():
+        raise ResultsError(f"no run is of the reference {dict(reference)}; expected one or more.")
+    for key, part in table.groupby(["task", "split"], sort=False):
+        labels, groups, metrics = _gold(part)
+        chosen = is_reference[part.index]
+        base = _predictions_by_seed(part[chosen], by)
+        for setting, runs in part[~chosen].groupby(by, sort=False, dropna=False):
+            others = _predictions_by_seed(runs, by)
+            if seeds := sorted(set(others.index) & set(base.index)):
+                pair = paired_comparison(metrics, labels, list(base[seeds]), list(others[seeds]), groups)
+                rows.append(dict(zip(["task", "split", *by], (*key, *setting), strict=True)) | vars(pair))
+    frame = pd.DataFrame(rows, columns=["task", "split", *by, *(field.name for field in fields(PairedComparison))])
+    return frame.assign(p_holm=frame.groupby(["task", "split"])["p_value"].transform(holm))
+
+
+def _gold(runs: pd.DataFrame) -> tuple:
+    """Return labels, groups and metrics that the runs of a split share."""
+    first = runs.iloc[0]
+    if other := runs[runs["labels"] != first["labels"]]["run"].tolist():
+        where = f"{first['task']} {first['split']}"
+        raise ResultsError(
+            f"runs {first['run']!r} and {other[0]!r} have different rows of {where}; expected the same."
+        )
+    return first["labels"], first["groups"], first["task_metrics"]
+
+
+def _predictions_by_seed(runs: pd.DataFrame, by: Sequence[str]) -> pd.Series:
+    twice = runs[runs["seed"].duplicated(keep=False)]["run"].tolist()
+    if twice:
+        pair = " and ".join(map(repr, twice[:2]))
+        raise ResultsError(f"runs {pair} have the same {', '.join(by)} and seed; expected another field in `by`.")
+    return runs.set_index("seed")["predictions"]
