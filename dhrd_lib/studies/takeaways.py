@@ -45,10 +45,9 @@ def _pooling(result: AblationResult, split: str) -> Iterator[str]:
     summary, compared = baseline.summary(), baseline.against(pooling="last", head="mlp")
     worst, best = (summary.loc[place] for place in (summary["value"].idxmin(), summary["value"].idxmax()))
     ends = " to ".join(f"{row['value']:.1%} ({row['pooling']}, {row['head']})" for row in (worst, best))
-    yield (
-        f"The baseline's mean on `{split}` ranges from {ends}; the standard deviation over a setting's seeds is "
-        f"{summary['std'].mean():.1%} on average. The best of several means is biased upward."
-    )
+    yield f"The baseline's mean on `{split}` ranges from {ends}; the best of several means is biased upward."
+    if summary["std"].notna().any():
+        yield f"The standard deviation over a setting's seeds is {summary['std'].mean():.1%} on average."
     yield _after_correction(compared, "the last token with the MLP")
     for row in compared.query("pooling == 'last' and head == 'linear'").itertuples():
         yield f"The linear head on the last token is {_points(row)} from the MLP."
