@@ -82,10 +82,10 @@ class Api:
         the time inside the calls, and inputs_cut, how many were truncated.
         """
         for done in self.backend.classify_rows(run, rows):
-            yield {"rows_done": len(done.probabilities)}
+            yield {"rows_done": len(done.predictions.labels)}
         yield {
-            "labels": done.labels,
-            "probabilities": done.probabilities.round(6).tolist(),
+            "labels": done.predictions.labels,
+            "probabilities": done.predictions.probabilities.round(6).tolist(),
             "seconds": done.seconds,
             "inputs_cut": done.inputs_cut,
         }

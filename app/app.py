@@ -96,15 +96,8 @@ def main(
 ) -> None:
     """Serve the page: DHRD, its pooled baseline and CoT side by side."""
     try:
-        settings = Settings(
-            runs=runs,
-            results=results,
-            backbone=backbone,
-            host=host,
-            port=port,
-            user=user or None,
-            password=password or None,
-        )
+        access = {"host": host, "port": port, "user": user, "password": password}
+        settings = Settings(runs=runs, results=results, backbone=backbone, **access)
         page = build(settings)
     except WorkbenchError as error:
         sys.exit(f"app: {error}")

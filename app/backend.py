@@ -8,23 +8,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from app import runs
-from app.settings import KEPT_MODELS, MAX_CHARACTERS, MAX_FIELDS, MAX_NEW_TOKENS, MAX_ROWS, Settings
+from app.settings import KEPT_MODELS, MAX_CHARACTERS, MAX_NEW_TOKENS, MAX_ROWS, Settings
 from dhrd_lib.backbones import Backbone, load_backbone, resolve_device
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import CoT, Decoding, Generations
-from dhrd_lib.inputs import Predictions
+from dhrd_lib.inputs import Predictions, TaskError, as_inputs, render_inputs, template_fields
 from dhrd_lib.modeling import DHRDModel
-from dhrd_lib.tasks import TaskError, render, template_fields
 
 ZERO_SHOT = "zero-shot"  # takes the place of a run's name: CoT of the bare backbone
 _WARM_UP = ("A short text.", "A text of usual length, so that the second call has another one than the first.")
 _CHUNK_ROWS = 16  # rows between two checks of whether the visitor still waits
+
+Row = str | Mapping[str, Any]  # texts by the template's field; a str is the text of a one-field template
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,12 @@ class Stream:
     answer: Answer | None = None
 
 
-@dataclass(frozen=True)
-class RowPredictions:
-    """Predictions for the first n rows: `probabilities (n, K)`, seconds inside the calls, truncated inputs."""
+class RowPredictions(NamedTuple):
+    """Predictions for the first n rows, the seconds inside the calls, and how many inputs were truncated."""
 
-    label_names: list[str]
-    probabilities: np.ndarray
-    seconds: float = 0.0
-    inputs_cut: int = 0
-
-    @property
-    def class_ids(self) -> np.ndarray:
-        """The predicted class indices, (n,)."""
-        return self.probabilities.argmax(1)
-
-    @property
-    def labels(self) -> list[str]:
-        """The predicted label names."""
-        return [self.label_names[index] for index in self.class_ids]
+    predictions: Predictions
+    seconds: float
+    inputs_cut: int
 
 
 class Backend:
@@ -90,47 +79,44 @@ class Backend:
         with self._computing:
             self._cot(task, run, picked)
 
-    def classify(self, run: str, inputs: object) -> Answer:
-        """Classify one input (texts by field, or a str for one field); the LM head isn't computed."""
+    def classify(self, run: str, row: Row) -> Answer:
+        """Classify one input; the LM head isn't computed."""
         with self._computing:
             model = self._classifier(run)
-            texts = _checked(inputs, model.config.template)
+            _check([row], model.config.template)
             elapsed_ms = _clock(model.device)
-            labels, probabilities = model.predict([texts])
+            labels, probabilities = model.predict([row])
             latency_ms = elapsed_ms()
-            row = model.encode([texts])[0]
+            (encoded,) = model.encode([row])
         by_label = dict(zip(model.label_names, probabilities[0].tolist(), strict=True))
-        return Answer(labels[0], by_label, latency_ms, len(row["input_ids"]), tokens_cut=row["input_tokens_cut"])
+        tokens, cut = len(encoded["input_ids"]), encoded["input_tokens_cut"]
+        return Answer(labels[0], by_label, latency_ms, tokens, tokens_cut=cut)
 
-    def classify_rows(self, run: str, rows: object) -> Iterator[RowPredictions]:
+    def classify_rows(self, run: str, rows: Sequence[Row]) -> Iterator[RowPredictions]:
         """Classify 1 to `MAX_ROWS` inputs in their order; yields the predictions so far, at last those for all."""
         with self._computing:
             model = self._classifier(run)
-            if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_ROWS:
-                found = f"{len(rows):,} rows" if isinstance(rows, list) else f"a {type(rows).__name__}"
-                raise TaskError(f"The input has {found}; expected a list of 1 to {MAX_ROWS:,} rows.")
-            template = model.config.template
-            texts = [_checked(row, template, f"Row {number}") for number, row in enumerate(rows, start=1)]
-            done = RowPredictions(model.label_names, np.empty((0, len(model.label_names)), np.float32))
-            for first in range(0, len(texts), _CHUNK_ROWS):
+            rows = as_inputs(rows)
+            if not 1 <= len(rows) <= MAX_ROWS:
+                raise TaskError(f"There are {len(rows):,} rows; expected 1 to {MAX_ROWS:,}.")
+            _check(rows, model.config.template)
+            logits, seconds, inputs_cut = [], 0.0, 0
+            for first in range(0, len(rows), _CHUNK_ROWS):
                 elapsed_ms = _clock(model.device)
-                encoded = model.encode(texts[first : first + _CHUNK_ROWS])
-                chunk = Predictions.from_logits(model.logits(encoded), model.label_names).probabilities
-                done = replace(
-                    done,
-                    probabilities=np.concatenate([done.probabilities, chunk]),
-                    seconds=done.seconds + elapsed_ms() / 1000,
-                    inputs_cut=done.inputs_cut + sum(row["input_tokens_cut"] > 0 for row in encoded),
-                )
-                yield done
+                encoded = model.encode(rows[first : first + _CHUNK_ROWS])
+                logits.append(model.logits(encoded))
+                seconds += elapsed_ms() / 1000
+                inputs_cut += sum(row["input_tokens_cut"] > 0 for row in encoded)
+                predictions = Predictions.from_logits(np.concatenate(logits), model.label_names)
+                yield RowPredictions(predictions, seconds, inputs_cut)
 
-    def rationale(self, run: str, inputs: object, is_stopped: Callable[[], bool]) -> Iterator[Stream]:
+    def rationale(self, run: str, row: Row, is_stopped: Callable[[], bool]) -> Iterator[Stream]:
         """Stream the rationale of a run's reasoning head; the prediction doesn't depend on it."""
         with self._computing:
             model = self._model(run)
-            texts = _checked(inputs, model.config.template)
+            _check([row], model.config.template)
             elapsed_ms, text = _clock(model.device), ""
-            with closing(model.generate_rationale(texts, model.config.max_rationale_tokens, stream=True)) as pieces:
+            with closing(model.generate_rationale(row, model.config.max_rationale_tokens, stream=True)) as pieces:
                 for piece in pieces:
                     text += piece
                     tokens = len(model.tokenizer(text, add_special_tokens=False).input_ids)
@@ -142,7 +128,7 @@ class Backend:
         self,
         task: str,
         run: str,
-        inputs: object,
+        row: Row,
         max_new_tokens: int,
         is_stopped: Callable[[], bool],
         picked: Sequence[str | None] = (),
@@ -157,11 +143,11 @@ class Backend:
             raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; expected 1 to {MAX_NEW_TOKENS}.")
         with self._computing:
             cot = self._cot(task, run, picked)
-            texts = _checked(inputs, cot.template)
+            (text,) = _check([row], cot.template)
             elapsed_ms = _clock(cot.lm.device)
-            tokens_read = len(cot.encode_prompt(render(cot.template, texts)))
+            tokens_read = len(cot.encode_prompt(text))
             before_ms, generations = elapsed_ms(), None
-            with closing(cot.stream(texts, Decoding(max_new_tokens=max_new_tokens))) as steps:
+            with closing(cot.stream(row, Decoding(max_new_tokens=max_new_tokens))) as steps:
                 for generations in steps:
                     yield _generated(cot, generations, before_ms)
                     if is_stopped():
@@ -224,27 +210,14 @@ def _warm_up(cot: CoT) -> None:
         cot.generate([dict.fromkeys(template_fields(cot.template), text)], Decoding(max_new_tokens=2))
 
 
-def _checked(inputs: object, template: str, where: str = "The input") -> dict[str, str]:
-    """Return an input's texts by field; raises `TaskError` for a missing, empty or too long one."""
-    fields = template_fields(template)
-    if len(fields) > MAX_FIELDS:
-        raise TaskError(f"The task's template reads {len(fields)} texts; the app has room for {MAX_FIELDS}.")
-    if isinstance(inputs, str) and len(fields) == 1:
-        inputs = {fields[0]: inputs}
-    if not isinstance(inputs, Mapping):
-        expected = ", ".join(f'"{name}": "..."' for name in fields)
-        raise TaskError(f"{where} is a {type(inputs).__name__}; expected the texts by field: {{{expected}}}.")
-    for name in fields:
-        text = inputs.get(name)
-        if not isinstance(text, str):
-            raise TaskError(f"{where} lacks the text {name!r}; expected {', '.join(map(repr, fields))}.")
-        if len(text) > MAX_CHARACTERS:
-            found = f"{len(text):,} characters in {name!r}"
-            raise TaskError(f"{where} has {found}; expected at most {MAX_CHARACTERS:,}.")
-    if not any(inputs[name].strip() for name in fields):
-        raise TaskError(f"{where} has no text; expected some.")
-    render(template, inputs, where)  # refuses half a character, which JSON may bring
-    return {name: inputs[name] for name in fields}
+def _check(rows: Sequence[Row], template: str) -> list[str]:
+    """Return the texts that the model reads; raises `TaskError` where an input has none, or too long a one."""
+    rendered = render_inputs(template, rows)
+    for number, row in enumerate(rows, start=1):
+        texts = [row] if isinstance(row, str) else [str(row[name]) for name in template_fields(template)]
+        if (longest := max(map(len, texts))) > MAX_CHARACTERS:
+            raise TaskError(f"input {number} has {longest:,} characters; expected at most {MAX_CHARACTERS:,}.")
+    return rendered
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from itertools import combinations
+from typing import NamedTuple
 
 from app.backend import Answer, Stream
 from dhrd_lib.studies.plots import COLORS
@@ -23,16 +24,14 @@ class Card:
     """One system's card.
 
     `state` is "waiting", "working", "done", "stopped", "missing" or "failed"; `note` says why, or what goes on.
-    `stream` is CoT's text, `rationale` the reasoning head's.
+    `stream` is CoT's generated reasoning, or the rationale of DHRD's reasoning head.
     """
 
     source: str = ""
     state: str = "waiting"
-    note: str = ""
+    note: str = "No input yet."
     answer: Answer | None = None
     stream: Stream | None = None
-    rationale: Stream | None = None
-    rationale_state: str = ""
 
     @property
     def latency_ms(self) -> float | None:
@@ -41,20 +40,10 @@ class Card:
         return timed.latency_ms if timed else None
 
 
-@dataclass
-class Comparison:
-    """The three systems on one input; `gold` is the label's name where it is known."""
+class Asked(NamedTuple):
+    """One input of the session: the answers by system, and the gold label if known."""
 
-    gold: str | None = None
-    cards: dict[str, Card] = field(default_factory=lambda: {name: Card() for name in SYSTEMS})
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One input of the session: predictions and latencies by system, and the gold label if known."""
-
-    predictions: dict[str, str | None]
-    latency_ms: dict[str, float]
+    answers: dict[str, Answer]
     gold: str | None
 
 
@@ -104,10 +93,10 @@ def definitions(title: str, values: Mapping[str, object]) -> str:
 # ---------------------------------------------------------------------- compare
 
 
-def comparison(shown: Comparison) -> str:
-    """Return the three cards side by side, and the latencies below them."""
-    cards = "".join(_card(name, card, shown.gold) for name, card in shown.cards.items())
-    return f'<div class="cards">{cards}</div>{_latencies(shown)}'
+def comparison(cards: Mapping[str, Card], gold: str | None = None) -> str:
+    """Return the cards side by side, and the latencies below them; `gold` is the label's name where it is known."""
+    shown = "".join(_card(name, card, gold) for name, card in cards.items())
+    return f'<div class="cards">{shown}</div>{_latencies(cards)}'
 
 
 def _card(name: str, card: Card, gold: str | None) -> str:
@@ -117,15 +106,12 @@ def _card(name: str, card: Card, gold: str | None) -> str:
     ]
     if card.answer:
         parts.append(_answer(name, card.answer, gold))
-    else:
-        default = {"waiting": "No input yet.", "working": "Working …", "stopped": "Stopped: no prediction."}
-        kind = "error" if card.state == "failed" else "muted"
-        parts.append(f'<p class="{kind}">{text(card.note or default.get(card.state, ""))}</p>')
-    if card.stream:
+    if not card.answer or card.state == "failed":
+        parts.append(f'<p class="{"error" if card.state == "failed" else "muted"}">{text(card.note)}</p>')
+    if card.stream and name == "DHRD":
+        parts.append(f'<p class="explanation">{_EXPLANATION}</p>{_stream("Rationale", card.stream, card.state)}')
+    elif card.stream:
         parts.append(_stream("Generated reasoning", card.stream, card.state))
-    if card.rationale_state:
-        parts.append(f'<p class="explanation">{_EXPLANATION}</p>')
-        parts.append(_stream("Rationale", card.rationale or Stream("", 0, 0.0), card.rationale_state))
     return f'<section class="card" aria-label="{text(name)}">{"".join(parts)}</section>'
 
 
@@ -167,9 +153,9 @@ def _stream(title: str, stream: Stream, state: str) -> str:
     )
 
 
-def _latencies(shown: Comparison) -> str:
+def _latencies(cards: Mapping[str, Card]) -> str:
     """Return bars of the latencies on a log axis, and their ratio in words."""
-    timed = {name: card.latency_ms for name, card in shown.cards.items() if card.latency_ms}
+    timed = {name: card.latency_ms for name, card in cards.items() if card.latency_ms}
     if not timed:
         return ""
     low = math.floor(math.log10(min(timed.values())) - 0.3)
@@ -181,7 +167,7 @@ def _latencies(shown: Comparison) -> str:
     for power in range(low, high + 1):
         tick = f"{10.0 ** (power - 3):g} s" if power >= 3 else f"{10.0**power:g} ms"
         ticks.append(f'<span style="left:{(power - low) / (high - low):.1%}">{tick}</span>')
-    words = "".join(f"<p>{text(sentence)}</p>" for sentence in latency_ratio(shown))
+    words = "".join(f"<p>{text(sentence)}</p>" for sentence in latency_ratio(cards))
     return (
         '<section class="latency" aria-label="Latencies"><h3>Latency of one prediction '
         f'<span class="count">(inside the call, log scale)</span></h3>{"".join(bars)}<div class="bar-row axis">'
@@ -190,9 +176,9 @@ def _latencies(shown: Comparison) -> str:
     )
 
 
-def latency_ratio(shown: Comparison) -> list[str]:
+def latency_ratio(cards: Mapping[str, Card]) -> list[str]:
     """Return how the latencies compare, in sentences."""
-    answers = {name: card.answer for name, card in shown.cards.items() if card.answer}
+    answers = {name: card.answer for name, card in cards.items() if card.answer}
     cot, sentences = answers.get("CoT"), []
     pooled = next((name for name in ("DHRD", "pooled baseline") if name in answers), None)
     if cot and pooled:
@@ -210,21 +196,16 @@ def tally(asked: Sequence[Asked]) -> str:
         return notice("No input in this session yet.", "empty")
     rows, pairs = [], []
     for name in SYSTEMS:
-        answered = [one for one in asked if name in one.predictions]
-        known = [one for one in answered if one.gold is not None]
-        if answered:
-            correct = sum(one.predictions[name] == one.gold for one in known)
-            rows.append(
-                {
-                    "system": name,
-                    "predictions": len(answered),
-                    "median latency": duration(statistics.median(one.latency_ms[name] for one in answered)),
-                    "correct, where gold is known": f"{correct} of {len(known)}" if known else "—",
-                }
-            )
+        answers = [(one.answers[name], one.gold) for one in asked if name in one.answers]
+        known = [answer.label == gold for answer, gold in answers if gold is not None]
+        if answers:
+            median = duration(statistics.median(answer.latency_ms for answer, _ in answers))
+            row = {"system": name, "inputs": len(answers), "median latency": median}
+            rows.append({**row, "correct": f"{sum(known)} of {len(known)}" if known else "—"})
     for a, b in combinations(SYSTEMS, 2):
-        both = [one.predictions for one in asked if a in one.predictions and b in one.predictions]
-        if both:
-            same = sum(labels[a] == labels[b] and labels[a] is not None for labels in both)
-            pairs.append(f"<li>{text(f'{a} and {b} agree on {same} of {len(both)}')}</li>")
-    return f'{table(rows)}<ul class="agreement">{"".join(pairs)}</ul>'
+        labels = [(one.answers[a].label, one.answers[b].label) for one in asked if {a, b} <= set(one.answers)]
+        if labels:
+            same = sum(one == other and one is not None for one, other in labels)
+            pairs.append(f"<li>{text(f'{a} and {b} agree on {same} of {len(labels)}')}</li>")
+    note = "Correct predictions are counted where the gold label is known"
+    return f'{table(rows, note)}<ul class="agreement">{"".join(pairs)}</ul>'

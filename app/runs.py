@@ -159,22 +159,14 @@ def runs_table(root: Path) -> pd.DataFrame:
 
 def metrics_by_split(run: Run) -> list[dict[str, str]]:
     """Return one row per split: rows and metric with its 95% bootstrap interval."""
-    return _metrics_by_split(str(run.folder), (run.folder / "metrics.json").stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=32)
-def _metrics_by_split(folder: str, modified_ns: int) -> list[dict[str, str]]:
-    run, rows = load_run(folder), []
-    metrics = run.metrics["task_metrics"]
+    metrics, rows = run.metrics["task_metrics"], []
     for split in run.metrics["splits"]:
-        predictions = run.predictions(split)
-        interval = "none: answers by CoT decoding"
+        found, interval = run.predictions(split), "none: answers by CoT decoding"
         if run.config.training.beta > 0:
-            groups = predictions["group"] if predictions["group"].notna().all() else None
-            labels, predicted = predictions["label_id"], predictions["prediction_id"]
-            interval = str(bootstrap_interval(metrics, labels, predicted, groups))
+            groups = found["group"] if found["group"].notna().all() else None
+            interval = str(bootstrap_interval(metrics, found["label_id"], found["prediction_id"], groups))
         name = f"{' and '.join(metrics)} [95% interval]"
-        rows.append({"split": split, "rows": f"{len(predictions):,}", name: interval})
+        rows.append({"split": split, "rows": f"{len(found):,}", name: interval})
     return rows
 
 
@@ -200,13 +192,7 @@ def ablation_results(results: Path, name: str) -> pd.DataFrame:
     """Return a stored ablation's results, one row per run and split."""
     if name not in ablation_files(results):
         raise ConfigError(f"There is no stored ablation {name!r}; expected one of {ablation_files(results)}.")
-    path = results / f"ablation_{name}.json"
-    return _results(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=16)
-def _results(path: Path, modified_ns: int) -> pd.DataFrame:
-    return load_results(path)
+    return load_results(results / f"ablation_{name}.json")
 
 
 def ablation_figure(table: pd.DataFrame) -> go.Figure:

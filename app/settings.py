@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -40,16 +39,9 @@ class Settings(Config):
         if bool(self.user) != bool(self.password):
             given, missing = ("user", "password") if self.user else ("password", "user")
             raise ConfigError(f"There is a {given} and no {missing}; expected both, or neither.")
-        if not self.user and not _is_loopback(self.host):
+        if not self.user and self.host not in ("127.0.0.1", "localhost", "::1"):
             raise ConfigError(
                 f"host is {self.host!r}, which other machines reach; expected DHRD_APP_USER and "
                 "DHRD_APP_PASSWORD with it, or 127.0.0.1."
             )
         return self
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

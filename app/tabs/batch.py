@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
@@ -31,8 +31,7 @@ _SHOWN_ROWS = 300
 _NO_LABEL = "(none)"
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """An uploaded file: its name as the visitor knows it, and its rows as text ("" where a value is missing)."""
 
     name: str
@@ -48,14 +47,15 @@ class Result:
     gold: np.ndarray | None
     predictions: Mapping[str, RowPredictions]
 
+    @property
+    def class_ids(self) -> dict[str, np.ndarray]:
+        """The predicted class indices (N,) by system."""
+        return {name: found.predictions.probabilities.argmax(1) for name, found in self.predictions.items()}
+
 
 def read_table(path: str | Path) -> Table:
     """Read an uploaded file; raises `TaskError` with a sentence that names it as the visitor does."""
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise TaskError(f"{path.name} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}.")
-    if path.stat().st_size > MAX_FILE_MIB * 2**20:
-        raise TaskError(f"{path.name} has {path.stat().st_size / 2**20:.1f} MiB; expected at most {MAX_FILE_MIB}.")
     try:
         rows = read_rows(path, MAX_ROWS, MAX_UNFOLDED_MIB * 2**20)
     except TaskError as error:  # The folder is the server's; it is no business of the visitor's.
@@ -91,24 +91,6 @@ def _check_column(table: Table, column: str | None, purpose: str) -> None:
         raise TaskError(f"{table.name} has no column {column!r} {purpose}; expected one of {expected}.")
 
 
-def classify(
-    backend: Backend, texts: pd.DataFrame, runs: Mapping[str, str | None], is_stopped: Callable[[], bool]
-) -> Iterator[dict[str, RowPredictions] | None]:
-    """Classify the rows by each run: yields the predictions so far by system, last None if stopped."""
-    if not any(runs.values()):
-        raise ConfigError("There is no trained run for this task; expected a pooled baseline or DHRD.")
-    done, rows = {}, texts.to_dict("records")
-    for system, run in runs.items():
-        if not run:
-            continue
-        with closing(backend.classify_rows(run, rows)) as steps:
-            for done[system] in steps:
-                yield done
-                if is_stopped():
-                    yield None
-                    return
-
-
 def frame(result: Result, every_label: bool = False) -> pd.DataFrame:
     """Return one row per text: gold label, each system's label and its probability, agreement, and the text.
 
@@ -118,15 +100,15 @@ def frame(result: Result, every_label: bool = False) -> pd.DataFrame:
     if result.gold is not None:
         table["gold"] = np.array(result.task.label_names)[result.gold]
     for system, found in result.predictions.items():
-        table[system] = found.labels
-        table[f"{system} p"] = found.probabilities.max(1).round(4)
+        table[system] = found.predictions.labels
+        table[f"{system} p"] = found.predictions.probabilities.max(1).round(4)
     if len(result.predictions) == 2:
         a, b = (table[system] for system in result.predictions)
         table["agree"] = np.where(a == b, "yes", "no")
     # The texts come last: they are long, and the predictions are to be seen beside them.
     table = table.assign(**result.texts.reset_index(drop=True))
     for system, found in result.predictions.items() if every_label else ():
-        for label, probabilities in zip(found.label_names, found.probabilities.T, strict=True):
+        for label, probabilities in zip(result.task.label_names, found.predictions.probabilities.T, strict=True):
             table[f"{system} p({label})"] = probabilities.round(6)
     return table
 
@@ -151,7 +133,7 @@ def summary(result: Result) -> list[dict[str, str]]:
     for system, found in result.predictions.items():
         row = {"system": system}
         if result.gold is not None:
-            row[f"{name} [95% interval]"] = str(bootstrap_interval(metrics, result.gold, found.class_ids))
+            row[f"{name} [95% interval]"] = str(bootstrap_interval(metrics, result.gold, result.class_ids[system]))
         row["rows per second"] = f"{len(result.texts) / found.seconds:,.1f}"
         row["truncated inputs"] = f"{found.inputs_cut:,}"
         rows.append(row)
@@ -162,7 +144,7 @@ def difference(result: Result) -> str:
     """Return how DHRD differs from the baseline on these rows: in labels, and if gold is known in the metric."""
     if len(result.predictions) < 2:
         return ""
-    a, b = (found.class_ids for found in result.predictions.values())
+    a, b = result.class_ids.values()
     disagreement = f"The two systems disagree on {(a != b).sum():,} of {len(a):,} rows."
     if result.gold is None:
         return disagreement
@@ -176,8 +158,8 @@ def confusion_figures(result: Result) -> list[go.Figure]:
     if result.gold is None:
         return []
     names, figures = result.task.label_names, []
-    for system, found in result.predictions.items():
-        matrix = evaluation.confusion(result.gold, found.class_ids, len(names))
+    for system, predicted in result.class_ids.items():
+        matrix = evaluation.confusion(result.gold, predicted, len(names))
         figure = plots.confusion_matrices({system: matrix}, names)
         figures.append(figure.update_layout(title_text=None, margin_t=40))
     return figures
@@ -249,30 +231,27 @@ class BatchTab:
         return [gr.skip()] * (MAX_FIELDS + 2) if wanted == fields else _mapping(table, wanted)
 
     def _on_run(
-        self,
-        session: Session,
-        table: Table | None,
-        task_name: str,
-        baseline: str | None,
-        dhrd: str | None,
-        *mapping: str | None,
+        self, session: Session, table: Table, task_name: str, baseline: str | None, dhrd: str | None, *mapping: Any
     ) -> Iterator[list[Any]]:
-        unchanged = [gr.skip()] * 7
+        unchanged, done = [gr.skip()] * 7, {}
+        runs = {name: run for name, run in (("pooled baseline", baseline), ("DHRD", dhrd)) if run}
         try:
-            stored.check_comparable(self.root, [baseline, dhrd])
-            task = stored.task_for(self.root, task_name, [baseline, dhrd])
+            if not runs:
+                raise ConfigError("There is no trained run for this task; expected a pooled baseline or DHRD.")
+            stored.check_comparable(self.root, runs.values())
+            task = stored.task_for(self.root, task_name, runs.values())
             texts = texts_of(table, task, dict(zip(task.fields, mapping, strict=False)))
             gold = None if mapping[-1] == _NO_LABEL else gold_of(table, task, mapping[-1])
-            runs, done = {"pooled baseline": baseline, "DHRD": dhrd}, None
             yield [html.progress_bar(0, "Rows", "Loading the model …"), *unchanged]
-            for done in classify(self.backend, texts, runs, session.stopped.is_set):
-                if done is None:
-                    yield [html.notice("Stopped: the predictions so far were dropped."), *unchanged]
-                    return
-                system = [*done][-1]
-                n_done = len(done[system].probabilities)
-                message = f"{system}: {n_done:,} of {len(texts):,} rows"
-                yield [html.progress_bar(n_done / len(texts), "Rows", message), *unchanged]
+            for system, run in runs.items():
+                with closing(self.backend.classify_rows(run, texts.to_dict("records"))) as steps:
+                    for done[system] in steps:
+                        n_done = len(done[system].predictions.labels)
+                        message = f"{system}: {n_done:,} of {len(texts):,} rows"
+                        yield [html.progress_bar(n_done / len(texts), "Rows", message), *unchanged]
+                        if session.stopped.is_set():
+                            yield [html.notice("Stopped: the predictions so far were dropped."), *unchanged]
+                            return
         except WorkbenchError as error:
             yield [html.notice(str(error), "error"), *unchanged]
             return

@@ -14,7 +14,7 @@ from app import html
 from app import runs as stored
 from app.backend import ZERO_SHOT, Backend, Stream
 from app.events import QUIET, Session, connect_computation
-from app.html import Asked, Card, Comparison
+from app.html import SYSTEMS, Asked, Card
 from app.settings import MAX_CHARACTERS, MAX_FIELDS, MAX_NEW_TOKENS
 from dhrd_lib.config import WorkbenchError
 from dhrd_lib.runs import Run
@@ -38,48 +38,45 @@ class Question:
     with_rationale: bool
 
 
-def compare(backend: Backend, question: Question, session: Session) -> Iterator[Comparison]:
-    """Yield the comparison as it grows: pooled baseline, DHRD with its rationale if wanted, then CoT.
+def compare(backend: Backend, question: Question, session: Session) -> Iterator[dict[str, Card]]:
+    """Yield the cards as they grow: pooled baseline, DHRD with its rationale if wanted, then CoT.
 
     One system's error is shown on its card; the others answer all the same.
     """
     picked, is_stopped = list(question.runs.values()), session.stopped.is_set
-    shown = Comparison(question.gold, {name: _card(backend, question, name) for name in question.runs})
-    yield shown
+    cards = {name: _card(backend, question, name) for name in question.runs}
+    yield cards
     for name, run in question.runs.items():
-        card = shown.cards[name]
+        card = cards[name]
         if not run:
             continue
         if name == "CoT" and is_stopped():
-            card.state = "stopped"
+            card.state, card.note = "stopped", "Stopped: no prediction."
             break
         try:
             card.state, card.note = "working", "Loading the model and warming it up (once) …"
-            yield shown
+            yield cards
             backend.load(run, question.task, picked)
             card.note = "Working …"
-            yield shown
+            yield cards
+            steps = None
             if name == "CoT":
                 steps = backend.cot(question.task, run, question.texts, question.max_new_tokens, is_stopped, picked)
-                for card.stream in _throttled(steps):
-                    yield shown
-                card.answer, card.note = card.stream.answer, ""
-                card.state = "done" if card.answer else "stopped"
             else:
-                card.answer, card.state = backend.classify(run, question.texts), "done"
-            if name == "DHRD" and question.with_rationale:
-                card.rationale_state = "working"
-                for card.rationale in _throttled(backend.rationale(run, question.texts, is_stopped)):
-                    yield shown
-                card.rationale_state = "stopped" if is_stopped() else "done"
+                card.answer = backend.classify(run, question.texts)
+                if name == "DHRD" and question.with_rationale:
+                    steps = backend.rationale(run, question.texts, is_stopped)
+            if steps:
+                for card.stream in _throttled(steps):
+                    yield cards
+                card.answer = card.answer or card.stream.answer
+            card.state, card.note = ("done", "") if card.answer else ("stopped", "Stopped: no prediction.")
         except WorkbenchError as error:
-            card.state, card.note, card.rationale_state = "failed", str(error), ""
-        yield shown
-    answers = {name: card.answer for name, card in shown.cards.items() if card.answer}
-    labels = {name: answer.label for name, answer in answers.items()}
-    latencies = {name: answer.latency_ms for name, answer in answers.items()}
-    session.asked = [*session.asked, Asked(labels, latencies, question.gold)][-_KEPT_ASKED:]
-    yield shown
+            card.state, card.note = "failed", str(error)
+        yield cards
+    answers = {name: card.answer for name, card in cards.items() if card.answer}
+    session.asked = [*session.asked, Asked(answers, question.gold)][-_KEPT_ASKED:]
+    yield cards
 
 
 def _card(backend: Backend, question: Question, name: str) -> Card:
@@ -88,10 +85,10 @@ def _card(backend: Backend, question: Question, name: str) -> Card:
     if not run:
         return Card("no run", "missing", NO_RUN)
     if run != ZERO_SHOT:
-        return Card(f"run {run}" + (", trained to reason (beta = 0)" if name == "CoT" else ""))
+        return Card(f"run {run}" + (", trained to reason (beta = 0)" if name == "CoT" else ""), note="Waiting …")
     reference = stored.reference_run(backend.settings.runs, question.task, question.runs.values())
     backbone = reference.config.model.backbone if reference else backend.settings.backbone
-    return Card(f"zero-shot on {backbone}, not trained for the task")
+    return Card(f"zero-shot on {backbone}, not trained for the task", note="Waiting …")
 
 
 def _throttled(steps: Iterator[Stream]) -> Iterator[Stream]:
@@ -130,9 +127,9 @@ class CompareTab:
             )
             self.stop = gr.Button("Stop", variant="stop", interactive=False, min_width=100)
             self.compare = gr.Button("Compare", variant="primary", min_width=100)
-        with gr.Accordion("Runs", open=False), gr.Row():
+        with gr.Accordion("Runs to compare", open=False), gr.Row():
             self.runs = {name: gr.Dropdown(**picker, label=f"{name}: run") for name, picker in pickers.items()}
-        self.result = gr.HTML(html.comparison(Comparison()), elem_id="comparison")
+        self.result = gr.HTML(html.comparison(dict.fromkeys(SYSTEMS, Card())), elem_id="comparison")
         with gr.Accordion("This session", open=True):
             self.tally = gr.HTML(html.tally([]), elem_id="tally")
         self._connect()
@@ -188,28 +185,19 @@ class CompareTab:
         return [found[index].gold, *texts, *[""] * (MAX_FIELDS - len(texts))]
 
     def _on_compare(
-        self,
-        session: Session,
-        task: str,
-        gold: str | None,
-        with_rationale: bool,
-        max_new_tokens: int,
-        baseline: str | None,
-        dhrd: str | None,
-        cot: str,
-        *texts: str,
+        self, session: Session, task: str, gold: str | None, rationale: bool, budget: float, *picked_and_texts: Any
     ) -> Iterator[tuple[Any, Any]]:
-        runs = {"pooled baseline": baseline, "DHRD": dhrd, "CoT": cot}
+        picked, texts = picked_and_texts[: len(SYSTEMS)], picked_and_texts[len(SYSTEMS) :]
         try:
-            stored.check_comparable(self.root, runs.values())
-            fields = stored.task_for(self.root, task, runs.values()).fields
+            stored.check_comparable(self.root, picked)
+            fields = stored.task_for(self.root, task, picked).fields
         except WorkbenchError as error:
             yield html.notice(str(error), "error"), gr.skip()
             return
-        by_field = dict(zip(fields, texts, strict=False))
-        question = Question(task, by_field, gold, runs, int(max_new_tokens), with_rationale)
-        for shown in compare(self.backend, question, session):
-            yield html.comparison(shown), gr.skip()
+        by_field, runs = dict(zip(fields, texts, strict=False)), dict(zip(SYSTEMS, picked, strict=True))
+        question = Question(task, by_field, gold, runs, int(budget), rationale)
+        for cards in compare(self.backend, question, session):
+            yield html.comparison(cards, gold), gr.skip()
         yield gr.skip(), html.tally(session.asked)
 
     def _examples(self, task: str, picked: Sequence[str | None]) -> dict[str, Any]:
@@ -228,4 +216,4 @@ def _pickers(runs: Sequence[Run], task: str) -> dict[str, dict[str, Any]]:
 def _boxes(task: Task) -> list[dict[str, Any]]:
     """Return label and visibility of each text box."""
     shown = [{"label": name, "visible": True} for name in task.fields]
-    return shown + [{"label": "", "visible": False}] * (MAX_FIELDS - len(shown))
+    return (shown + [{"label": "", "visible": False}] * MAX_FIELDS)[:MAX_FIELDS]

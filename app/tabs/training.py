@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any
@@ -38,29 +37,21 @@ _POLL_SECONDS = 1.0
 _STOP_SECONDS = 10
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a comparison is: the run under way (None before its first log), its last log, share of all epochs."""
-
-    run: str | None
-    number: int
-    log: dict[str, float]
-    share: float
-
-
-def read_progress(root: Path, configs: Sequence[RunConfig]) -> Progress:
-    """Return the progress of runs that are trained one after the other, from their folders."""
+def read_progress(root: Path, configs: Sequence[RunConfig]) -> tuple[float, str]:
+    """Return the share of all epochs that is done, and what goes on, of runs trained one after the other."""
     for done, config in enumerate(configs):
-        folder = root / config.name
-        if not (folder / "metrics.json").is_file():
-            history = folder / "history.jsonl"
-            # Training appends whole lines; the last may be under way.
-            lines = history.read_text(encoding="utf-8").splitlines(keepends=True) if history.is_file() else []
-            logs = [json.loads(line) for line in lines if line.endswith("\n")]
-            log = {key: value for one in logs for key, value in one.items() if value is not None}
-            share = (done + min(log.get("epoch", 0.0) / config.training.epochs, 1.0)) / len(configs)
-            return Progress(config.name if logs else None, done + 1, log, share)
-    return Progress(None, len(configs), {}, 1.0)
+        if (root / config.name / "metrics.json").is_file():
+            continue
+        history = root / config.name / "history.jsonl"
+        # Training appends whole lines; the last may be incomplete.
+        lines = history.read_text(encoding="utf-8").splitlines(keepends=True) if history.is_file() else []
+        log = {key: value for line in lines if line.endswith("\n") for key, value in json.loads(line).items()}
+        if not log:
+            return done / len(configs), "Training starts: reading the data, loading the backbone"
+        where = f"Training run {done + 1} of {len(configs)}: {config.name}, step {log['step']}"
+        loss = f", loss {log['loss']:.3f}" if "loss" in log else ""
+        return (done + min(log["epoch"] / config.training.epochs, 1.0)) / len(configs), where + loss
+    return 1.0, "Writing the report"
 
 
 class Training:
@@ -90,7 +81,7 @@ class Training:
             if self.state != "running":
                 self._stopped = False
                 self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (read if the process fails)
-                self._started = (time.time(), read_progress(self.root, self.configs).share)
+                self._started = (time.time(), read_progress(self.root, self.configs)[0])
                 self._process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=self._errors)
 
     def stop(self) -> None:
@@ -107,30 +98,22 @@ class Training:
 
     def status(self) -> str:
         """Return the progress bar, or how the training ended, as HTML; nothing before the first start."""
-        state = self.state
-        if state == "running":
-            return self._progress()
-        if state == "failed":
+        if self.state == "running":
+            share, message = read_progress(self.root, self.configs)
+            started, share_before = self._started
+            left = ""
+            if share - share_before > 0.02:
+                minutes = (time.time() - started) / 60 * (1 - share) / (share - share_before)
+                left = f", about {max(round(minutes), 1)} min left"
+            message += f". {share:.0%} of all epochs{left}. Latencies are longer meanwhile."
+            return html.progress_bar(share, "Training", message)
+        if self.state == "failed":
             self._errors.seek(0)
-            lines = self._errors.read().decode(errors="replace").split("\n")
-            reason = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+            lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines()]
+            reason = next(filter(None, reversed(lines)), "no message")
             return html.notice(f"The training failed: {reason}", "error")
         ended = {"done": "The training is done.", "stopped": "The training was stopped; a new start resumes it."}
-        return html.notice(ended[state]) if state in ended else ""
-
-    def _progress(self) -> str:
-        found, (started, share_before) = read_progress(self.root, self.configs), self._started
-        message = "Training starts: reading the data, loading the backbone"
-        if found.run:
-            message = f"Training run {found.number} of {len(self.configs)}: {found.run}"
-            message += f", step {found.log['step']:.0f}"
-            message += f", loss {found.log['loss']:.3f}" if "loss" in found.log else ""
-        left, gained = "", found.share - share_before
-        if gained > 0.02:
-            minutes = (time.time() - started) * (1 - found.share) / gained / 60
-            left = f", about {max(round(minutes), 1)} min left"
-        message += f". {found.share:.0%} of all epochs{left}. Latencies are longer meanwhile."
-        return html.progress_bar(found.share, "Training", message)
+        return html.notice(ended[self.state]) if self.state in ended else ""
 
 
 class TrainingPanel:
@@ -144,8 +127,8 @@ class TrainingPanel:
         with gr.Column(visible=self._needed, elem_id="training") as self.panel:
             self.notice = gr.HTML(html.notice(_NO_RUNS))
             with gr.Row(elem_classes="actions"):
-                self.start = gr.Button("Train the quick comparison", variant="primary", min_width=200)
-                self.stop = gr.Button("Stop training", variant="stop", interactive=False, min_width=140)
+                self.start = gr.Button("Train the quick comparison", variant="primary", min_width=280)
+                self.stop = gr.Button("Stop training", variant="stop", interactive=False, min_width=160)
             self.bar = gr.HTML(elem_id="training-progress")
 
     @property

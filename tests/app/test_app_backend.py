@@ -51,10 +51,10 @@ def test_rows_match_single_inputs(backend):
     rows = [{"text": f"{TEXTS['text']} {'again ' * n}"} for n in range(20)]
     steps = list(backend.classify_rows(DHRD, rows))
     alone = [backend.classify(DHRD, row) for row in rows]
-    assert [len(step.probabilities) for step in steps] == [16, 20]
+    assert [len(step.predictions.labels) for step in steps] == [16, 20]
     expected = [list(answer.probabilities.values()) for answer in alone]
-    np.testing.assert_allclose(steps[-1].probabilities, expected, atol=1e-5)
-    assert steps[-1].labels == [answer.label for answer in alone]
+    np.testing.assert_allclose(steps[-1].predictions.probabilities, expected, atol=1e-5)
+    assert steps[-1].predictions.labels == [answer.label for answer in alone]
     assert steps[-1].inputs_cut == sum(answer.tokens_cut > 0 for answer in alone)
     assert steps[-1].seconds > steps[0].seconds > 0
 
@@ -99,12 +99,12 @@ def test_run_is_looked_up_and_never_a_path(backend, name):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"text": "  "}, "has no text"),
-        ({"body": "x"}, "lacks the text 'text'"),
-        ({"text": 3}, "lacks the text 'text'"),
-        ({"text": "x" * (MAX_CHARACTERS + 1)}, "expected at most 8,000"),
-        ([TEXTS], 'is a list; expected the texts by field: {"text": "..."}'),
-        (None, "is a NoneType"),
+        ({"text": "  "}, "input 1 has no text"),
+        ({"body": "x"}, "input 1 lacks 'text'; expected a dict with 'text'"),
+        ({"text": "x" * (MAX_CHARACTERS + 1)}, "input 1 has 8,001 characters; expected at most 8,000"),
+        ("x" * (MAX_CHARACTERS + 1), "8,001 characters"),
+        ([{"text": "x"}], "input 1 is of the type list; expected a dict with 'text'"),
+        (None, "input 1 is of the type NoneType"),
         ("\ud800", "surrogate|half|character"),
     ],
 )
@@ -122,10 +122,10 @@ def test_bad_input_is_refused(backend, inputs, message):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "has 0 rows; expected a list of 1 to 5,000"),
-        ([TEXTS] * (MAX_ROWS + 1), "has 5,001 rows"),
-        (TEXTS, "a dict; expected a list"),
-        ([TEXTS, {"text": ""}], "Row 2 has no text"),
+        ([], "There are 0 rows; expected 1 to 5,000"),
+        ([TEXTS] * (MAX_ROWS + 1), "There are 5,001 rows"),
+        (3, "is of the type int"),
+        ([TEXTS, {"text": ""}], "input 2 has no text"),
     ],
 )
 def test_bad_rows_are_refused(backend, rows, message):

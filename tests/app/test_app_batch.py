@@ -10,22 +10,22 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from app_runs import BASELINE, DHRD, TASK, last, never, store_runs
+from app_runs import BASELINE, DHRD, REASONING, TASK, last, store_runs
 
 from app.backend import Backend
 from app.events import Session
 from app.settings import MAX_FIELDS, MAX_ROWS, Settings
 from app.tabs import batch
 from app.tabs.compare import CompareTab
-from dhrd_lib.config import ConfigError
 from dhrd_lib.tasks import TaskError
 
 RUNS = {"pooled baseline": BASELINE, "DHRD": DHRD}
+MAPPING = ["body", *[None] * (MAX_FIELDS - 1), "queue"]
 
 
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory) -> Backend:
-    return Backend(Settings(runs=store_runs(tmp_path_factory.mktemp("runs"), *RUNS.values()), backbone="tiny"))
+    return Backend(Settings(runs=store_runs(tmp_path_factory.mktemp("runs")), backbone="tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,15 @@ def table() -> batch.Table:
 @pytest.fixture(scope="module")
 def result(backend, table) -> batch.Result:
     texts = batch.texts_of(table, TASK, {"text": "body"})
-    predictions = last(batch.classify(backend, texts, RUNS, never))
+    rows = texts.to_dict("records")
+    predictions = {system: last(backend.classify_rows(run, rows)) for system, run in RUNS.items()}
     return batch.Result(TASK, texts, batch.gold_of(table, TASK, "queue"), predictions)
+
+
+@pytest.fixture(scope="module")
+def tab(backend) -> batch.BatchTab:
+    with gr.Blocks():
+        return batch.BatchTab(backend, CompareTab(backend))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
@@ -133,30 +140,42 @@ def test_downloads_hold_label_names_and_all_probabilities(result, tmp_path):
 
 
 @pytest.mark.parametrize("end", [lambda steps: next(steps, None), lambda steps: steps.close()])
-def test_download_files_are_temporary(backend, table, end):
-    with gr.Blocks():
-        tab = batch.BatchTab(backend, CompareTab(backend))
-    mapping = ["body", *[None] * (MAX_FIELDS - 1), "queue"]
-    steps = tab._on_run(Session(), table, "support_triage", BASELINE, DHRD, *mapping)
+def test_download_files_are_temporary(tab, table, end):
+    steps = tab._on_run(Session(), table, "support_triage", BASELINE, DHRD, *MAPPING)
     files = next(shown[4:6] for shown in steps if "rows classified" in shown[0])
     assert [len(Path(file).read_text().splitlines()) for file in files] == [31, 30]
     end(steps)
     assert [file for file in files if Path(file).parent.exists()] == []
 
 
-def test_stop_drops_predictions(backend, result):
-    assert last(batch.classify(backend, result.texts, {"DHRD": DHRD}, lambda: True)) is None
+def test_stop_drops_predictions(tab, table):
+    session = Session()
+    session.stopped.set()
+    status, *rest = last(tab._on_run(session, table, "support_triage", BASELINE, DHRD, *MAPPING))
+    assert "Stopped" in status
+    assert rest == [gr.skip()] * 7
 
 
-def test_without_run_batch_is_refused(backend, result):
-    with pytest.raises(ConfigError, match="There is no trained run for this task"):
-        next(batch.classify(backend, result.texts, {"DHRD": None}, never))
+@pytest.mark.parametrize(
+    ("runs", "mapping", "message"),
+    [
+        ((None, None), {}, "There is no trained run for this task"),
+        ((BASELINE, None), {0: None}, "has no column None for"),
+        ((BASELINE, None), {-1: "body"}, "row 1 has the label"),
+        ((None, "gone"), {}, "There is no finished run"),
+        ((None, REASONING), {}, "its classifier is untrained"),
+    ],
+)
+def test_bad_batch_is_refused_in_words(tab, table, runs, mapping, message):
+    columns = MAPPING.copy()
+    for index, column in mapping.items():
+        columns[index] = column
+    status, *_ = last(tab._on_run(Session(), table, "support_triage", *runs, *columns))
+    assert message in status
 
 
-def test_file_survives_deleted_upload(backend, tmp_path):
-    """Uploads are deleted after an hour; the page goes on with the rows that it has read."""
-    with gr.Blocks():
-        tab = batch.BatchTab(backend, CompareTab(backend))
+def test_rows_survive_deleted_upload(tab, tmp_path):
+    """Uploads are deleted after an hour; the page keeps the rows that it has read."""
     path = tmp_path / "rows.csv"
     path.write_text("premise,hypothesis\na,b\n")
     table, *_, fields = tab._on_file(str(path), "support_triage", None, None)[:5]

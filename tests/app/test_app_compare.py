@@ -10,7 +10,7 @@ from app import html
 from app import runs as stored
 from app.backend import ZERO_SHOT, Answer, Backend, Stream
 from app.events import Session
-from app.html import SYSTEMS, Asked, Card, Comparison
+from app.html import SYSTEMS, Asked, Card
 from app.settings import MAX_FIELDS, Settings
 from app.tabs.compare import NO_RUN, CompareTab, Question, compare
 
@@ -34,54 +34,54 @@ def question(**changes) -> Question:
     return Question(**{**asked, "max_new_tokens": 8, "with_rationale": False, **changes})
 
 
-def states(shown: Comparison) -> dict[str, str]:
-    return {name: card.state for name, card in shown.cards.items()}
+def states(cards: dict[str, Card]) -> dict[str, str]:
+    return {name: card.state for name, card in cards.items()}
 
 
 def test_three_systems_answer_and_session_counts_them(backend):
     session = Session()
-    shown = last(compare(backend, question(), session))
-    assert states(shown) == dict.fromkeys(SYSTEMS, "done")
-    assert set(session.asked[0].predictions) == set(SYSTEMS)
-    assert shown.cards["DHRD"].rationale is None
+    cards = last(compare(backend, question(), session))
+    assert states(cards) == dict.fromkeys(SYSTEMS, "done")
+    assert set(session.asked[0].answers) == set(SYSTEMS)
+    assert cards["DHRD"].stream is None
 
 
 def test_rationale_is_opt_in_and_timed_apart(backend):
-    card = last(compare(backend, question(with_rationale=True), Session())).cards["DHRD"]
-    assert card.rationale.latency_ms != card.answer.latency_ms
-    assert "does not depend on it" in html.comparison(Comparison(cards={"DHRD": card}))
+    card = last(compare(backend, question(with_rationale=True), Session()))["DHRD"]
+    assert card.stream.latency_ms != card.answer.latency_ms
+    assert "does not depend on it" in html.comparison({"DHRD": card})
 
 
 def test_without_runs_zero_shot_cot_answers(tmp_path):
     runs = {"pooled baseline": None, "DHRD": None, "CoT": ZERO_SHOT}
     empty = Backend(Settings(runs=tmp_path, backbone="tiny"))
-    shown = last(compare(empty, question(runs=runs), Session()))
-    assert states(shown) == {"pooled baseline": "missing", "DHRD": "missing", "CoT": "done"}
-    assert "zero-shot on tiny" in shown.cards["CoT"].source
-    assert NO_RUN in html.comparison(shown)
+    cards = last(compare(empty, question(runs=runs), Session()))
+    assert states(cards) == {"pooled baseline": "missing", "DHRD": "missing", "CoT": "done"}
+    assert "zero-shot on tiny" in cards["CoT"].source
+    assert NO_RUN in html.comparison(cards)
 
 
 def test_one_failure_leaves_other_cards(backend):
-    shown = last(compare(backend, question(runs={**RUNS, "DHRD": "gone"}), Session()))
-    assert states(shown) == {"pooled baseline": "done", "DHRD": "failed", "CoT": "done"}
-    assert "There is no finished run" in shown.cards["DHRD"].note
+    cards = last(compare(backend, question(runs={**RUNS, "DHRD": "gone"}), Session()))
+    assert states(cards) == {"pooled baseline": "done", "DHRD": "failed", "CoT": "done"}
+    assert "There is no finished run" in cards["DHRD"].note
 
 
 def test_run_with_untrained_classifier_fails_in_words(backend):
-    card = last(compare(backend, question(runs={**RUNS, "DHRD": REASONING}), Session())).cards["DHRD"]
+    card = last(compare(backend, question(runs={**RUNS, "DHRD": REASONING}), Session()))["DHRD"]
     assert (card.state, card.answer) == ("failed", None)
-    assert "its classifier is untrained" in html.comparison(Comparison(cards={"DHRD": card}))
+    assert "its classifier is untrained" in html.comparison({"DHRD": card})
 
 
 def test_stop_ends_cot_at_next_token(backend):
     session, seen = Session(), []
-    for shown in compare(backend, question(max_new_tokens=200), session):
-        if shown.cards["CoT"].stream:
+    for cards in compare(backend, question(max_new_tokens=200), session):
+        if cards["CoT"].stream:
             session.stopped.set()
-            seen.append(shown.cards["CoT"].stream.tokens)
-    assert shown.cards["CoT"].state == "stopped"
+            seen.append(cards["CoT"].stream.tokens)
+    assert cards["CoT"].state == "stopped"
     assert max(seen) < 200
-    assert "CoT" not in session.asked[0].predictions
+    assert "CoT" not in session.asked[0].answers
 
 
 def test_stop_while_waiting_skips_cot(backend):
@@ -92,9 +92,9 @@ def test_stop_while_waiting_skips_cot(backend):
 
 def test_script_tags_stay_text():
     stream, answer = Stream(SCRIPT, 3, 10.0), Answer(SCRIPT, {SCRIPT: 1.0}, 5.0, 4)
-    card = Card(SCRIPT, "done", SCRIPT, answer, stream, stream, "done")
+    card = Card(SCRIPT, "done", SCRIPT, answer, stream)
     failed = Card(SCRIPT, "failed", SCRIPT)
-    page = html.comparison(Comparison(SCRIPT, {"DHRD": card, "CoT": card, "pooled baseline": failed}))
+    page = html.comparison({"DHRD": card, "CoT": card, "pooled baseline": failed}, SCRIPT)
     page += html.notice(SCRIPT, "error") + html.table([{SCRIPT: SCRIPT}], SCRIPT)
     page += html.progress_bar(0.5, SCRIPT, SCRIPT) + html.definitions(SCRIPT, {SCRIPT: SCRIPT})
     assert "<script" not in page
@@ -103,15 +103,18 @@ def test_script_tags_stay_text():
 
 def test_latency_ratio_in_words():
     answers = {"DHRD": Answer("fix", {}, 100.0, 9), "CoT": Answer("fix", {}, 4150.0, 9, 57)}
-    shown = Comparison(cards={name: Card(answer=answer) for name, answer in answers.items()})
-    assert html.latency_ratio(shown) == ["Speed-up of DHRD over CoT: 42x; CoT generated 57 tokens."]
+    cards = {name: Card(answer=answer) for name, answer in answers.items()}
+    assert html.latency_ratio(cards) == ["Speed-up of DHRD over CoT: 42x; CoT generated 57 tokens."]
 
 
 def test_tally_has_medians_accuracy_and_agreement():
+    def answer(label: str | None, ms: float) -> Answer:
+        return Answer(label, {}, ms, 9)
+
     asked = [
-        Asked({"DHRD": "fix", "CoT": "fix"}, {"DHRD": 10, "CoT": 1000}, "fix"),
-        Asked({"DHRD": "fix", "CoT": None}, {"DHRD": 30, "CoT": 3000}, "refund"),
-        Asked({"DHRD": "fix"}, {"DHRD": 20}, None),
+        Asked({"DHRD": answer("fix", 10), "CoT": answer("fix", 1000)}, "fix"),
+        Asked({"DHRD": answer("fix", 30), "CoT": answer(None, 3000)}, "refund"),
+        Asked({"DHRD": answer("fix", 20)}, None),
     ]
     page = html.tally(asked)
     assert "<td>DHRD</td><td>3</td><td>20 ms</td><td>1 of 2</td>" in page

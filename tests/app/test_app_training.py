@@ -36,21 +36,14 @@ def ended(training: Training, command: list[str]) -> str:
 
 
 def test_progress_counts_epochs_of_all_runs(tmp_path):
-    assert read_progress(tmp_path, CONFIGS).share == 0
+    assert read_progress(tmp_path, CONFIGS)[0] == 0
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "metrics.json").write_text("{}")
-    log(
-        tmp_path,
-        "two",
-        {"step": 5, "epoch": 1.0, "loss": 0.7},
-        {"step": 10, "epoch": 2.0, "eval_loss": 1},
-        torn="{",
-    )
-    found = read_progress(tmp_path, CONFIGS)
-    assert (found.run, found.number, found.share) == ("two", 2, 0.75)
-    assert (found.log["step"], found.log["loss"]) == (10, 0.7)
+    steps = {"step": 5, "epoch": 1.0, "loss": 0.7}, {"step": 10, "epoch": 2.0, "eval_loss": 1}
+    log(tmp_path, "two", *steps, torn="{")
+    assert read_progress(tmp_path, CONFIGS) == (0.75, "Training run 2 of 2: two, step 10, loss 0.700")
     (tmp_path / "two" / "metrics.json").write_text("{}")
-    assert read_progress(tmp_path, CONFIGS).share == 1
+    assert read_progress(tmp_path, CONFIGS)[0] == 1
 
 
 def test_status_shows_run_step_and_loss(tmp_path):
@@ -128,7 +121,8 @@ def test_real_training_is_followed_to_its_end(tmp_path):
     training = Training(tmp_path, [config], [])
     command = [sys.executable, "-m", "dhrd_lib", "train", str(tmp_path / "tiny.json"), "--runs", str(tmp_path)]
     assert "The training is done." in ended(training, command)
-    assert read_progress(tmp_path, [config]).share == 1
+    assert read_progress(tmp_path, [config])[0] == 1
     (tmp_path / "tiny" / "metrics.json").unlink()
-    found = read_progress(tmp_path, [config])
-    assert (found.run, found.log["step"], found.share) == ("tiny", 2, 1)
+    share, message = read_progress(tmp_path, [config])
+    assert share == 1
+    assert "Training run 1 of 1: tiny, step 2, loss" in message
