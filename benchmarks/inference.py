@@ -32,7 +32,7 @@ from dhrd_lib.config import ModelConfig
 from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import load_run
-from dhrd_lib.serving.classifier import load_classifier, model_folder
+from dhrd_lib.serving.classifier import classifier_folder, load_classifier
 from dhrd_lib.serving.export import export
 from dhrd_lib.studies.statistics import paired_comparison, points_interval
 from dhrd_lib.tasks import load_rows, load_task
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as scratch:
         source, rows, labels = model_and_rows(options, Path(scratch))
-        folders = {"torch": model_folder(source)}
+        folders = {"torch": classifier_folder(source)}
         for name, (format, int8) in EXPORTS.items():
             folders[name] = export(source, format, int8=int8, out=Path(scratch) / f"{format}-{int8}")
         classifiers = {name: load_classifier(folder) for name, folder in folders.items()}

@@ -39,7 +39,7 @@ from dhrd_lib.backbones import (
     logit_softcap,
     reading_weights,
 )
-from dhrd_lib.config import ConfigError, ModelConfig
+from dhrd_lib.config import ConfigError, ModelConfig, read_json
 from dhrd_lib.inputs import (
     MAX_TOKENS_PER_CPU_BATCH,
     Predictions,
@@ -56,7 +56,6 @@ from dhrd_lib.sequences import (
     encode_example,
     encode_examples,
 )
-from dhrd_lib.serving.classifier import read_model_config
 from dhrd_lib.tasks import Task, render
 
 FULL_FINETUNE_BELOW = 500_000_000
@@ -359,7 +358,10 @@ class DHRDModel(PreTrainedModel):
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no model; expected a folder of save_pretrained.")
         arguments = {"use_safetensors": True, "trust_remote_code": False, **REPORTED, **kwargs}
-        read_model_config(Path(folder))
+        if read_json(Path(folder) / "config.json").get("model_type") != "dhrd":
+            raise ConfigError(
+                f"{folder} holds another kind of model; expected a folder of DHRDModel.save_pretrained."
+            )
         with reading_weights(Path(folder), "a model"):
             config = DHRDConfig.from_pretrained(folder)
             check_size(Path(folder), config.backbone_config)

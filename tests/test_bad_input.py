@@ -45,7 +45,6 @@ from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import load_run
 from dhrd_lib.sequences import DHRDCollator, encode_example, encode_split
 from dhrd_lib.serving.classifier import load_classifier
-from dhrd_lib.serving.export import export as export_model
 from dhrd_lib.tasks import Task, load_task, read_rows
 from dhrd_lib.training import train
 
@@ -525,56 +524,6 @@ def of_sizes_left_out(folder: Path) -> None:
     path.write_text(json.dumps({**told, **backbone} if "backbone_config" in told else kept))
 
 
-@cache
-def exported() -> Path:
-    """An export for transformers' own class."""
-    folder = Path(tempfile.mkdtemp())
-    build_model(ModelConfig(backbone="tiny", device="cpu", head="linear"), TASK).save_pretrained(folder / "model")
-    return export_model(folder / "model", "hf", out=folder / "export")
-
-
-def hf_export(alter: Callable[[Path], Any]) -> Callable[[Path], Path]:
-    """An export for transformers' own class, altered."""
-
-    def build(folder: Path) -> Path:
-        shutil.copytree(exported(), folder / "export")
-        alter(folder / "export")
-        return folder / "export"
-
-    return build
-
-
-def telling(**changes: Any) -> Callable[[Path], Any]:
-    """An alteration of what an export says about itself."""
-
-    def alter(folder: Path) -> None:
-        path = folder / "config.json"
-        told = json.loads(path.read_text())
-        path.write_text(json.dumps({**told, "dhrd_export": {**told["dhrd_export"], **changes}}))
-
-    return alter
-
-
-def holding(name: str, content: str, **changes: Any) -> Callable[[Path], Any]:
-    """An alteration of an export's file, and of what it says about itself."""
-
-    def alter(folder: Path) -> None:
-        write(folder / name, content)
-        telling(**changes)(folder)
-
-    return alter
-
-
-def odd_export_field(name: str, value: Any, told: str | None = None) -> Case:
-    said = f"{{path}}/config.json, dhrd_export: {name} is {value!r}; expected what export wrote."
-    return Case(f"an-exports-{name}-{value!r}", hf_export(telling(**{name: value})), load_classifier, told or said)
-
-
-def odd_model_field(name: str, value: Any, told: str) -> Case:
-    build = model_folder(with_config(**{name: value}))
-    return Case(f"a-models-{name}-{value!r}", build, load_classifier, f"{{path}}/config.json has {told}.")
-
-
 def without_weights(part: str) -> Callable[[Path], Any]:
     def alter(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -735,33 +684,6 @@ MODELS = [
         SEVEN_BILLION,
     ),
     Case(
-        "an-hf-export-without-sizes",
-        hf_export(of_sizes_left_out),
-        load_classifier,
-        SEVEN_BILLION,
-    ),
-    Case(
-        "a-model-config-of-nothing",
-        model_folder(of_nothing),
-        DHRDModel.from_pretrained,
-        "{path}/config.json has the model_type None; expected 'dhrd', a DHRDModel's.",
-    ),
-    Case(
-        "a-backbone-as-a-model",
-        backbone_folder(lambda folder: None),
-        DHRDModel.from_pretrained,
-        "{path}/config.json has the model_type 'llama'; expected 'dhrd', a DHRDModel's.",
-    ),
-    *(
-        Case(
-            f"a-model-with-{told}-as-backbone",
-            model_folder(with_config(backbone_config=backbone)),
-            load_classifier,
-            "{path}/config.json lacks a backbone_config with a model_type; expected what training wrote.",
-        )
-        for told, backbone in (("null", None), ("nothing", {}), ("a-list", []))
-    ),
-    Case(
         "no-such-device",
         given_value("gpu"),
         resolve_device,
@@ -801,12 +723,6 @@ MODELS = [
         f"{{path}}/config.json is not JSON: {NO_KEY}.",
     ),
     Case(
-        "a-folder-without-classifier",
-        lambda folder: folder / "none",
-        load_classifier,
-        "{path} holds no classifier; expected a finished run, a saved DHRDModel or an export.",
-    ),
-    Case(
         "a-model-of-a-lora-that-is-none",
         model_folder(with_config(lora=[1])),
         load_classifier,
@@ -819,83 +735,6 @@ MODELS = [
         load_classifier,
         "{path} can't be read as a model (module 'torch' has no attribute 'float99'); expected a folder of "
         "save_pretrained.",
-    ),
-    odd_model_field("verbalizers", ["a"], "the verbalizers ['a']; expected 2 texts, one a label"),
-    odd_model_field("verbalizers", [1, 2], "the verbalizers [1, 2]; expected 2 texts, one a label"),
-    *(
-        odd_model_field("id2label", value, f"{value!r} as id2label; expected two labels or more, numbered from 0")
-        for value in (["a", "b"], {"0": "a", "5": "b"}, {"x": "a", "y": "b"}, {"0": "a"})
-    ),
-    odd_model_field("max_input_tokens", "16", "'16' as max_input_tokens; expected a whole number, 1 or more"),
-    odd_model_field("max_input_tokens", 0, "0 as max_input_tokens; expected a whole number, 1 or more"),
-    *(
-        Case(
-            f"an-export-of-{value!r}",
-            hf_export(with_config(dhrd_export=value)),
-            load_classifier,
-            f"{{path}}/config.json, dhrd_export is {value!r}; expected the fields that export wrote.",
-        )
-        for value in (None, [{}], "hf")
-    ),
-    odd_export_field("template", ["{text}"]),
-    odd_export_field("label_names", "ab"),
-    odd_export_field("label_names", [1, 2]),
-    odd_export_field("max_input_tokens", "9"),
-    odd_export_field("max_input_tokens", 0),
-    odd_export_field("start_ids", None),
-    odd_export_field("pad_token_id", None),
-    odd_export_field(
-        "start_ids", [512], "{path} has the token id 512 in its config.json and 512 tokens; expected one of them."
-    ),
-    odd_export_field(
-        "format", ["hf"], "{path}/config.json has the format ['hf']; expected one of 'onnx', 'openvino', 'hf'."
-    ),
-    Case(
-        "an-export-of-more-labels",
-        hf_export(telling(label_names=["a", "b", "c"])),
-        lambda path: load_classifier(path).predict(["x"]),
-        "the exported model gives 2 logits a text for 3 labels; expected one a label, as export wrote.",
-    ),
-    Case(
-        "an-export-without-tokenizer",
-        hf_export(without("tokenizer.json")),
-        load_classifier,
-        "{path} has no tokenizer of an export that can be read (No such file or directory (os error 2)); export it "
-        "anew.",
-    ),
-    Case(
-        "an-export-with-a-torn-tokenizer",
-        hf_export(holding("tokenizer.json", "{")),
-        load_classifier,
-        "{path} has no tokenizer of an export that can be read (EOF while parsing an object at line 1 column 1); "
-        "export it anew.",
-    ),
-    Case(
-        "an-export-without-classifier",
-        hf_export(without_weights("score")),
-        load_classifier,
-        "{path} lacks 1 of its weights, the first 'score.weight'; expected all that its config.json speaks of.",
-    ),
-    Case(
-        "an-export-with-torn-weights",
-        hf_export(torn("model.safetensors")),
-        load_classifier,
-        f"{{path}} can't be read as an hf export {TORN_WEIGHTS}; expected a folder of save_pretrained.",
-    ),
-    Case(
-        "a-torn-onnx-graph",
-        hf_export(holding("model.onnx", "ONNX", format="onnx")),
-        load_classifier,
-        "{path} has no export of the format 'onnx' that can be read ([ONNXRuntimeError] : 7 : INVALID_PROTOBUF : "
-        "Load model from {path}/model.onnx failed:Protobuf parsing failed); export it anew.",
-    ),
-    Case(
-        "a-torn-openvino-graph",
-        hf_export(holding("openvino_model.xml", "<net", format="openvino")),
-        load_classifier,
-        "{path} has no export of the format 'openvino' that can be read (Unable to read the model: \"{path}/"
-        'openvino_model.xml" Please check that model format: ".xml" is supported and the model is correct); export '
-        "it anew.",
     ),
     *(
         Case(
@@ -1230,12 +1069,6 @@ OUTS = [
         "{path} is a folder; expected a file, such as {path}/results.json.",
     ),
     Case(
-        "an-export-below-a-file",
-        beside_a_file(model_folder(lambda folder: None)),
-        command("export", "{folder}/model", "--format", "onnx", "--out", "{path}/new/x"),
-        f"{A_FILE} out may name another folder.",
-    ),
-    Case(
         "runs-below-a-file",
         beside_a_file(small_run_config),
         command("train", "{folder}/run.json", "--runs", "{path}/runs"),
@@ -1246,15 +1079,6 @@ OUTS = [
         beside_a_file(small_grid),
         command("sweep", "{folder}/grid.json", "--runs", "{path}"),
         f"{A_FILE} another folder of runs may be named.",
-    ),
-    Case(
-        "an-export-of-a-name-too-long",
-        beside_a_file(model_folder(lambda folder: None)),
-        command("export", "{folder}/model", "--format", "hf", "--out", "{folder}/" + "n" * 300),
-        "{folder} can't be written ([Errno 36] File name too long: '{folder}/"
-        + "n" * 300
-        + "'); expected room there "
-        "and the right to write; out may name another folder.",
     ),
 ]
 
