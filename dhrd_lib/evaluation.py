@@ -27,8 +27,9 @@ def task_metrics(
 
     Args:
         metrics: names out of `METRICS`: "accuracy", "macro_f1" (scikit-learn's macro average over the classes
-            that labels or predictions hold; CB), "f1a" (F1 of class 1 over all answers; MultiRC) and "em" (the
-            share of groups whose rows are all right; MultiRC).
+            that labels or predictions hold; CB), "balanced_accuracy" (mean recall of the classes that labels
+            hold), "mcc" (Matthews correlation for any number of classes), "f1a" (F1 of class 1 over all answers;
+            MultiRC) and "em" (the share of groups whose rows are all right; MultiRC).
         groups: (N,), any hashable values; the question that each row belongs to.
 
     Raises:
@@ -116,9 +117,28 @@ def _macro_f1(counts: np.ndarray) -> np.ndarray:
     return _f1(counts).sum(axis=-1) / (gold + predicted > 0).sum(axis=-1)
 
 
+def _balanced_accuracy(counts: np.ndarray) -> np.ndarray:
+    right, gold, _ = _by_class(counts)
+    return (right / np.maximum(gold, 1)).sum(axis=-1) / (gold > 0).sum(axis=-1)
+
+
+def _mcc(counts: np.ndarray) -> np.ndarray:
+    """Return Gorodkin's R_K; rows without an answer count as one more predicted class, as in scikit-learn."""
+    right, gold, predicted = _by_class(counts)
+    rows = gold.sum(axis=-1)
+    unanswered = rows - predicted.sum(axis=-1)
+    covariance = right.sum(axis=-1) * rows - (gold * predicted).sum(axis=-1)
+    spread_gold = rows**2 - (gold**2).sum(axis=-1)
+    spread_predicted = rows**2 - (predicted**2).sum(axis=-1) - unanswered**2
+    spread = np.sqrt(spread_gold * spread_predicted)
+    return covariance / np.where(spread > 0, spread, 1)  # 0 where every label or every prediction is the same
+
+
 METRICS = {
     "accuracy": _accuracy,
     "macro_f1": _macro_f1,
+    "balanced_accuracy": _balanced_accuracy,
+    "mcc": _mcc,
     "f1a": lambda counts: _f1(counts)[..., 1],
     "em": lambda counts: counts[..., -2] / counts[..., -1],
 }

@@ -38,7 +38,7 @@ COLUMNS = ("task", "split", "setting", "n_seeds", "value", "low", "high", "major
 COLUMNS += ("difference", "diff_low", "diff_high", "p_value")
 MAX_EXAMPLES = 50
 _ORDER = ("pooled baseline", "DHRD", "reasoning only")
-_METRIC_NAMES = {"macro_f1": "macro-F1", "f1a": "F1a", "em": "EM"}
+_METRIC_NAMES = {"macro_f1": "macro-F1", "mcc": "MCC", "f1a": "F1a", "em": "EM"}
 
 
 def write_report(runs: Sequence[Run], path: str | Path) -> pd.DataFrame:

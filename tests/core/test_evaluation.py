@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, matthews_corrcoef
 
 from dhrd_lib.evaluation import NO_ANSWER, confusion, per_class, task_metrics
 
@@ -31,10 +31,31 @@ def test_cb_equals_hand_worked_example():
 @pytest.mark.parametrize("n_labels", [2, 3, 5])
 def test_metrics_equal_scikit_learn(rng, n_labels):
     labels, predictions = rng.integers(n_labels, size=(2, 200))
-    metrics = task_metrics(["accuracy", "macro_f1", "f1a"], labels, predictions)
+    metrics = task_metrics(["accuracy", "macro_f1", "balanced_accuracy", "mcc", "f1a"], labels, predictions)
     assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, predictions))
     assert metrics["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"))
+    assert metrics["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predictions))
+    assert metrics["mcc"] == pytest.approx(matthews_corrcoef(labels, predictions))
     assert metrics["f1a"] == pytest.approx(f1_score(labels, predictions, labels=[1], average="macro"))
+
+
+def test_imbalance_metrics_equal_hand_worked_example():
+    labels, majority, half = [0] * 8 + [1] * 2, [0] * 10, [0] * 8 + [1, 0]
+    metrics = ["accuracy", "balanced_accuracy", "mcc"]
+    # Always the majority label: recalls 1 and 0, no correlation.
+    assert task_metrics(metrics, labels, majority) == pytest.approx(
+        {"accuracy": 0.8, "balanced_accuracy": 0.5, "mcc": 0, "primary": 1.3 / 3}
+    )
+    # tp 1, tn 8, fn 1, fp 0: mcc = (1 * 8 - 0) / sqrt(1 * 2 * 8 * 9).
+    found = task_metrics(metrics, labels, half)
+    assert (found["balanced_accuracy"], found["mcc"]) == pytest.approx((0.75, 8 / 12))
+
+
+def test_mcc_counts_no_answer_as_a_class(rng):
+    labels, predictions = rng.integers(3, size=60), rng.integers(-1, 3, size=60)
+    assert task_metrics(["mcc"], labels, predictions)["mcc"] == pytest.approx(
+        matthews_corrcoef(labels, predictions)
+    )
 
 
 def test_macro_f1_counts_only_classes_that_occur():
