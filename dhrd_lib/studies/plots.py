@@ -409,7 +409,8 @@ def _group_points(figure: go.Figure) -> go.Figure:
 
 def _zoomed(low: pd.Series, high: pd.Series) -> list[float]:
     """Return an axis range in percent that is a little wider than the values."""
-    return [max(100 * low.min() - 2, 0), min(100 * high.max() + 2, 102)]
+    lowest, highest = 100 * low.min(), 100 * high.max()
+    return [lowest - 2 if lowest < 0 else max(lowest - 2, 0), min(highest + 2, 102)]  # MCC can be below 0
 
 
 def _band(part: pd.DataFrame, factor: str, color: str) -> go.Scatter:

@@ -1,4 +1,4 @@
-"""Token budgets, the cascade, and their figures."""
+"""Token budgets and the cascade."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from conftest import tiny_model
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import CoT, Decoding, Generations
 from dhrd_lib.evaluation import NO_ANSWER
-from dhrd_lib.studies import plots
 from dhrd_lib.studies.cot_budget import accuracy_by_budget, cascade
 
 TEXTS = ["My lamp broke.", "I was charged twice for one night, and want the money back.", "Why?"]
@@ -66,35 +65,3 @@ def test_cascade_sends_least_confident_rows_first():
 def test_cascade_keeps_equal_confidence_together():
     table = cascade([0, 1], np.full((2, 2), 0.5), [0, 1], classifier_seconds=1.0, cot_seconds=1.0)
     assert table["share_to_cot"].tolist() == [0, 1]
-
-
-def test_accuracy_figure_has_reference_lines_in_each_panel():
-    rows = pd.DataFrame({"cot": ["zero-shot", "zero-shot", "3-shot"], "reading": ["parsed"] * 3})
-    rows = rows.assign(budget=[9, 99, 9], tokens=[9.0, 99.0, 9.0], value=[0.2, 0.6, 0.4])
-    rows = rows.assign(low=rows["value"] - 0.1, high=rows["value"] + 0.1, unanswered=0, rows=10)
-    line, level, other, again = plots.accuracy_by_tokens(rows, {"DHRD": 0.8}).data
-    assert np.allclose(line.x, [1, 2])  # log10(1 + tokens), so that 0 has its place
-    assert np.allclose(line.y, [20, 60])
-    assert np.allclose(line.error_y.arrayminus, [10, 10])
-    assert np.allclose(other.y, [40])
-    assert level.name == again.name == "DHRD, no token"
-    assert set(level.y) == set(again.y) == {80}
-    assert [trace.xaxis for trace in (line, level, other, again)] == ["x", "x", "x2", "x2"]
-
-
-def test_cascade_figure_marks_its_ends():
-    table = cascade([0, 1], [[0.9, 0.1], [0.6, 0.4]], [0, 1], classifier_seconds=1.0, cot_seconds=9.0)
-    line, classifier, reasoner = plots.cascade_curve(table).data
-    assert np.allclose(line.y, 100 * table["value"])
-    assert (classifier.x[0], classifier.y[0]) == (1.0, 50)
-    assert (reasoner.x[0], reasoner.y[0]) == (pytest.approx(1 / 9), 100)
-
-
-def test_throughput_figure_has_a_bar_per_system():
-    row = {"latency_p50_ms": 1.0, "latency_p95_ms": 2.0, "written_tokens_per_query": 0.0, "queries": 5}
-    row |= {"best_batch": 8, "best_batch_unit": "rows"}
-    rows = pd.DataFrame([{**row, "system": n, "queries_per_second": q} for n, q in (("DHRD", 50), ("CoT", 0.2))])
-    figure = plots.throughput_bars(rows)
-    assert figure.layout.xaxis.type == "log"
-    assert list(figure.data[0].y) == ["DHRD", "CoT"]
-    assert np.allclose(figure.data[0].x, [50, 0.2])

@@ -125,6 +125,15 @@ def test_reliability_is_drawn_against_diagonal():
     assert (list(line.x), list(line.y)) == (pytest.approx([60, 90]), [0, 100])
 
 
+def test_throughput_has_bar_per_system():
+    row = {"latency_p50_ms": 1.0, "latency_p95_ms": 2.0, "written_tokens_per_query": 0.0, "queries": 5}
+    row |= {"best_batch": 8, "best_batch_unit": "rows"}
+    rows = pd.DataFrame([{**row, "system": n, "queries_per_second": q} for n, q in (("DHRD", 50), ("CoT", 0.2))])
+    figure = plots.throughput_bars(rows)
+    assert figure.layout.xaxis.type == "log"
+    assert (list(figure.data[0].y), list(figure.data[0].x)) == (["DHRD", "CoT"], [50, 0.2])
+
+
 def test_variants_share_color_and_differ_in_symbol():
     half, full, other = plots.styles(["DHRD (alpha=0.5)", "DHRD (alpha=1.0)", "mlp"]).values()
     assert half.color == full.color == plots.COLORS["DHRD"] != other.color
