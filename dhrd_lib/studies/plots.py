@@ -10,14 +10,19 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dhrd_lib.rationales.quality import FLAGS, RationaleReport
+from dhrd_lib.studies.rendering import show_figures_in_exports
+
+if TYPE_CHECKING:
+    from dhrd_lib.rationales import RationaleReport
+
+show_figures_in_exports()
 
 COLORS = {"pooled baseline": "#D55E00", "DHRD": "#0072B2", "reasoning only": "#009E73", "pipeline": "#E69F00"}
 # What isn't a setting (a head, a value of alpha) has a figure to itself, so these may repeat.
@@ -310,6 +315,8 @@ def compare_reports(reports: Mapping[str, RationaleReport]) -> go.Figure:
     `reports` are those of `quality_report`, by name. Rationales of the data have no answer, so they have no bar in
     the last panel.
     """
+    from dhrd_lib.rationales import FLAGS  # with the teachers' clients, which no other figure needs
+
     titles = (
         "share flagged by each filter, and share kept (%)",
         "words per rationale (%)",
