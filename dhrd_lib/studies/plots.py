@@ -303,9 +303,8 @@ def throughput_bars(rows: pd.DataFrame) -> go.Figure:
     # A log axis has no zero, so the bars' left end is a choice: a decade under the slowest.
     low, high = np.log10([rows["queries_per_second"].min(), rows["queries_per_second"].max()])
     figure.update_layout(height=170 + 30 * len(rows), bargap=0.3, margin={"t": 50, "r": 50})
-    figure.update_xaxes(
-        title="queries per second (log axis)", type="log", dtick=1, range=[np.floor(low), high + 0.25]
-    )
+    shown = [np.floor(low), high + 0.25]
+    figure.update_xaxes(title="queries per second (log axis)", type="log", dtick=1, range=shown)
     return figure.update_yaxes(autorange="reversed")
 
 
@@ -317,11 +316,8 @@ def compare_reports(reports: Mapping[str, RationaleReport]) -> go.Figure:
     """
     from dhrd_lib.rationales import FLAGS  # with the teachers' clients, which no other figure needs
 
-    titles = (
-        "share flagged by each filter, and share kept (%)",
-        "words per rationale (%)",
-        "answer is the gold label (%)",
-    )
+    titles = ["share flagged by each filter, and share kept (%)", "words per rationale (%)"]
+    titles.append("answer is the gold label (%)")
     figure = make_subplots(rows=3, cols=1, subplot_titles=titles, vertical_spacing=0.1, row_heights=[3, 2, 2])
     numbers = {"texttemplate": "%{text:.0f}", "textposition": "outside", "textfont_size": 11}
     for color, (name, report) in zip(cycle(_REPORT_COLORS), reports.items(), strict=False):

@@ -23,17 +23,16 @@ _MIME_TYPE_ALONE = ("plotly_mimetype", "vscode")
 class ExportRenderer(MimetypeRenderer):
     """Stores a figure as HTML; plotly.js precedes the first one of a kernel, in an output of its own."""
 
-    def __init__(self) -> None:
-        self._has_plotlyjs = False
+    _kernel_has_plotlyjs = False  # of the class, because plotly renders with copies of a renderer
 
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, str]:
         """Return {"text/html": a div and the script that draws the figure in it}."""
-        if not self._has_plotlyjs:
+        if not self._kernel_has_plotlyjs:
             from IPython.display import display
 
             # Apart from the figure, plotly.js outlives the updates of a live one.
             display({"text/html": f"<script>{get_plotlyjs()}</script>"}, raw=True)
-            self._has_plotlyjs = True
+            ExportRenderer._kernel_has_plotlyjs = True
         return {"text/html": plotly.io.to_html(fig_dict, full_html=False, include_plotlyjs=False, validate=False)}
 
 
