@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from abc import ABC, abstractmethod
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,266 @@ from typing import Any
 import ipywidgets as widgets
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io
 from datasets import Dataset
 from IPython.display import HTML, DisplayHandle, display
 from transformers import TrainerCallback, TrainerState
 
-from dhrd_lib.config import WorkbenchError
-from dhrd_lib.rationales import FLAGS, Filters, TeacherConfig, flags, quality_report, select, store_for
+from dhrd_lib.config import ConfigError, WorkbenchError
+from dhrd_lib.rationales import FLAGS, Filters, Record, TeacherConfig, flags, quality_report, select, store_for
 from dhrd_lib.runs import Run
 from dhrd_lib.sequences import IGNORE_INDEX, SequenceFormat
 from dhrd_lib.studies import plots, tables
 from dhrd_lib.tasks import Task
+
+
+class _Output:
+    """An ordinary output that can be replaced: a saved notebook shows its last state without a kernel.
+
+    JupyterLab ignores an update of a plotly figure in place (plotly.py issue 3053), so a placeholder of the same
+    height goes between two figures.
+    """
+
+    def __init__(self) -> None:
+        self._handle: DisplayHandle | None = None
+
+    def show(self, content: go.Figure | str) -> None:
+        is_figure = isinstance(content, go.Figure)
+        bundle = _mime_bundle(content) if is_figure else {"text/html": content}
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+            return
+        if is_figure:
+            self._handle.update({"text/html": f"<div style='height: {content.layout.height}px'></div>"}, raw=True)
+        self._handle.update(bundle, raw=True)
+
+
+def _mime_bundle(figure: go.Figure) -> dict[str, Any]:
+    """Return what `figure.show()` displays in a notebook: the bundle of every active renderer."""
+    renderers = [plotly.io.renderers[name] for name in plotly.io.renderers.default.split("+")]
+    of_notebooks = [renderer for renderer in renderers if hasattr(renderer, "to_mimebundle")]
+    return dict(ChainMap(*(renderer.to_mimebundle(figure.to_dict()) for renderer in of_notebooks)))
+
+
+class LiveLossCurves(TrainerCallback):
+    """Draws `plots.loss_curves` while `train` runs: pass it as `train(config, callbacks=[LiveLossCurves()])`."""
+
+    def __init__(self, seconds_between: float = 2.0) -> None:
+        self.seconds_between = seconds_between
+        self.figure: go.Figure | None = None
+        self._output, self._drawn_at = _Output(), float("-inf")
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self._drawn_at >= self.seconds_between:
+            self.on_train_end(args, state, control)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if not state.log_history or not state.is_world_process_zero:
+            return
+        history = pd.DataFrame(state.log_history)
+        setting = "DHRD" if "lm_loss" in history else "pooled baseline"
+        self.figure = plots.loss_curves(history.assign(setting=setting, name="this run"))
+        self._output.show(self.figure)
+        self._drawn_at = time.monotonic()
+
+
+_SPAN_COLORS = {
+    "input": "rgba(0, 114, 178, .28)",
+    "rationale": "rgba(230, 159, 0, .32)",
+    "label": "rgba(0, 158, 115, .38)",
+    "pad": "rgba(125, 130, 138, .18)",
+}
+
+
+def colored_tokens(fmt: SequenceFormat, row: Mapping[str, Any], verbalizer: str | None, length: int) -> HTML:
+    """Render one encoded row token by token, colored by span and padded to `length` as in a batch.
+
+    `row` is of `encode_example`, `verbalizer` its label text (None where it has none). The input's last token,
+    which "last" pooling reads, is framed; the targets of the LM head are underlined.
+    """
+    ids, n_input = row["input_ids"], row["input_length"]
+    n_label = 0 if verbalizer is None else len(fmt.encode_label(verbalizer))
+    n_pad = max(length - len(ids), 0)
+    spans = ["input"] * n_input + ["rationale"] * (len(ids) - n_input - n_label) + ["label"] * n_label
+    tokens = [
+        _token(fmt.tokenizer.decode([token]), span, place == n_input - 1, target != IGNORE_INDEX)
+        for place, (token, span, target) in enumerate(zip(ids, spans, row["lm_labels"], strict=True))
+    ]
+    tokens += [_token("pad", "pad")] * n_pad
+    counts = {span: spans.count(span) for span in _SPAN_COLORS} | {"pad": n_pad}
+    legend = [_token(f"{span}: {count}", span) for span, count in counts.items()]
+    legend += [_token("pooled", "input", pooled=True), _token("LM target", "", target=True)]
+    body = f"<div style='line-height: 2; font-family: monospace'>{''.join(tokens)}</div>"
+    return HTML(f"<p>{' '.join(legend)}</p>{body}")
+
+
+def _token(text: str, span: str, pooled: bool = False, target: bool = False) -> str:
+    style = f"background: {_SPAN_COLORS.get(span, 'none')}; padding: 2px 1px; margin: 0 1px; border-radius: 3px; "
+    style += "white-space: pre-wrap; "
+    style += "outline: 2px solid #D55E00; font-weight: bold; " if pooled else ""
+    style += "border-bottom: 2px solid rgba(125, 130, 138, .9); " if target else ""
+    return f"<span style='{style}'>{html.escape(text.replace(chr(10), '↵'))}</span>"
+
+
+class _Panel:
+    """Controls by name, and below them an output that `draw` makes of their values, again when one changes."""
+
+    def __init__(self, controls: Mapping[str, widgets.Widget], draw: Callable[..., go.Figure | str]) -> None:
+        self.controls, self._draw = dict(controls), draw
+        self._output: _Output | None = None
+        for control in self.controls.values():
+            control.observe(lambda _: self._redraw(), names="value")
+
+    def drawn(self) -> go.Figure | str:
+        """Return the figure or page of the controls' values."""
+        return self._draw(**{name: control.value for name, control in self.controls.items()})
+
+    def _redraw(self) -> None:
+        if self._output is not None:
+            self._output.show(self.drawn())
+
+    def _ipython_display_(self) -> None:
+        display(_toolbar(*self.controls.values()))
+        self._output = _Output()
+        self._redraw()
+
+
+class _Browser(_Panel):
+    """The rows that pass filters, as cards, one page at a time.
+
+    `choose` returns the rows that pass the filters' values; `card` maps a row to titles and texts.
+    """
+
+    def __init__(
+        self,
+        rows: pd.DataFrame,
+        filters: Mapping[str, widgets.Widget],
+        choose: Callable[..., pd.DataFrame],
+        card: Callable[[pd.Series], Mapping[str, str]],
+        per_page: int,
+    ) -> None:
+        self.rows = rows
+        page = widgets.BoundedIntText(value=1, min=1, description="Page:", layout={"width": "11em"})
+        for control in filters.values():
+            control.observe(lambda _: setattr(page, "value", 1), names="value")
+
+        def draw(page_number: int, **values: Any) -> str:
+            chosen = choose(**values)
+            page.max = max(-(-len(chosen) // per_page), 1)
+            first = (min(page_number, page.max) - 1) * per_page
+            shown = chosen.iloc[first : first + per_page]
+            place = f"{first + 1} to {first + len(shown)} of " if len(shown) else ""
+            head = f"<p>{place}{len(chosen)} rows ({len(rows)} without a filter)</p>"
+            return head + "".join(_boxed(_sections(card(row))) for _, row in shown.iterrows())
+
+        super().__init__({**filters, "page_number": page}, draw)
+
+
+class RationaleExplorer(_Browser):
+    """The rows of a split with their rationales, by label, input length in words, and flag.
+
+    `records` are those of `generate(...)`; without them, the rationales are those of the data.
+    """
+
+    def __init__(
+        self, task: Task, dataset: Dataset, records: Sequence[Record | None] | None = None, per_page: int = 5
+    ) -> None:
+        rows = quality_report(task, dataset, records).rows
+        rows["input_words"] = rows["input_text"].str.split().str.len()
+        low, high = int(rows["input_words"].min()), int(rows["input_words"].max())
+        names = sorted({name for of in rows["flags"] for name in of})
+        filters = {
+            "label": _dropdown("Label:", ["all", *sorted(rows["label"].unique())]),
+            "flag": _dropdown("Rationale:", ["all", "not flagged", "none", "flagged", *names]),
+            "words": widgets.IntRangeSlider(value=(low, high), min=low, max=high, description="Words:"),
+        }
+
+        def choose(label: str, flag: str, words: tuple[int, int]) -> pd.DataFrame:
+            present, flagged = rows["rationale"].notna(), rows["flags"].map(bool)
+            kinds = {"none": ~present, "flagged": flagged, "not flagged": present & ~flagged}
+            passes = rows["input_words"].between(*words)
+            if label != "all":
+                passes &= rows["label"] == label
+            if flag != "all":
+                passes &= kinds[flag] if flag in kinds else rows["flags"].map(lambda of: flag in of)
+            return rows[passes]
+
+        def card(row: pd.Series) -> dict[str, str]:
+            title = f"{row['label']} · idx {row['idx']} · {row['input_words']} words"
+            rationale, flags = _or_none(row["rationale"]), _spelled(row["flags"])
+            return {title: row["input_text"], "Rationale": rationale, "Flags": flags}
+
+        super().__init__(rows, filters, choose, card, per_page)
+
+
+class DisagreementBrowser(_Browser):
+    """The rows of a split that two runs predict differently, with both predictions and the data's rationale.
+
+    Raises `ConfigError` where the runs differ in the rows of the split.
+    """
+
+    def __init__(self, baseline: Run, other: Run, split: str, per_page: int = 3) -> None:
+        names = [run.config.training.setting for run in (baseline, other)]
+        if names[0] == names[1]:
+            names = [baseline.name, other.name]
+        a, b = (run.predictions(split) for run in (baseline, other))
+        rows = a.merge(b, on=["idx", "input_text"], suffixes=("_a", "_b"))
+        if not len(rows) == len(a) == len(b):
+            both = f"{baseline.name!r} and {other.name!r}"
+            raise ConfigError(f"{both} differ in the rows of {split!r}; expected the same rows.")
+        rows = rows[rows["prediction_a"] != rows["prediction_b"]].rename(columns={"label_a": "gold"})
+        rows["correct"] = "none"
+        for side in "ab":
+            rows.loc[rows[f"prediction_{side}"] == rows["gold"], "correct"] = side
+        kinds = {"all": "all", f"only {names[1]} is right": "b", f"only {names[0]} is right": "a"}
+        filters = {
+            "correct": _dropdown("Show:", [*kinds.items(), ("both are wrong", "none")]),
+            "gold": _dropdown("Gold:", ["all", *sorted(rows["gold"].unique())]),
+        }
+
+        def choose(**values: str) -> pd.DataFrame:
+            chosen = {column: value for column, value in values.items() if value != "all"}
+            return rows[(rows[list(chosen)] == pd.Series(chosen, dtype=object)).all(axis=1)]
+
+        def card(row: pd.Series) -> dict[str, str]:
+            predictions = [
+                f"{name}: {row[f'prediction_{side}']} ({max(row[f'probabilities_{side}']):.0%})"
+                for name, side in zip(names, "ab", strict=True)
+            ]
+            return {
+                f"Gold: {row['gold']} · idx {row['idx']}": row["input_text"],
+                "Predictions": "\n".join(predictions),
+                "Rationale of the data, seen by neither": _or_none(row["rationale_b"]),
+            }
+
+        super().__init__(rows, filters, choose, card, per_page)
+
+
+class AblationDashboard(_Panel):
+    """The runs of an ablation by metric, task, split, factor and line; hover shows the run.
+
+    `table` is that of an `AblationResult`. A field that is neither factor nor line is held at the value with which
+    most values of the factor were run.
+    """
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        factors = [(name.replace("_", " "), name) for name in tables.factors(table)]
+        splits = sorted(dict.fromkeys(table["split"]), key=lambda split: split == "dev")
+        controls = {
+            "metric": _dropdown("Metric:", [("accuracy", "accuracy"), ("macro f1", "macro_f1")]),
+            "task": _dropdown("Task:", list(dict.fromkeys(table["task"]))),
+            "split": _dropdown("Split:", splits),
+            "factor": _dropdown("Factor:", factors),
+            "line": _dropdown("Lines:", [("none", None), *factors]),
+        }
+        controls["line"].value = factors[1][1] if len(factors) > 1 else None
+
+        def draw(metric: str, task: str, split: str, factor: str, line: str | None) -> go.Figure:
+            rows = tables.one_factor(table[(table["split"] == split) & (table["task"] == task)], factor, line)
+            summary = tables.summarize(rows, [factor, "series"], [metric])
+            return plots.factor_effect(summary, tables.by_seed(rows, [metric]), factor, metric)
+
+        super().__init__(controls, draw)
 
 
 class ReviewPanel(widgets.VBox):
@@ -41,385 +291,99 @@ class ReviewPanel(widgets.VBox):
     ) -> None:
         self._task, self._dataset, self._filters = task, dataset, filters
         self._store, self._records = store_for(task, config, folder), select(task, dataset, config, folder)
-        self._shown: list[int] = []
-        self._at = 0
-        self.choice = widgets.Dropdown(options=["all", "flagged", "not reviewed"], description="Show:")
-        self.row = widgets.HTML()
+        self._places: list[int] = []
+        self._page = 0
+        self.choice = _dropdown("Show:", ["all", "flagged", "not reviewed"])
+        self.row, self.message = widgets.HTML(), widgets.HTML()
         self.words = widgets.Textarea(layout={"width": "100%", "height": "8em"})
-        self.message = widgets.HTML()
-        self.previous = _button("Previous", self._turn(-1), icon="arrow-left")
-        self.next = _button("Next", self._turn(+1), icon="arrow-right")
-        self.accept = _button("Accept", lambda _: self._judge("accept"), button_style="success")
-        self.reject = _button("Reject", lambda _: self._judge("reject"), button_style="danger")
-        self.edit = _button("Save the edit", lambda _: self._judge("edit"), button_style="warning")
-        paging = widgets.HBox([self.choice, self.previous, self.next])
-        verdicts = widgets.HBox([self.accept, self.reject, self.edit])
+        self.previous = _button("Previous", lambda: self._show(self._page - 1), icon="arrow-left")
+        self.next = _button("Next", lambda: self._show(self._page + 1), icon="arrow-right")
+        self.accept = _button("Accept", lambda: self._review("accept"), button_style="success")
+        self.reject = _button("Reject", lambda: self._review("reject"), button_style="danger")
+        self.edit = _button("Save the edit", lambda: self._review("edit"), button_style="warning")
+        paging = _toolbar(self.choice, self.previous, self.next)
+        verdicts = _toolbar(self.accept, self.reject, self.edit)
         super().__init__([paging, self.row, self.words, verdicts, self.message])
         self.choice.observe(lambda _: self._choose(), names="value")
         self._choose()
 
     def _choose(self) -> None:
-        wanted = {
+        passes = {
             "all": lambda place: True,
             "flagged": lambda place: bool(self._flags(place)),
             "not reviewed": lambda place: self._records[place].review is None,
         }[self.choice.value]
-        there = [place for place, record in enumerate(self._records) if record]
-        self._shown, self._at = [place for place in there if wanted(place)], 0
-        self._show()
+        self._places = [place for place, record in enumerate(self._records) if record and passes(place)]
+        self._show(0)
 
     def _flags(self, place: int) -> tuple[str, ...]:
         row = self._dataset[place]
         gold = self._task.verbalizers[row["label"]]
         return flags(self._records[place], row["input_text"], gold, self._filters)
 
-    def _turn(self, step: int) -> Callable[[Any], None]:
-        def turn(_: Any) -> None:
-            self._at = max(min(self._at + step, len(self._shown) - 1), 0)
-            self._show()
-
-        return turn
-
-    def _judge(self, verdict: str) -> None:
-        place = self._shown[self._at]
-        if verdict == "accept" and self.words.value.strip() != self._records[place].rationale:
-            verdict = "edit"  # or the new words would be lost
+    def _review(self, verdict: str) -> None:
+        place, text = self._places[self._page], self.words.value
+        if verdict == "accept" and text.strip() != self._records[place].rationale:
+            verdict = "edit"  # or the new text would be lost
         try:
-            self._records[place] = self._store.review(self._records[place], verdict, self.words.value)
+            self._records[place] = self._store.review(self._records[place], verdict, text)
         except (WorkbenchError, OSError) as error:
             self.message.value = html.escape(str(error))
             return
-        self._show()
+        self._show(self._page)
 
-    def _show(self) -> None:
+    def _show(self, page: int) -> None:
+        self._page, self.message.value = max(min(page, len(self._places) - 1), 0), ""
         for button in (self.previous, self.next, self.accept, self.reject, self.edit):
-            button.disabled = not self._shown
-        self.message.value = ""
-        if not self._shown:
+            button.disabled = not self._places
+        if not self._places:
             self.row.value, self.words.value = "No rationale to show.", ""
             return
-        place = self._shown[self._at]
+        place = self._places[self._page]
         row, record = self._dataset[place], self._records[place]
-        found = [f"{name.replace('_', ' ')}: {FLAGS[name]}" for name in self._flags(place)]
-        parts = {
-            "Input": row["input_text"],
+        sections = {
+            f"{self._page + 1} of {len(self._places)}, idx {row['idx']}": row["input_text"],
             "Gold": self._task.verbalizers[row["label"]],
-            "Answer": record.answer or "none",
-            "Flags": "\n".join(found) or "none",
-            "Review": record.review or "none yet",
+            "Answer": _or_none(record.answer),
+            "Flags": _spelled(self._flags(place)),
+            "Review": _or_none(record.review),
         }
         if record.original not in (None, record.rationale):
-            parts["Before the edit"] = record.original
-        head = f"<p>{self._at + 1} of {len(self._shown)}, idx {html.escape(row['idx'])}</p>"
-        self.row.value = head + "".join(_part(name, text) for name, text in parts.items())
-        self.words.value = record.rationale
+            sections["Before the edit"] = record.original
+        self.row.value, self.words.value = _sections(sections), record.rationale
 
 
-def _button(label: str, action: Callable[[Any], None], **look: str) -> widgets.Button:
+def _button(label: str, action: Callable[[], None], **look: str) -> widgets.Button:
     button = widgets.Button(description=label, **look)
-    button.on_click(action)
+    button.on_click(lambda _: action())
     return button
 
 
-def _part(name: str, text: str) -> str:
-    name, text = html.escape(name), html.escape(text)
-    return f"<b>{name}</b><div style='white-space: pre-wrap; margin-bottom: .5em'>{text}</div>"
-
-
-class _LiveFigure:
-    """A figure that is an ordinary output and can be drawn anew, so a saved notebook shows it as it was last.
-
-    JupyterLab passes over an update of a plotly figure that it shows already (plotly.py's issue 3053), and draws
-    one that replaces something else: an empty place of the same height stands there for a moment.
-    """
-
-    def __init__(self, figure: go.Figure) -> None:
-        self._handle: DisplayHandle = display(figure._repr_mimebundle_(), raw=True, display_id=True)
-
-    def update(self, figure: go.Figure) -> None:
-        self._handle.update(HTML(f"<div style='height: {figure.layout.height}px'></div>"))
-        self._handle.update(figure._repr_mimebundle_(), raw=True)
-
-
-class LiveLossCurves(TrainerCallback):
-    """Draws `plots.loss_curves` while `train` runs: pass it as `train(config, callbacks=[LiveLossCurves()])`."""
-
-    def __init__(self, seconds_between: float = 2.0) -> None:
-        self.seconds_between = seconds_between
-        self.figure: go.Figure | None = None
-        self._shown: _LiveFigure | None = None
-        self._drawn_at = 0.0
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self._shown is None or time.monotonic() - self._drawn_at >= self.seconds_between:
-            self._draw(state)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._draw(state)
-
-    def _draw(self, state: TrainerState) -> None:
-        if not state.log_history or not state.is_world_process_zero:
-            return
-        history = pd.DataFrame(state.log_history)
-        setting = "DHRD" if "lm_loss" in history else "pooled baseline"
-        self.figure = plots.loss_curves(history.assign(setting=setting, name="this run"))
-        if self._shown is None:
-            self._shown = _LiveFigure(self.figure)
-        else:
-            self._shown.update(self.figure)
-        self._drawn_at = time.monotonic()
-
-
-_SPANS = {
-    "input": "rgba(0, 114, 178, .28)",
-    "rationale": "rgba(230, 159, 0, .32)",
-    "label": "rgba(0, 158, 115, .38)",
-    "pad": "rgba(125, 130, 138, .18)",
-}
-
-
-def colored_tokens(fmt: SequenceFormat, row: Mapping[str, Any], verbalizer: str | None, length: int) -> HTML:
-    """One encoded row, token by token, coloured by span, padded to `length` as in a batch.
-
-    `row` is what `encode_example` gives and `verbalizer` the label text in it (None: there is none). The input's
-    last token, which "last" pooling reads, is framed; the LM head learns to write the tokens with a line below.
-    """
-    ids, n_input = row["input_ids"], row["input_length"]
-    n_label = 0 if verbalizer is None else len(fmt.encode_label(verbalizer))
-    n_pad = max(length - len(ids), 0)
-    spans = ["input"] * n_input + ["rationale"] * (len(ids) - n_input - n_label) + ["label"] * n_label
-    tokens = [
-        _token(fmt.tokenizer.decode([token]), span, place == n_input - 1, target != IGNORE_INDEX)
-        for place, (token, span, target) in enumerate(zip(ids, spans, row["lm_labels"], strict=True))
-    ]
-    tokens += [_token("pad", "pad", False, False)] * n_pad
-    counts = {span: spans.count(span) for span in _SPANS} | {"pad": n_pad}
-    legend = " ".join(_token(f"{span}: {count}", span, False, False) for span, count in counts.items())
-    legend += " " + _token("pooled", "input", True, False) + " " + _token("taught to the LM head", "", False, True)
-    return HTML(f"<p>{legend}</p><div style='line-height: 2; font-family: monospace'>{''.join(tokens)}</div>")
-
-
-def _token(text: str, span: str, pooled: bool, taught: bool) -> str:
-    style = f"background: {_SPANS.get(span, 'none')}; padding: 2px 1px; margin: 0 1px; border-radius: 3px; "
-    style += "white-space: pre-wrap; "
-    style += "outline: 2px solid #D55E00; font-weight: bold; " if pooled else ""
-    style += "border-bottom: 2px solid rgba(125, 130, 138, .9); " if taught else ""
-    return f"<span style='{style}'>{html.escape(text.replace(chr(10), '↵'))}</span>"
-
-
-class _Browser(ABC):
-    """Filters, and below them the rows that pass them, some a page.
-
-    The rows are an ordinary output that is drawn anew, not a widget: a saved notebook shows them without a kernel.
-    """
-
-    def __init__(self, rows: pd.DataFrame, filters: Mapping[str, widgets.Widget], per_page: int) -> None:
-        self.rows, self.filters, self.per_page = rows, dict(filters), per_page
-        self._at, self._handle = 0, None
-        self.previous = _button("Previous", lambda _: self._turn(-1), icon="arrow-left")
-        self.next = _button("Next", lambda _: self._turn(+1), icon="arrow-right")
-        self.controls = widgets.HBox(
-            [*self.filters.values(), self.previous, self.next], layout={"flex_flow": "row wrap"}
-        )
-        for one in self.filters.values():
-            one.observe(lambda _: self._turn(0), names="value")
-
-    @abstractmethod
-    def chosen(self) -> pd.DataFrame:
-        """The rows that pass the filters."""
-
-    @abstractmethod
-    def _card(self, row: pd.Series) -> str:
-        """One row as HTML."""
-
-    def _turn(self, step: int) -> None:
-        last = max((len(self.chosen()) - 1) // self.per_page, 0)
-        self._at = min(max(self._at + step, 0), last) if step else 0
-        if self._handle is not None:
-            self._handle.update(self.shown())
-
-    def shown(self) -> HTML:
-        """The page of rows that the filters and buttons are at."""
-        found = self.chosen()
-        page = found.iloc[self._at * self.per_page : (self._at + 1) * self.per_page]
-        first = self._at * self.per_page + 1
-        which = f"{first} to {first + len(page) - 1} of " if len(page) else ""
-        head = f"<p>{which}{len(found)} rows ({len(self.rows)} without a filter)</p>"
-        return HTML(head + "".join(_boxed(self._card(row)) for _, row in page.iterrows()))
-
-    def _ipython_display_(self) -> None:
-        display(self.controls)
-        self._handle = display(self.shown(), display_id=True)
-
-
-class RationaleExplorer(_Browser):
-    """The rows of a split with their rationales, by label, length of the input in words, and flag.
-
-    `rows` is a `RationaleReport`'s; `of` makes them for the rationales that a split brings.
-    """
-
-    def __init__(self, rows: pd.DataFrame, per_page: int = 5) -> None:
-        rows = rows.assign(input_words=rows["input_text"].str.split().str.len())
-        low, high = int(rows["input_words"].min()), int(rows["input_words"].max())
-        flagged = sorted({flag for of in rows["flags"] for flag in of})
-        filters = {
-            "label": _choice("Label:", ["all", *sorted(rows["label"].unique())]),
-            "flag": _choice("Rationale:", ["all", "not flagged", "none", "flagged", *flagged]),
-            "words": widgets.IntRangeSlider(value=(low, high), min=low, max=high, description="Words:"),
-        }
-        super().__init__(rows, filters, per_page)
-
-    @classmethod
-    def of(cls, task: Task, dataset: Dataset, per_page: int = 5) -> RationaleExplorer:
-        """Explore a split that `load_task` gave, with the rationales that stand in it."""
-        return cls(quality_report(task, dataset).rows, per_page)
-
-    def chosen(self) -> pd.DataFrame:
-        """The rows that pass the filters."""
-        label, flag = self.filters["label"].value, self.filters["flag"].value
-        low, high = self.filters["words"].value
-        rows = self.rows[self.rows["input_words"].between(low, high)]
-        if label != "all":
-            rows = rows[rows["label"] == label]
-        there, n_flags = rows["rationale"].notna(), rows["flags"].map(len)
-        named = rows["flags"].map(lambda of: flag in of)
-        ways = {"all": there | True, "none": ~there, "flagged": n_flags > 0, "not flagged": there & (n_flags == 0)}
-        return rows[ways.get(flag, named)]
-
-    def _card(self, row: pd.Series) -> str:
-        found = ", ".join(f"{flag.replace('_', ' ')}: {FLAGS[flag]}" for flag in row["flags"])
-        return "".join(
-            [
-                _part(f"{row['label']} · idx {row['idx']} · {row['input_words']} words", row["input_text"]),
-                _part("Rationale", _or_none(row["rationale"])),
-                _part("Flags", found) if found else "",
-            ]
-        )
-
-
-class DisagreementBrowser(_Browser):
-    """The rows of a split on which two runs differ, with what each says and the data's rationale.
-
-    Raises `ValueError` where the two runs didn't predict the same rows.
-    """
-
-    def __init__(self, baseline: Run, other: Run, split: str, per_page: int = 3) -> None:
-        rows = _disagreements(baseline, other, split)
-        self.names = {side: run.config.training.setting for side, run in (("a", baseline), ("b", other))}
-        if self.names["a"] == self.names["b"]:
-            self.names = {"a": baseline.name, "b": other.name}
-        kinds = {
-            "all": "all",
-            f"only {self.names['b']} is right": "b",
-            f"only {self.names['a']} is right": "a",
-            "both are wrong": "none",
-        }
-        filters = {
-            "right": _choice("Show:", list(kinds.items())),
-            "label": _choice("Gold:", ["all", *sorted(rows["gold"].unique())]),
-        }
-        super().__init__(rows, filters, per_page)
-
-    def chosen(self) -> pd.DataFrame:
-        """The rows that pass the filters."""
-        rows = self.rows
-        for column, name in (("right", "right"), ("gold", "label")):
-            if self.filters[name].value != "all":
-                rows = rows[rows[column] == self.filters[name].value]
-        return rows
-
-    def _card(self, row: pd.Series) -> str:
-        said = [f"{name}: {row[f'said_{side}']} ({row[f'p_{side}']:.0%})" for side, name in self.names.items()]
-        return "".join(
-            [
-                _part(f"Gold: {row['gold']} · idx {row['idx']}", row["input_text"]),
-                _part("Predictions", "\n".join(said)),
-                _part("Rationale of the data, seen by neither", _or_none(row["rationale"])),
-            ]
-        )
-
-
-class AblationDashboard:
-    """The runs of an ablation by metric, task, split, factor and line; hover shows the run.
-
-    `table` is of `tables.collect` or `load_results`. A field that is neither factor nor line is held at the
-    value with which most values of the factor were run. A saved notebook shows the figure as it was last, without
-    a kernel.
-    """
-
-    METRICS = ("accuracy", "macro_f1")
-
-    def __init__(self, table: pd.DataFrame) -> None:
-        self.table, factors = table, tables.factors(table)
-        splits = sorted(dict.fromkeys(table["split"]), key=lambda split: split == "dev")
-        self.choices = {
-            "metric": _choice("Metric:", _spoken(self.METRICS)),
-            "task": _choice("Task:", list(dict.fromkeys(table["task"]))),
-            "split": _choice("Split:", splits),
-            "factor": _choice("Factor:", _spoken(factors)),
-            "line": _choice("Lines:", [("none", None), *_spoken(factors)]),
-        }
-        self.choices["line"].value = factors[1] if len(factors) > 1 else None
-        self.controls = widgets.HBox(list(self.choices.values()), layout={"flex_flow": "row wrap"})
-        self._shown: _LiveFigure | None = None
-        for one in self.choices.values():
-            one.observe(lambda _: self._draw(), names="value")
-
-    def chosen(self) -> pd.DataFrame:
-        """The runs that the figure shows, with their line as `series`."""
-        rows = self.table[self.table["split"] == self.choices["split"].value]
-        rows = rows[rows["task"] == self.choices["task"].value]
-        return tables.one_factor(rows, self.choices["factor"].value, self.choices["line"].value)
-
-    def figure(self) -> go.Figure:
-        """Means with their intervals, and every run, of what is chosen."""
-        rows, factor, metric = self.chosen(), self.choices["factor"].value, self.choices["metric"].value
-        summary = tables.summarize(rows, [factor, "series"], [metric])
-        return plots.factor_effect(summary, tables.by_seed(rows, [metric]), factor, metric)
-
-    def _draw(self) -> None:
-        if self._shown is not None:
-            self._shown.update(self.figure())
-
-    def _ipython_display_(self) -> None:
-        display(self.controls)
-        self._shown = _LiveFigure(self.figure())
-
-
-def _spoken(names: Sequence[str]) -> list[tuple[str, str]]:
-    return [(name.replace("_", " "), name) for name in names]
-
-
-def _disagreements(a: Run, b: Run, split: str) -> pd.DataFrame:
-    """Rows of both runs' predictions that differ: idx, input_text, gold, right, rationale, said_* and p_*."""
-    both = a.predictions(split).merge(b.predictions(split), on="idx", suffixes=("_a", "_b"))
-    same_rows = len(both) == len(a.predictions(split)) == len(b.predictions(split))
-    if not same_rows or (both["input_text_a"] != both["input_text_b"]).any():
-        raise ValueError(f"{a.name!r} and {b.name!r} differ in the rows of {split!r}; expected the same rows.")
-    both = both[both["prediction_a"] != both["prediction_b"]]
-    right = {side: both[f"prediction_{side}"] == both["label_a"] for side in "ab"}
-    rows = {
-        "idx": both["idx"],
-        "input_text": both["input_text_a"],
-        "gold": both["label_a"],
-        "right": ["a" if in_a else "b" if in_b else "none" for in_a, in_b in zip(*right.values(), strict=True)],
-        "rationale": both["rationale_b"],
-    }
-    for side in "ab":
-        rows[f"said_{side}"] = both[f"prediction_{side}"]
-        rows[f"p_{side}"] = both[f"probabilities_{side}"].map(max)
-    return pd.DataFrame(rows)
-
-
-def _or_none(text: Any) -> str:
-    """A cell's text; a missing one is NaN or None."""
-    return text if isinstance(text, str) and text.strip() else "none"
-
-
-def _choice(label: str, options: list) -> widgets.Dropdown:
+def _dropdown(label: str, options: list) -> widgets.Dropdown:
     return widgets.Dropdown(options=options, description=label)
 
 
-def _boxed(inside: str) -> str:
-    box = "border: 1px solid rgba(125, 130, 138, .4); border-radius: 4px; padding: .6em .8em; margin: .5em 0"
-    return f"<div style='{box}'>{inside}</div>"
+def _toolbar(*controls: widgets.Widget) -> widgets.HBox:
+    return widgets.HBox(controls, layout={"flex_flow": "row wrap"})
+
+
+def _sections(texts: Mapping[str, str]) -> str:
+    style = "white-space: pre-wrap; margin-bottom: .5em"
+    return "".join(
+        f"<b>{html.escape(title)}</b><div style='{style}'>{html.escape(text)}</div>"
+        for title, text in texts.items()
+    )
+
+
+def _boxed(content: str) -> str:
+    style = "border: 1px solid rgba(125, 130, 138, .4); border-radius: 4px; padding: .6em .8em; margin: .5em 0"
+    return f"<div style='{style}'>{content}</div>"
+
+
+def _spelled(names: tuple[str, ...]) -> str:
+    return "\n".join(f"{name.replace('_', ' ')}: {FLAGS[name]}" for name in names) or "none"
+
+
+def _or_none(text: Any) -> str:
+    """Return a cell's text, or "none" where it is missing (None, NaN) or empty."""
+    return text if isinstance(text, str) and text.strip() else "none"

@@ -1,4 +1,4 @@
-"""Widgets: filters choose the rows they say, text is text, and what is shown stays without a kernel."""
+"""Widgets: filters choose rows, data is shown as text, and outputs stay without a kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from dhrd_lib import widgets
-from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.sequences import encode_example
 from dhrd_lib.training import train
 from dhrd_lib.widgets import DisagreementBrowser, LiveLossCurves, RationaleExplorer, colored_tokens
@@ -20,15 +20,16 @@ EVIL = "<script>alert(1)</script> & <b>"
 
 
 class Shown:
-    """What the notebook's front end was given: outputs by order, each with all its updates."""
+    """The outputs that a front end gets, each with all its updates."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.outputs: list[list] = []
         monkeypatch.setattr(widgets, "display", self._display)
 
-    def _display(self, what, raw=False, display_id=False):
-        self.outputs.append([what])
-        return type("Handle", (), {"update": lambda _, new, raw=False, at=self.outputs[-1]: at.append(new)})()
+    def _display(self, content, raw=False, display_id=False):
+        updates = [content]
+        self.outputs.append(updates)
+        return type("Handle", (), {"update": lambda _, content, raw: updates.append(content)})()
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def shown(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A pooled baseline and a DHRD run on few rows, with the callback that recorded the second one's figures."""
+    """A pooled baseline and a DHRD run on few rows, and the second one's live figures."""
     folder = tmp_path_factory.mktemp("runs")
     rows = [
         {"text": f"{EVIL} case {i}", "label": f"{'ab'[i % 2]}<i>", "rationale": f"{EVIL} {i}" if i % 5 else None}
@@ -51,32 +52,34 @@ def pair(tmp_path_factory):
         data=DataConfig(task=str(folder / "rows.jsonl"), dev_fraction=0.3),
         training=TrainingConfig(epochs=1, batch_size=4, logging_steps=1, learning_rate=3e-3),
     )
-    patch = pytest.MonkeyPatch()
-    patch.setenv("DHRD_CACHE", str(folder / "cache"))
-    patch.setattr(plotly.io.renderers, "default", "plotly_mimetype")  # as in a notebook
-    seen, live = Shown(patch), LiveLossCurves(seconds_between=0)
-    dhrd = train(config, folder, callbacks=[live])
-    baseline = train(config.replace({"name": "baseline", "training.alpha": 0.0}), folder)
-    yield baseline, dhrd, seen, live
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DHRD_CACHE", str(folder / "cache"))
+        patch.setattr(plotly.io.renderers, "default", "plotly_mimetype")  # as in a notebook
+        shown, live = Shown(patch), LiveLossCurves(seconds_between=0)
+        dhrd = train(config, folder, callbacks=[live])
+        yield train(config.replace({"name": "baseline", "training.alpha": 0.0}), folder), dhrd, shown, live
 
 
-def test_the_live_curves_show_both_terms_while_training_and_end_with_the_stored_history(pair):
-    _, dhrd, seen, live = pair
-    (drawings,) = seen.outputs
-    figures = [drawing for drawing in drawings if isinstance(drawing, dict)]
-    assert len(figures) > dhrd.metrics["steps"]  # one output, drawn anew at every log
-    titles = [note.text for note in live.figure.layout.annotations]
-    assert [title.split(" (")[0] for title in titles] == ["class loss", "LM loss", "weighted total"]
-    class_loss, lm_loss = live.figure.data[0], live.figure.data[1]
-    history = dhrd.history.dropna(subset="class_loss")
-    assert list(class_loss.y) == pytest.approx(history["class_loss"].tolist())
-    assert list(lm_loss.y) == pytest.approx(history["lm_loss"].tolist())
-    assert all("application/vnd.plotly.v1+json" in figure for figure in figures)
+def test_live_curves_end_with_the_stored_history(pair):
+    _, dhrd, shown, live = pair
+    (drawings,) = shown.outputs
+    figures = [drawing for drawing in drawings if "application/vnd.plotly.v1+json" in drawing]
+    assert len(figures) > dhrd.metrics["steps"]  # one output, replaced at every log
     assert drawings[-1] is figures[-1]
+    titles = [note.text.split(" (")[0] for note in live.figure.layout.annotations]
+    assert titles == ["class loss", "LM loss", "weighted total"]
+    history = dhrd.history.dropna(subset="class_loss")
+    for line, name in zip(live.figure.data, ("class_loss", "lm_loss"), strict=False):
+        assert list(line.y) == pytest.approx(history[name].tolist())
 
 
-def test_train_hands_its_callbacks_to_the_trainer(pair, tmp_path):
+def test_live_curves_wait_between_drawings(pair, shown, tmp_path):
+    train(pair[1].config.replace({"name": "slow"}), tmp_path, callbacks=[LiveLossCurves(seconds_between=1e6)])
+    (drawings,) = shown.outputs
+    assert len(drawings) == 3  # the first log, a placeholder, the end
+
+
+def test_train_passes_callbacks_to_the_trainer(pair, tmp_path):
     steps = []
 
     class Counting(TrainerCallback):
@@ -87,36 +90,21 @@ def test_train_hands_its_callbacks_to_the_trainer(pair, tmp_path):
     assert steps == list(range(1, run.metrics["steps"] + 1))
 
 
-def test_live_curves_draw_no_more_often_than_they_are_told(pair, shown, tmp_path):
-    train(pair[1].config.replace({"name": "slow"}), tmp_path, callbacks=[LiveLossCurves(seconds_between=1e6)])
-    (drawings,) = shown.outputs
-    assert sum(isinstance(drawing, dict) for drawing in drawings) == 2  # the first log and the end
-
-
-def test_tokens_are_coloured_by_span_and_the_pooled_one_is_framed(task):
+@pytest.mark.parametrize("tail", [(), (EVIL, "fix")], ids=["input", "whole row"])
+def test_tokens_are_colored_by_span(task, tail):
     fmt = tiny_model(task).sequence_format
-    row = encode_example(fmt, EVIL, EVIL, "fix")
-    text = colored_tokens(fmt, row, "fix", len(row["input_ids"]) + 3).data
-    n_label = len(fmt.encode_label("fix"))
-    n_input = row["input_length"]
-    body = text.split("</p>")[1]
-    counted = {span: body.count(color) for span, color in widgets._SPANS.items()}
+    row = encode_example(fmt, EVIL, *tail)
+    page = colored_tokens(fmt, row, "fix" if tail else None, len(row["input_ids"]) + 3).data
+    body = page.split("</p>")[1]
+    n_label, n_input = len(fmt.encode_label("fix")) if tail else 0, row["input_length"]
     n_rationale = len(row["input_ids"]) - n_input - n_label
-    assert counted == {"input": n_input, "rationale": n_rationale, "label": n_label, "pad": 3}
+    counts = {span: body.count(color) for span, color in widgets._SPAN_COLORS.items()}
+    assert counts == {"input": n_input, "rationale": n_rationale, "label": n_label, "pad": 3}
     assert body.count("outline:") == 1
-    assert body.split("outline:")[0].count("<span") == n_input
-    assert body.count("border-bottom") == len(row["input_ids"]) - 1  # nothing predicts the first token
-    assert "<script" not in text
+    assert body.split("outline:")[0].count("<span") == n_input  # the pooled token
+    assert body.count("border-bottom") == sum(target != -100 for target in row["lm_labels"])
+    assert "<script" not in page
     assert "<b>" not in body
-
-
-def test_an_input_alone_has_neither_rationale_nor_label(task):
-    fmt = tiny_model(task).sequence_format
-    row = encode_example(fmt, "some text")
-    text = colored_tokens(fmt, row, None, 0).data
-    assert "rationale: 0" in text
-    assert "label: 0" in text
-    assert "pad: 0" in text
 
 
 @pytest.fixture
@@ -127,59 +115,51 @@ def explorer(task):
         "label": [i % 3 for i in range(7)],
         "rationale": [None, "refund it is, a leak"] + [f"{EVIL} reason {i}" for i in range(5)],
     }
-    return RationaleExplorer.of(task, Dataset.from_dict(rows), per_page=3)
+    return RationaleExplorer(task, Dataset.from_dict(rows), per_page=3)
 
 
-def test_the_explorer_filters_by_label_length_and_flag(explorer):
-    assert len(explorer.chosen()) == 7
-    explorer.filters["label"].value = "refund"
-    assert explorer.chosen()["idx"].tolist() == ["1", "4"]
-    explorer.filters["flag"].value = "leaks_label"
-    assert explorer.chosen()["idx"].tolist() == ["1"]
-    explorer.filters["label"].value = "all"
-    explorer.filters["flag"].value = "none"
-    assert explorer.chosen()["idx"].tolist() == ["0"]
-    explorer.filters["flag"].value = "not flagged"
-    assert explorer.chosen()["idx"].tolist() == ["2", "3", "4", "5", "6"]
-    low, _ = explorer.filters["words"].value
-    explorer.filters["words"].value = (low, low + 3)
-    assert explorer.chosen()["idx"].tolist() == ["2", "3"]
+def test_explorer_filters_by_label_length_and_flag(explorer):
+    def count(**values) -> str:
+        for name, value in values.items():
+            explorer.controls[name].value = value
+        return explorer.drawn().split("<p>")[1].split(" rows")[0]
+
+    assert count() == "1 to 3 of 7"
+    assert count(label="refund") == "1 to 2 of 2"
+    assert count(flag="leaks_label") == "1 to 1 of 1"
+    assert count(label="all", flag="none") == "1 to 1 of 1"
+    assert count(flag="not flagged") == "1 to 3 of 5"
+    low, _ = explorer.controls["words"].value
+    assert count(words=(low, low + 3)) == "1 to 2 of 2"
+    assert count(label="fix") == "1 to 1 of 1"
 
 
-def test_a_browser_turns_pages_and_goes_to_the_first_one_where_a_filter_changes(explorer, shown):
+def test_filter_change_returns_to_the_first_page(explorer, shown):
     explorer._ipython_display_()
-    controls, content = shown.outputs
-    assert controls == [explorer.controls]
-    explorer.next.click()
-    explorer.next.click()
-    explorer.next.click()  # there are three pages
-    assert [page.data.split(" rows")[0] for page in content] == [
-        "<p>1 to 3 of 7",
-        "<p>4 to 6 of 7",
-        "<p>7 to 7 of 7",
-        "<p>7 to 7 of 7",
-    ]
-    explorer.filters["label"].value = "refund"
-    assert content[-1].data.startswith("<p>1 to 2 of 2 rows (7 without a filter)")
-    explorer.filters["flag"].value = "none"
-    assert content[-1].data.startswith("<p>0 rows")
+    _, pages = shown.outputs
+    explorer.controls["page_number"].value = 9  # there are three
+    assert pages[-1]["text/html"].startswith("<p>7 to 7 of 7 rows")
+    explorer.controls["label"].value = "refund"
+    assert pages[-1]["text/html"].startswith("<p>1 to 2 of 2 rows (7 without a filter)")
+    explorer.controls["flag"].value = "none"
+    assert pages[-1]["text/html"].startswith("<p>0 rows")
 
 
-def test_what_the_explorer_shows_is_text_and_no_markup(explorer):
-    assert "&lt;script&gt;" in explorer.shown().data
-    assert "<script" not in explorer.shown().data
+def test_explorer_shows_text_and_no_markup(explorer):
+    assert "&lt;script&gt;" in explorer.drawn()
+    assert "<script" not in explorer.drawn()
 
 
-def test_the_disagreements_are_the_rows_on_which_two_runs_differ(pair):
+def test_disagreements_are_rows_with_different_predictions(pair):
     baseline, dhrd, *_ = pair
     browser = DisagreementBrowser(baseline, dhrd, "test")
     a, b = baseline.predictions("test"), dhrd.predictions("test")
     differ = a["prediction"] != b["prediction"]
     assert browser.rows["idx"].tolist() == a["idx"][differ].tolist()
     counts = {}
-    for kind, value in browser.filters["right"].options:
-        browser.filters["right"].value = value
-        counts[kind] = len(browser.chosen())
+    for kind, value in browser.controls["correct"].options:
+        browser.controls["correct"].value = value
+        counts[kind] = int(browser.drawn().split(" rows")[0].split()[-1].removeprefix("<p>"))
     assert counts == {
         "all": differ.sum(),
         "only DHRD is right": (differ & (b["prediction"] == b["label"])).sum(),
@@ -188,21 +168,20 @@ def test_the_disagreements_are_the_rows_on_which_two_runs_differ(pair):
     }
 
 
-def test_a_disagreement_shows_both_predictions_and_the_rationale_as_text(pair, monkeypatch):
+def test_disagreement_shows_both_predictions_as_text(pair, monkeypatch):
     baseline, dhrd, *_ = pair
-    flipped = dhrd.predictions("test").assign(prediction=1 - baseline.predictions("test")["prediction"])
-    ours = baseline.predictions("test")
-    monkeypatch.setattr(type(dhrd), "predictions", lambda run, _: flipped if run is dhrd else ours)
-    page = DisagreementBrowser(baseline, dhrd, "test").shown().data
+    a, b = baseline.predictions("test"), dhrd.predictions("test")
+    swapped = b.assign(prediction=a["prediction"].map({"a<i>": "b<i>", "b<i>": "a<i>"}))
+    monkeypatch.setattr(type(dhrd), "predictions", lambda run, _: swapped if run is dhrd else a)
+    page = DisagreementBrowser(baseline, dhrd, "test").drawn()
     assert "pooled baseline: " in page
     assert "DHRD: " in page
     assert "Gold: a&lt;i&gt;" in page
     assert "<script" not in page
-    assert "none" in page or "&lt;script" in page
 
 
-def test_runs_on_other_rows_are_not_compared(pair, tmp_path):
+def test_runs_on_other_rows_are_refused(pair, tmp_path):
     baseline, dhrd, *_ = pair
     other = train(dhrd.config.replace({"name": "other", "data.split_seed": 1}), tmp_path)
-    with pytest.raises(ValueError, match="'baseline' and 'other' differ in the rows of 'test'"):
+    with pytest.raises(ConfigError, match="'baseline' and 'other' differ in the rows of 'test'"):
         DisagreementBrowser(baseline, other, "test")
