@@ -1,19 +1,27 @@
-"""The commands: a comparison from data to report, a run from a file, predictions from a run."""
+"""The commands: a comparison from data to report, a run from a file, predictions as CSV and JSONL."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import ROOT, tiny_model
 from typer.testing import CliRunner
 
 from dhrd_lib import __main__ as cli
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig, WorkbenchError
+from dhrd_lib.studies import comparison
 from dhrd_lib.training import train
+
+AWKWARD = ['My "lamp", broke', "two\nlines\tand a tab", "Größe 38 — 靴"]
 
 
 @pytest.fixture(autouse=True)
@@ -21,15 +29,29 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DHRD_CACHE", str(tmp_path / "cache"))
 
 
-def invoke(*arguments: object) -> str:
+@pytest.fixture(scope="module")
+def saved(task, tmp_path_factory):
+    """An untrained classifier with labels fix, refund and explain."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(task).save_pretrained(folder)
+    return folder
+
+
+def invoke(*arguments: object, stdin: str | None = None) -> str:
     arguments = [str(argument) for argument in arguments]
-    result = CliRunner(env={"COLUMNS": "160"}).invoke(cli.app, arguments, catch_exceptions=False)
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(cli.app, arguments, input=stdin, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
+def refused(*arguments: object) -> str:
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == 2
+    return " ".join(result.output.replace("│", " ").split())
+
+
 def tiny(config: RunConfig) -> RunConfig:
-    """The same run on a tiny backbone and few rows."""
+    """Return the same run on a tiny backbone and few rows."""
     return RunConfig(
         name=config.name,
         model=ModelConfig(backbone="tiny", device="cpu", freeze_layers=2),
@@ -38,9 +60,9 @@ def tiny(config: RunConfig) -> RunConfig:
     )
 
 
-def test_compare_trains_both_writes_the_report_and_takes_up_finished_runs(tmp_path, monkeypatch):
-    configs = [tiny(config) for config in cli.comparison("quick")]
-    monkeypatch.setattr(cli, "comparison", lambda _: configs)
+def test_compare_writes_report_and_reuses_runs(tmp_path, monkeypatch):
+    configs = [tiny(config) for config in comparison.comparison("quick")]
+    monkeypatch.setattr(comparison, "comparison", lambda _: configs)
     runs = tmp_path / "runs"
     output = invoke("compare", "--runs", runs)
     assert "pooled baseline" in output
@@ -55,75 +77,131 @@ def test_compare_trains_both_writes_the_report_and_takes_up_finished_runs(tmp_pa
     assert invoke("compare", "--runs", runs) in output
 
 
-def test_compare_names_the_profiles_that_there_are():
-    result = CliRunner().invoke(cli.app, ["compare", "--profile", "slow"])
-    assert result.exit_code == 2
-    assert "profile is 'slow'; expected one of quick, full." in re.sub(r"[│\s]+", " ", result.output)
+def test_unknown_profile_is_refused():
+    assert "profile is 'slow'; expected one of quick, full." in refused("compare", "--profile", "slow")
 
 
-def test_what_the_caller_can_mend_is_said_in_one_sentence_without_a_traceback(tmp_path, monkeypatch):
+def test_user_errors_are_one_sentence_without_traceback(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     path.write_text('{"training": {"alpha": -1}}')
     monkeypatch.setattr("sys.argv", ["dhrd_lib", "train", str(path)])
-    told = re.escape(f"dhrd_lib: {path}: training.alpha is -1; expected greater than or equal to 0.")
-    with pytest.raises(SystemExit, match=f"^{told}$"):
+    with pytest.raises(
+        SystemExit, match=rf"^dhrd_lib: {re.escape(str(path))}: training\.alpha is -1; expected .*\.$"
+    ):
         cli.main()
 
 
+def test_every_command_has_an_example_in_its_help():
+    for command in cli.app.registered_commands:
+        example = command.callback.__doc__.strip().splitlines()[-1].strip()
+        assert example.startswith("Example: python -m dhrd_lib ")
+        assert command.rich_help_panel
+
+
 def documented(command: str) -> list[str]:
-    """The arguments of a command that the README gives in a line of text."""
+    """Return the arguments of a command in a line of the README's text."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     (found,) = re.findall(rf"`python -m dhrd_lib ({command} [^`]*)`", text)
     return shlex.split(found)
 
 
-def test_the_readmes_commands_work_on_the_readmes_run(tmp_path, monkeypatch):
+def test_readme_commands_work_on_the_readme_run(tmp_path, monkeypatch):
     config = tiny(RunConfig(name="mine"))
     config = config.replace({"data.task": "my.csv", "data.text": ("title", "body"), "data.label": "queue"})
     rows = [f"Lamp {i},It {('broke', 'is late')[i % 2]}.,{('fix', 'send')[i % 2]},why {i}" for i in range(80)]
     monkeypatch.chdir(tmp_path)
     Path("my.csv").write_text("\n".join(["title,body,queue,why", *rows]))
     train(config.replace({"data.rationale": "why"}))
-    told = invoke(*documented("predict"))
-    assert re.fullmatch(r'(fix|send)\t\d\.\d{3}\t\{"title": "Lamp", "body": "It came broken\."\}\n', told)
+    output = invoke(*documented("predict"))
+    assert re.fullmatch(r"title,body,prediction,probability\nLamp,It came broken.,(fix|send),0\.\d+\n", output)
     invoke(*documented("export"))
-    told = invoke("predict", "runs/mine/export-openvino", *documented("predict")[2:])
-    assert told.startswith(("fix", "send"))
+    exported = invoke("predict", "runs/mine/export-openvino", "my.csv")
+    assert exported.splitlines()[0] == "title,body,queue,why,prediction,probability"
+    assert len(exported.splitlines()) == 81
     with pytest.raises(ConfigError, match="expected 'last' and 'linear'"):
         invoke("export", "runs/mine", "--format", "hf")
 
 
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        (
-            ["--row", "{"],
-            "--row 1 is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 ",
-        ),
-        (["--row", '{"text": "x"}', "--row", "[1]"], "--row 2 is [1]; expected an object of fields."),
-        (["--row", '{"body": "x"}'], "input 1 lacks 'text'; expected a dict with 'text'."),
-    ],
-)
-def test_a_row_that_cannot_be_classified_is_refused_in_one_sentence(given, sentence, task, tmp_path):
-    tiny_model(task).save_pretrained(tmp_path)
-    with pytest.raises(WorkbenchError, match=re.escape(sentence)):
-        invoke("predict", tmp_path, *given)
+class TestPredict:
+    def test_csv_keeps_awkward_texts_apart(self, saved):
+        rows = list(csv.DictReader(io.StringIO(invoke("predict", saved, *AWKWARD), newline="")))
+        assert [row["text"] for row in rows] == AWKWARD
+        assert {row["prediction"] for row in rows} <= {"fix", "refund", "explain"}
 
+    def test_jsonl_has_all_probabilities(self, saved):
+        lines = invoke("predict", saved, *AWKWARD, "--format", "jsonl").splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert [row["text"] for row in rows] == AWKWARD
+        for row in rows:
+            assert sum(row["probabilities"].values()) == pytest.approx(1)
+            assert row["prediction"] == max(row["probabilities"], key=row["probabilities"].get)
 
-def test_predict_takes_rows_beside_texts_and_names_what_it_wants_where_there_is_neither(task, tmp_path):
-    tiny_model(task).save_pretrained(tmp_path)
-    text, row = "Why?", json.dumps({"text": "Why?"})
-    lines = invoke("predict", tmp_path, text, "--row", row).splitlines()
-    assert [line.split("\t")[2] for line in lines] == [text, row]
-    assert lines[0].split("\t")[:2] == lines[1].split("\t")[:2]
-    result = CliRunner().invoke(cli.app, ["predict", str(tmp_path)])
-    assert result.exit_code == 2
-    assert "there is nothing to classify" in " ".join(result.output.split())
+    @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+    @pytest.mark.parametrize("option", [(), ("--file",)], ids=["positional", "option"])
+    def test_files_are_read_as_files(self, saved, tmp_path, suffix, option):
+        table, path, out = (
+            pd.DataFrame({"id": range(3), "text": AWKWARD}),
+            tmp_path / f"rows{suffix}",
+            tmp_path / "o.csv",
+        )
+        write = {".csv": table.to_csv, ".parquet": table.to_parquet}.get(suffix)
+        write(path, index=False) if write else table.to_json(path, orient="records", lines=True)
+        assert invoke("predict", saved, *option, path, "--out", out) == ""
+        written = pd.read_csv(out)
+        assert list(written) == ["id", "text", "prediction", "probability"]
+        assert written["text"].tolist() == AWKWARD
+
+    @pytest.mark.parametrize(
+        "content",
+        ["One.\n\nTwo, three.\n", 'text\nOne.\n"Two, three."\n', '{"text": "One."}\n{"text": "Two, three."}\n'],
+        ids=["lines", "csv", "jsonl"],
+    )
+    def test_standard_input_is_a_table_or_lines(self, saved, content):
+        rows = csv.DictReader(io.StringIO(invoke("predict", saved, "--file", "-", stdin=content)))
+        assert [row["text"] for row in rows] == ["One.", "Two, three."]
+
+    def test_rows_and_texts_agree(self, saved):
+        output = invoke("predict", saved, "Why?", "--row", json.dumps({"text": "Why?"}))
+        _, first, second = output.splitlines()
+        assert first == second
+
+    @pytest.mark.parametrize(
+        ("given", "sentence"),
+        [
+            (["--row", "{"], "--row 1 isn't JSON"),
+            (["--row", '{"text": "x"}', "--row", "[1]"], "--row 2 is [1]; expected an object of fields."),
+            (["--row", '{"body": "x"}'], "input 1 lacks 'text'"),
+            (["nowhere.csv"], "nowhere.csv: no such file"),
+            (
+                ["--file", ROOT / "dhrd_lib" / "data" / "everyday_nli" / "test.jsonl"],
+                "test.jsonl lacks text; expected",
+            ),
+        ],
+    )
+    def test_invalid_inputs_are_refused(self, saved, given, sentence):
+        with pytest.raises(WorkbenchError, match=re.escape(sentence)):
+            invoke("predict", saved, *given)
+
+    def test_nothing_to_classify_is_refused(self, saved):
+        assert "there is nothing to classify" in refused("predict", saved)
+        assert "the format is 'xls'" in refused("predict", saved, "Why?", "--out", "labels.xls")
+
+    def test_reasoning_only_run_is_refused(self, tmp_path):
+        config = tiny(RunConfig(name="reasoning")).replace({"training.beta": 0.0, "training.alpha": 1.0})
+        run = train(config, tmp_path)
+        with pytest.raises(ConfigError, match="CoT"):
+            invoke("predict", run.folder, "Why?")
 
 
 def test_train_and_predict_from_a_config_file(tmp_path):
-    tiny(cli.comparison("quick")[0]).replace({"name": "mine"}).save(tmp_path / "config.json")
-    output = invoke("train", tmp_path / "config.json", "--runs", tmp_path / "runs")
-    assert "test accuracy" in output
-    output = invoke("predict", tmp_path / "runs" / "mine", "My lamp came broken.", "Why?")
-    assert re.match(r"(refund|replace|fix|explain|escalate)\t0\.\d{3}\tMy lamp came broken\.\n", output)
+    tiny(comparison.comparison("quick")[0]).replace({"name": "mine"}).save(tmp_path / "config.json")
+    assert "test accuracy" in invoke("train", tmp_path / "config.json", "--runs", tmp_path / "runs")
+    output = invoke("predict", tmp_path / "runs" / "mine", "My lamp came broken.")
+    assert re.search(r"\nMy lamp came broken\.,(refund|replace|fix|explain|escalate),0\.\d+\n", output)
+
+
+def test_help_imports_neither_torch_nor_datasets():
+    script = (
+        "import sys; from dhrd_lib import __main__; print([n for n in ('torch', 'datasets') if n in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"

@@ -103,6 +103,24 @@ class Comparison:
 
         return write_report(self.runs, path)
 
+    def takeaways(self) -> str:
+        """Return DHRD's differences on the final splits and the training times, as Markdown."""
+        from dhrd_lib.studies.statistics import Interval, points_interval
+
+        lines, table = [], self.table()
+        for row in table[table["split"] != "dev"].dropna(subset="difference").itertuples():
+            points = points_interval(row.difference, row.diff_low, row.diff_high)
+            verdict = "a difference" if row.diff_low > 0 or row.diff_high < 0 else "no difference either way"
+            lines.append(
+                f"- On `{row.split}` of {row.task}, DHRD is at {Interval(row.value, row.low, row.high)}, {points} "
+                f"points from its baseline: these runs show {verdict}."
+            )
+        minutes = [sum(run.metrics["train_seconds"] for run in runs) / 60 for runs in (self.baselines, self.dhrd)]
+        lines.append(f"- Training took {minutes[0]:.1f} minutes for the baseline and {minutes[1]:.1f} for DHRD.")
+        if len(self.dhrd) == 1:
+            lines.append("- One seed each: the intervals cover the rows, not what another seed would change.")
+        return "\n".join(lines)
+
 
 def compare_with_baseline(
     config: RunConfig,
