@@ -16,8 +16,8 @@ from app_runs import store_runs
 
 from app.settings import Settings
 from app.tabs.training import Training, TrainingPanel, read_progress
-from dhrd_lib.__main__ import comparison
 from dhrd_lib.config import RunConfig
+from dhrd_lib.studies.comparison import comparison
 
 CONFIGS = [RunConfig(name=name).replace({"training.epochs": 4}) for name in ("one", "two")]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
