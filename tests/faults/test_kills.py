@@ -102,21 +102,21 @@ class Trial:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("job", OUTCOMES)
-def test_a_job_killed_twice_ends_as_if_unkilled(job, tmp_path):
+def test_job_killed_twice_ends_as_unkilled(job, tmp_path):
     Trial(job, tmp_path / job).kill(2, random.Random(1))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("job", OUTCOMES)
-def test_a_job_killed_ten_times_ends_as_if_unkilled(job, tmp_path):
+def test_job_killed_ten_times_ends_as_unkilled(job, tmp_path):
     folders = Trial(job, tmp_path / job).kill(10, random.Random(2))
     print(f"{job}: 10 kills over {folders} folders")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_embedded_backbones_conversion_killed_three_times_ends_as_if_unkilled(tmp_path):
+def test_embedded_conversion_survives_kills(tmp_path):
     generator, folder = random.Random(3), tmp_path / "killed"
     folder.mkdir()
     unkilled = tmp_path / "unkilled"
@@ -128,7 +128,7 @@ def test_the_embedded_backbones_conversion_killed_three_times_ends_as_if_unkille
     assert outcome("convert", folder) == outcome("convert", unkilled)
 
 
-def test_the_gguf_file_of_these_tests_holds_the_tiny_backbone(tmp_path):
+def test_gguf_file_holds_the_tiny_backbone(tmp_path):
     written = fault_jobs.write_gguf(tmp_path / "tiny.gguf")
     found, tiny = (load_backbone(name, device="cpu") for name in (str(tmp_path / "tiny.gguf"), "tiny"))
     assert fault_jobs.same_logits(found.model, written)
@@ -136,7 +136,7 @@ def test_the_gguf_file_of_these_tests_holds_the_tiny_backbone(tmp_path):
 
 
 @pytest.mark.parametrize("left", ["weights alone", "half a state", "nothing"])
-def test_a_checkpoint_that_a_kill_broke_off_is_passed_over(tmp_path, left):
+def test_incomplete_checkpoint_is_skipped(tmp_path, left):
     """The trainer writes a checkpoint file by file, into the folder that it is later looked for in."""
 
     def interrupted(*_):
