@@ -161,7 +161,7 @@ def metrics_by_split(run: Run) -> list[dict[str, str]]:
     """Return one row per split: rows and metric with its 95% bootstrap interval."""
     metrics, rows = run.metrics["task_metrics"], []
     for split in run.metrics["splits"]:
-        found, interval = run.predictions(split), "none: answers by CoT decoding"
+        found, interval = run.predictions(split).sort_values("idx"), "none: answers by CoT decoding"
         if run.config.training.beta > 0:
             groups = found["group"] if found["group"].notna().all() else None
             interval = str(bootstrap_interval(metrics, found["label_id"], found["prediction_id"], groups))

@@ -223,11 +223,9 @@ class _Section:
         return plots.loss_curves(pd.concat(histories))
 
     def classes(self) -> list[dict[str, Any]]:
-        """Recall, F1 (means over seeds) and confusion matrices (sums over seeds) of each test split."""
+        """Precision, recall, F1 (means over seeds) and confusion matrices (sums over seeds) of each test split."""
         blocks = []
-        for split in dict.fromkeys(self.results["split"]):
-            if split == "dev":
-                continue
+        for split in [split for split in dict.fromkeys(self.results["split"]) if split != "dev"]:
             tables, matrices = {}, []
             for setting, rows in self.table[self.table["split"] == split].groupby("setting", sort=False):
                 runs = list(zip(rows["labels"], rows["predictions"], strict=True))
@@ -235,15 +233,12 @@ class _Section:
                 matrix = sum(confusion(*run, len(self.label_names)) for run in runs)
                 # One figure per matrix: they wrap on a narrow screen.
                 matrices.append(plots.confusion_matrices({setting: matrix}, self.label_names, split))
-            support = {"rows": next(iter(tables.values()))["support"].astype(int)}
-            recall = {f"recall, {setting}": table["recall"].map(_percent) for setting, table in tables.items()}
-            texts = {
-                setting: table[["precision", "recall", "f1"]].map(_percent).assign(**support).reset_index()
-                for setting, table in tables.items()
-            }
-            figure = plots.per_class_f1(tables, split)
-            shown = {"recall": pd.DataFrame(support | recall).reset_index(), "tables": texts, "f1": figure}
-            blocks.append({"split": split, "confusions": matrices, **shown})
+            figures = pd.DataFrame({"rows": next(iter(tables.values()))["support"].astype(int)})
+            for setting, table in tables.items():
+                texts = table[["precision", "recall", "f1"]].map(_percent)
+                figures[f"{setting}: precision, recall, F1"] = texts.agg(", ".join, axis=1)
+            f1 = plots.per_class_f1(tables, split)
+            blocks.append({"split": split, "figures": figures.reset_index(), "f1": f1, "confusions": matrices})
         return blocks
 
     def disagreements(self) -> list[dict[str, Any]]:
