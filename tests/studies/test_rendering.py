@@ -23,13 +23,12 @@ confusion_matrices({{"DHRD": np.eye(2)}}, ["no", "yes"])
 """
 
 
-@pytest.mark.parametrize("chosen", ["plotly_mimetype", "browser", "plotly_mimetype+png"])
-def test_only_plotlys_notebook_default_is_extended(monkeypatch, chosen):
-    monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
-    monkeypatch.setattr(plotly.io.renderers, "default", chosen)
-    show_figures_in_exports()
-    extended = chosen + "+dhrd_export" if chosen == "plotly_mimetype" else chosen
-    assert plotly.io.renderers.default == extended
+def test_only_notebook_default_is_extended(monkeypatch):
+    chosen = {"plotly_mimetype": "plotly_mimetype+dhrd_export", "browser": "browser"}
+    for default, extended in chosen.items():
+        monkeypatch.setattr(plotly.io.renderers, "default", default)
+        show_figures_in_exports()
+        assert plotly.io.renderers.default == extended
     monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
     monkeypatch.setattr(plotly.io.renderers, "default", "plotly_mimetype")
     show_figures_in_exports()

@@ -174,14 +174,11 @@ def test_classes_have_recall(runs, written):
 
 def test_overlap_with_train_is_shown(tmp_path, written):
     runs = [store_run(tmp_path / "a", 0.0, metrics={"overlap": {"dev": 0, "test": 3}})]
-    assert "<td>3 of 140</td>" in write(runs, tmp_path)[0]
+    page, frame = write(runs, tmp_path)
+    assert "<td>3 of 140</td>" in page
     assert "also in train" not in written[0]
-
-
-def test_setting_without_baseline_is_not_compared(tmp_path):
-    page, frame = write([store_run(tmp_path / "dhrd", 1.0)], tmp_path)
-    assert frame["difference"].isna().all()
     assert "Nothing is compared" in page
+    assert frame["difference"].isna().all()
 
 
 def test_reasoning_only_has_cot_figures_or_none(tmp_path, runs):
@@ -222,23 +219,17 @@ def test_different_rows_raise(tmp_path, runs):
         write([runs[0], other], tmp_path)
 
 
-def test_same_configuration_and_seed_raise(tmp_path, runs):
+def test_repeated_or_missing_runs_raise(tmp_path, runs):
     with pytest.raises(WorkbenchError, match="'dhrd' and 'again' have the same configuration and seed"):
         write([*runs, store_run(tmp_path / "again", 1.0)], tmp_path)
-
-
-def test_no_runs_raise(tmp_path):
     with pytest.raises(WorkbenchError, match="no runs"):
         write([], tmp_path)
 
 
 def test_terminal_table_shows_every_row(written):
-    _, frame = written
     console = Console(file=io.StringIO(), width=140)
-    report.print_table(frame, console)
-    printed = console.file.getvalue()
-    assert printed.count("DHRD") == printed.count("pooled baseline") == 3
-    row = frame.iloc[-1]
+    report.print_table(written[1], console)
+    printed, row = console.file.getvalue(), written[1].iloc[-1]
+    assert [printed.count(text) for text in ("DHRD", "pooled baseline", "20.0%")] == [3, 3, 6]
     assert f"{100 * row['value']:.1f}% [{100 * row['low']:.1f}," in printed
     assert f"{100 * row['difference']:+.1f} [{100 * row['diff_low']:+.1f}," in printed
-    assert printed.count("20.0%") == 6
