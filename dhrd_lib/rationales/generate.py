@@ -14,13 +14,13 @@ from pathlib import Path
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from dhrd_lib.backbones import EMBEDDED
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.inputs import SENTINEL
-from dhrd_lib.rationales import teachers
 from dhrd_lib.rationales.replies import read_reply
 from dhrd_lib.rationales.store import Key, RationaleStore, Record
-from dhrd_lib.rationales.teachers import TeacherConfig
+from dhrd_lib.rationales.teachers import LocalTeacher, OpenAITeacher, TeacherConfig, make_prompt, teacher_parameters
 from dhrd_lib.tasks import Task
 
 
@@ -59,19 +59,18 @@ class Generation:
 
 def store_for(task: Task, config: TeacherConfig, folder: str | Path = "rationales") -> RationaleStore:
     """Return the store of a task and teacher: FOLDER/TASK/TEACHER.jsonl."""
-    slug = re.sub(r"[^a-z0-9.]+", "-", teachers.teacher_name(config).lower()).strip("-.")[-80:]
+    slug = re.sub(r"[^a-z0-9.]+", "-", (config.model or EMBEDDED).lower()).strip("-.")[-80:]
     return RationaleStore(Path(folder) / task.name / f"{slug or 'teacher'}.jsonl")
 
 
 def row_keys(task: Task, dataset: Dataset, config: TeacherConfig) -> list[tuple[Key, str]]:
     """Return each row's key and prompt, in the order of the dataset (a split that `load_task` gave)."""
-    teacher = teachers.teacher_name(config)
-    parameters = json.dumps(teachers.teacher_parameters(config), sort_keys=True)
+    parameters = json.dumps(teacher_parameters(config), sort_keys=True)
     keys = []
     for row in dataset:
-        prompt = teachers.make_prompt(task, row, config)
+        prompt = make_prompt(task, row, config)
         digest = hashlib.sha256(prompt.encode()).hexdigest()[:16]
-        keys.append((Key(row["idx"], digest, teacher, parameters), prompt))
+        keys.append((Key(row["idx"], digest, config.model or EMBEDDED, parameters), prompt))
     return keys
 
 
@@ -98,7 +97,8 @@ def generate(
             waiting = [i for i, made in enumerate(agreed.values()) if len(made) == attempt and True not in made]
             if not waiting:
                 continue
-            teacher = teacher or teachers.load_teacher(config, reader)
+            if teacher is None:
+                teacher = LocalTeacher(config, reader) if config.kind == "local" else OpenAITeacher(config)
             replies = teacher.ask([keys[i][1] for i in waiting], attempt)
             for n, reply in tqdm(replies, total=len(waiting), desc="rationales", disable=not progress):
                 key, gold = keys[waiting[n]][0], dataset[waiting[n]]["label"]

@@ -149,11 +149,6 @@ def make_prompt(task: Task, row: Mapping[str, Any], config: TeacherConfig) -> st
     return render(template, {**values, "label": task.verbalizers[row["label"]]})
 
 
-def teacher_name(config: TeacherConfig) -> str:
-    """Return the model's name in a store."""
-    return config.model or EMBEDDED
-
-
 def teacher_parameters(config: TeacherConfig) -> dict[str, Any]:
     """Return what a rationale depends on besides prompt and model; records with other parameters do not count.
 
@@ -175,16 +170,12 @@ def _turns(prompt: str, config: TeacherConfig) -> list[tuple[str, str]]:
     return [*([("system", config.system)] if config.system else []), ("user", prompt)]
 
 
-def load_teacher(config: TeacherConfig, reader: AnswerReader) -> OpenAITeacher | LocalTeacher:
-    """Return the teacher, ready to be asked; raise `TeacherError` where the variable holds no key."""
-    return LocalTeacher(config, reader) if config.kind == "local" else OpenAITeacher(config)
-
-
 class OpenAITeacher:
     """A server with OpenAI's chat API: hosted models, vLLM, Ollama, `transformers serve`.
 
     The client repeats a request that met 408, 409, 429, 5xx, a time-out or a broken connection, up to `max_retries`
-    times, with back-off or after what Retry-After says. An error that every row would meet ends the asking.
+    times, with back-off or after what Retry-After says. An error that every row would meet ends the asking. Raises
+    `TeacherError` where the variable holds no key.
     """
 
     def __init__(self, config: TeacherConfig) -> None:
@@ -269,8 +260,7 @@ class OpenAITeacher:
             reason, hopeless = f"HTTP {status}: {message}", bool({status, error.code} & _HOPELESS)
             if status in (401, 403) and not re.search("moderat|flagged", message):
                 reason, hopeless = f"HTTP {status}: the server refuses the key in {config.api_key_env}", True
-            if error.param in type(config).model_fields:
-                reason += f"; expected another {error.param} in the teacher's configuration"
+            reason += f"; expected another {error.param}" if error.param in type(config).model_fields else ""
         elif isinstance(error, openai.APITimeoutError):
             reason = f"no reply within {config.timeout_s:g} s, asked {config.max_retries + 1} times"
         else:
@@ -319,7 +309,7 @@ class LocalTeacher:
 
     def __init__(self, config: TeacherConfig, reader: AnswerReader) -> None:
         self._config, self._reader = config, reader
-        self._backbone = load_backbone(teacher_name(config), config.device, config.dtype)
+        self._backbone = load_backbone(config.model or EMBEDDED, config.device, config.dtype)
         # Thinking may quote the sentinel, so a model that thinks ends by its end token alone.
         self._may_think = has_thinking(self._backbone.tokenizer.chat_template or "")
 
