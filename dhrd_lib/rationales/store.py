@@ -62,10 +62,13 @@ class Record(BaseModel):
     @property
     def key(self) -> Key:
         """Return what the record belongs to (see `Key`)."""
-        server = self.parameters.get("server")
-        same = {"server": server.rstrip("/")} if server else {}
-        parameters = json.dumps({**self.parameters, **same}, sort_keys=True)
-        return Key(self.idx, self.prompt_hash, self.teacher, parameters)
+        parameters = dict(self.parameters)
+        # Older records may have whole numbers here, and an address with a slash at its end.
+        parameters |= {
+            name: float(parameters[name]) for name in ("temperature", "top_p") if parameters.get(name) is not None
+        }
+        parameters |= {"server": parameters["server"].rstrip("/")} if parameters.get("server") else {}
+        return Key(self.idx, self.prompt_hash, self.teacher, json.dumps(parameters, sort_keys=True))
 
 
 class RationaleStore:

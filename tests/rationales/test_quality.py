@@ -43,58 +43,41 @@ def split(rationales: list[str | None]) -> Dataset:
     return Dataset.from_dict(columns, features=Features({**strings, "label": labels}))
 
 
-@pytest.mark.parametrize(
-    ("text", "verbalizer", "expected"),
-    [
-        ("Give a refund.", "refund", True),
-        ("It was Refunded, twice.", "refund", True),
-        ("The money goes back.", "refund", False),
-        ("That entails it.", "entailment", True),
-        ("The tail is long.", "entailment", False),
-        ("a contradictory claim", "contradiction", True),
-        ("An explained fee", "explain", True),
-        ("a plain fee", "explain", False),
-        ("Fixing it", "fix", True),
-        ("the fixture", "fix", False),
-        ("prefix", "fix", False),
-        ("Escalation is due", "escalate", True),
-        ("Replacements are sent", "replace", True),
-        ("a place", "replace", False),
-        ("It is not entailed", "not entailment", True),
-        ("It is entailed", "not entailment", False),
-        ("the first one", "the first", True),
-        ("first of all", "the first", False),
-        ("a card arrival problem", "card_arrival", True),
-        ("", "fix", False),
-        # Common words count as an answer alone.
-        ("Nobody knows; another note", "no", False),
-        ("There is no fee, and he has no receipt.", "no", False),
-        ("No customer asked.", "no", False),
-        ("No, it isn't", "no", True),
-        ("The answer must be no because it rained.", "no", True),
-        ('That makes it a "no" here.', "no", True),
-        ("So it is no.", "no", True),
-        ("yesterday", "yes", False),
-        ("Yes!", "yes", True),
-        ("He has 1 lamp of type A.", "1", False),
-        ("The label is 1.", "1", True),
-        ("A lamp broke.", "A", False),
-        ("是否损坏尚不清楚。", "否", False),
-        ("所以，答案为：否", "否", True),
-        ("いいえ、壊れていない。", "いいえ", True),
-        # Scripts that join words.
-        ("客户要求退款，因为商品损坏。", "退款", True),
-        ("客户要求换货。", "退款", False),
-        ("返金する必要がある", "返金", True),
-        ("ลูกค้าต้องการคืนเงินทันที", "คืนเงิน", True),
-        ("يجب إجراء الاسترداد فورا", "استرداد", True),
-        ("고객은 환불을 원한다", "환불", True),
-        ("ग्राहक को धनवापसी चाहिए", "धनवापसी", True),
-        ("これはrefundについて", "refund", True),
-    ],
-)
-def test_label_is_found_in_its_forms(text, verbalizer, expected):
-    assert names_label(text, verbalizer) is expected
+FORMS = {  # label: texts that name it, and texts that do not
+    "refund": (["Give a refund.", "It was Refunded, twice.", "これはrefundについて"], ["The money goes back."]),
+    "entailment": (["That entails it."], ["The tail is long."]),
+    "contradiction": (["a contradictory claim"], []),
+    "explain": (["An explained fee"], ["a plain fee"]),
+    "fix": (["Fixing it"], ["the fixture", "prefix", ""]),
+    "replace": (["Replacements are sent"], ["a place"]),
+    "not entailment": (["It is not entailed"], ["It is entailed"]),
+    "the first": (["the first one"], ["first of all"]),
+    "card_arrival": (["a card arrival problem"], ["the card"]),
+    # Common words, numbers and letters count as an answer alone.
+    "no": (
+        ["No, it isn't", "The answer must be no because it rained.", 'That makes it a "no" here.', "So it is no."],
+        ["Nobody knows; another note", "There is no fee, and he has no receipt.", "No customer asked."],
+    ),
+    "yes": (["Yes!"], ["yesterday"]),
+    "1": (["The label is 1."], ["He has 1 lamp."]),
+    "A": (['It is "A".'], ["A lamp broke."]),
+    "否": (["所以，答案为：否"], ["是否损坏尚不清楚。"]),
+    "いいえ": (["いいえ、壊れていない。"], []),
+    # Scripts that join words.
+    "退款": (["客户要求退款，因为商品损坏。"], ["客户要求换货。"]),
+    "返金": (["返金する必要がある"], []),
+    "คืนเงิน": (["ลูกค้าต้องการคืนเงินทันที"], []),
+    "استرداد": (["يجب إجراء الاسترداد فورا"], []),
+    "환불": (["고객은 환불을 원한다"], []),
+    "धनवापसी": (["ग्राहक को धनवापसी चाहिए"], []),
+}
+
+
+@pytest.mark.parametrize("label", FORMS)
+def test_label_is_found_in_its_forms(label):
+    naming, others = FORMS[label]
+    assert [text for text in naming if not names_label(text, label)] == []
+    assert [text for text in others if names_label(text, label)] == []
 
 
 INPUT = "Customer: the paint kit burst and dried onto the paper before the course began\nWhat must happen next?"

@@ -63,23 +63,14 @@ def test_reasoning_is_the_rationale_on_request():
         read_reply(Reply(REPLY), reader, True)
 
 
-@pytest.mark.parametrize(
-    "sentinel",
-    [
-        SENTINEL,
-        f"**{SENTINEL}**",
-        f"### {SENTINEL}",
-        f"`{SENTINEL}`",
-        f"---\n{SENTINEL}:",
-        "[End of Reasoning]",
-        "[END_OF_REASONING]",
-        r"\[END OF REASONING\]",
-        "【END OF REASONING】",
-        "END OF REASONING",
-        "**End of reasoning**",
-        f"I end with {SENTINEL}, as asked.\n{SENTINEL}",
-    ],
+SENTINELS = (
+    f"**{SENTINEL}**|### {SENTINEL}|`{SENTINEL}`|---\n{SENTINEL}:|[End of Reasoning]|[END_OF_REASONING]|"
+    r"\[END OF REASONING\]|【END OF REASONING】|END OF REASONING|**End of reasoning**|"
+    f"I end with {SENTINEL}.\n{SENTINEL}"
 )
+
+
+@pytest.mark.parametrize("sentinel", SENTINELS.split("|"))
 def test_decorated_sentinel_is_found(sentinel):
     rationale, answer, label = read(f"Why.\n{sentinel}\n\nrefund")
     assert (rationale.splitlines()[0], answer, label) == ("Why.", "refund", 0)

@@ -68,15 +68,13 @@ def test_last_line_without_newline_is_kept(tmp_path):
 def test_old_store_is_read(tmp_path):
     """Lines of version 0.1.0: with spaces, the data's own rationales, an address with a slash at its end."""
     store = RationaleStore(tmp_path / "store.jsonl")
-    old = {"idx": "0", "prompt_hash": "h", "teacher": "human", "parameters": {"protocol": "human"}}
-    lines = [
-        {**old, "rationale": "é", "seconds": 0},
-        {**old, "parameters": {"server": "http://a/v1/"}, "rationale": ""},
-    ]
+    old = {"idx": "0", "prompt_hash": "h", "teacher": "human", "rationale": "é", "seconds": 0}
+    parameters = [{"protocol": "human"}, {"server": "http://a/v1/", "temperature": 1}]
+    lines = [{**old, "parameters": of} for of in parameters]
     store.path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     human, served = store.read()
     assert (human.rationale, human.parameters, human.agreed) == ("é", {"protocol": "human"}, None)
-    assert served.key.parameters == '{"server": "http://a/v1"}'
+    assert served.key.parameters == '{"server": "http://a/v1", "temperature": 1.0}'
 
 
 @pytest.mark.parametrize("line", ['{"idx": "1"}', '{"idx": 1}', '{"surprise": 2}', "[1]", "3"])

@@ -43,17 +43,12 @@ def ask(plan, triage, rows, folder, n=1, **fields):
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"kind": "oracle"}, "kind is 'oracle'"),
         ({"kind": "openai"}, "model is None"),
         ({"protocol": "human"}, "protocol is 'human'"),
         ({"protocol": "rejection"}, "temperature is 0 with protocol='rejection'"),
         ({"temperature": 1e-9}, "temperature is 1e-09"),
         ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"concurrency": True}, "concurrency is True"),
-        ({"model": " "}, "model is ' '"),
-        ({"extra_body": [1]}, "extra_body is"),
         ({"base_url": "localhost:8000"}, "base_url isn't an address"),
-        ({"base_url": "http://[::1/v1"}, "base_url isn't an address"),
     ],
 )
 def test_wrong_configuration_is_refused(fields, expected):
@@ -210,13 +205,11 @@ PARTIAL["choices"][0]["error"] = {"code": 502}
     ("body", "reason"),
     [
         (completion(None), "the reply has no rationale (finish reason 'stop')"),
-        ("", "the reply has no rationale"),
         (f"{SENTINEL} replace", "the reply has no rationale"),
         (
             completion(None, "length", reasoning_content="hmm"),
             "(finish reason 'length'), but 3 characters of thinking",
         ),
-        (completion(None, "length", reasoning="hmm"), "which use_reasoning=true takes"),
         (parts(THINKING_PART), "but 3 characters of thinking"),
         (completion(None, **REFUSED), "the teacher refused: I can't help"),
         (parts({"type": "refusal", **REFUSED}), "the teacher refused: I can't help"),
@@ -231,7 +224,6 @@ PARTIAL["choices"][0]["error"] = {"code": 502}
         ({"error": {"message": "context too long", "code": "context_length_exceeded"}}, "HTTP 400: "),
         ({"error": "overloaded"}, "HTTP 400: "),
         ("html", "the reply isn't JSON"),
-        ("broken_json", "the reply isn't JSON"),
         ("hang", "no reply within 0.5 s, asked 3 times"),
         ("drop", "the connection failed ("),
         ("drop_midway", "the connection failed ("),
