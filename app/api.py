@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import wraps
-from typing import Any
 
 import gradio as gr
 
@@ -17,24 +15,13 @@ from app.settings import MAX_NEW_TOKENS
 from dhrd_lib.config import ConfigError, WorkbenchError
 
 
-def _endpoint(method: Callable) -> Callable:
+@contextmanager
+def _plain_errors() -> Iterator[None]:
     """Answer a `WorkbenchError` with its sentence, as plain text: programs read it, not a page."""
-
-    @wraps(method)
-    def answer(*arguments: Any) -> Any:
-        try:
-            return method(*arguments)
-        except WorkbenchError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    @wraps(method)
-    def stream(*arguments: Any) -> Iterator[Any]:
-        try:
-            yield from method(*arguments)
-        except WorkbenchError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    return stream if inspect.isgeneratorfunction(method) else answer
+    try:
+        yield
+    except WorkbenchError as error:
+        raise gr.Error(str(error), print_exception=False) from error
 
 
 class Api:
@@ -49,7 +36,6 @@ class Api:
         for function in (self.classify, self.classify_rows, self.cot, self.rationale):
             gr.api(function, api_name=function.__name__, **COMPUTE)
 
-    @_endpoint
     def runs(self) -> list[dict]:
         """The stored runs: name, setting, task, labels, and the metrics of each split (fractions).
 
@@ -66,23 +52,23 @@ class Api:
             for run in stored.usable_runs(self.root)
         ]
 
-    @_endpoint
     def classify(self, run: str, texts: dict) -> dict:
         """One input, as texts by the task's field, by a run's pooled classifier.
 
         Returns label, probabilities by label, latency_ms and the tokens read, written and cut.
         """
-        return asdict(self.backend.classify(run, texts))
+        with _plain_errors():
+            return asdict(self.backend.classify(run, texts))
 
-    @_endpoint
     def classify_rows(self, run: str, rows: list[dict]) -> Iterator[dict]:
         """Many inputs by a run's pooled classifier, in their order.
 
         Streams rows_done; the last one has labels, probabilities (in the order of the run's labels), seconds,
         the time inside the calls, and inputs_cut, how many were truncated.
         """
-        for done in self.backend.classify_rows(run, rows):
-            yield {"rows_done": len(done.predictions.labels)}
+        with _plain_errors():
+            for done in self.backend.classify_rows(run, rows):
+                yield {"rows_done": len(done.predictions.labels)}
         yield {
             "labels": done.predictions.labels,
             "probabilities": done.predictions.probabilities.round(6).tolist(),
@@ -90,7 +76,6 @@ class Api:
             "inputs_cut": done.inputs_cut,
         }
 
-    @_endpoint
     def cot(
         self,
         task: str,
@@ -106,19 +91,20 @@ class Api:
 
         Streams text, tokens and latency_ms; the last one has the answer. Cancelling the job stops the decoding.
         """
-        if beside is not None and run != ZERO_SHOT:
-            found = f"beside is {beside!r}, and run {run!r} has labels of its own"
-            raise ConfigError(f"{found}; expected {ZERO_SHOT!r} as run, or no beside.")
-        if beside is not None and (trained_on := stored.find_run(self.root, beside).config.data.task) != task:
-            raise ConfigError(f"Run {beside!r} was trained on {trained_on!r}; expected one on {task!r}.")
-        for step in self.backend.cot(task, run, texts, max_new_tokens, lambda: False, [beside]):
-            yield asdict(step)
+        with _plain_errors():
+            if beside is not None and run != ZERO_SHOT:
+                found = f"beside is {beside!r}, and run {run!r} has labels of its own"
+                raise ConfigError(f"{found}; expected {ZERO_SHOT!r} as run, or no beside.")
+            if beside is not None and (other := stored.find_run(self.root, beside).config.data.task) != task:
+                raise ConfigError(f"Run {beside!r} was trained on {other!r}; expected one on {task!r}.")
+            for step in self.backend.cot(task, run, texts, max_new_tokens, lambda: False, [beside]):
+                yield asdict(step)
 
-    @_endpoint
     def rationale(self, run: str, texts: dict) -> Iterator[dict]:
         """The rationale that a run's reasoning head generates; its prediction doesn't depend on it.
 
         Streams text, tokens and latency_ms.
         """
-        for step in self.backend.rationale(run, texts, lambda: False):
-            yield asdict(step)
+        with _plain_errors():
+            for step in self.backend.rationale(run, texts, lambda: False):
+                yield asdict(step)

@@ -20,6 +20,7 @@ _HEAD = """# DHRD Workbench
 inference cost.
 """
 _SESSIONS = 200  # whose state is kept
+_RESULTS = Path("notebooks/results")
 
 
 def build(settings: Settings) -> gr.Blocks:
@@ -79,20 +80,12 @@ def launch(page: gr.Blocks, settings: Settings, **more: Any) -> Any:
 
 def main(
     runs: Annotated[Path, typer.Option(envvar="DHRD_RUNS", help="Folder of runs.")] = Path("runs"),
-    results: Annotated[Path, typer.Option(envvar="DHRD_RESULTS", help="Folder of stored results.")] = Path(
-        "notebooks/results"
-    ),
-    backbone: Annotated[
-        str, typer.Option(envvar="DHRD_APP_BACKBONE", help="Zero-shot CoT's, for a task without a run.")
-    ] = "smollm2-135m",
+    results: Annotated[Path, typer.Option(envvar="DHRD_RESULTS", help="Stored ablations.")] = _RESULTS,
+    backbone: Annotated[str, typer.Option(envvar="DHRD_APP_BACKBONE", help="Zero-shot CoT's.")] = "smollm2-135m",
     host: Annotated[str, typer.Option(envvar="DHRD_APP_HOST", help="Not loopback: needs a user.")] = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option(envvar="DHRD_APP_PORT", help="By default a free one from 7860.")
-    ] = None,
+    port: Annotated[int | None, typer.Option(envvar="DHRD_APP_PORT", help="By default from 7860.")] = None,
     user: Annotated[str | None, typer.Option(envvar="DHRD_APP_USER", help="Who may log in.")] = None,
-    password: Annotated[
-        str | None, typer.Option(envvar="DHRD_APP_PASSWORD", help="Set it in the environment, not here.")
-    ] = None,
+    password: Annotated[str | None, typer.Option(envvar="DHRD_APP_PASSWORD", help="Use the variable.")] = None,
 ) -> None:
     """Serve the page: DHRD, its pooled baseline and CoT side by side."""
     try:

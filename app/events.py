@@ -47,7 +47,7 @@ def connect_computation(
         show_progress_on=show_progress_on,
         **COMPUTE,
     )
-    event.then(_ended, None, [start, stop], **QUIET)
+    event.then(lambda: (gr.Button(interactive=True), gr.Button(interactive=False)), None, [start, stop], **QUIET)
     return event
 
 
@@ -62,7 +62,3 @@ def _stop(session: Session | None) -> gr.Button:
     if session is not None:
         session.stopped.set()
     return gr.Button(interactive=False)
-
-
-def _ended() -> tuple[gr.Button, gr.Button]:
-    return gr.Button(interactive=True), gr.Button(interactive=False)

@@ -15,8 +15,9 @@ import plotly.graph_objects as go
 from dhrd_lib.config import ConfigError, DataConfig, WorkbenchError, user_path
 from dhrd_lib.runs import Run, find_runs, load_run, load_runs
 from dhrd_lib.studies import plots
+from dhrd_lib.studies.ablations import AblationResult
 from dhrd_lib.studies.statistics import bootstrap_interval
-from dhrd_lib.studies.tables import by_seed, factors, load_results, one_factor, summarize
+from dhrd_lib.studies.tables import load_results
 from dhrd_lib.tasks import TASKS, Task, load_rows
 
 EMBEDDED_TASKS = ("support_triage", "everyday_nli")
@@ -188,26 +189,17 @@ def ablation_files(results: Path) -> list[str]:
     return [path.stem.removeprefix("ablation_") for path in sorted(results.glob("ablation_*.json"))]
 
 
-def ablation_results(results: Path, name: str) -> pd.DataFrame:
-    """Return a stored ablation's results, one row per run and split."""
+def ablation(results: Path, name: str) -> AblationResult:
+    """Return a stored ablation."""
     if name not in ablation_files(results):
         raise ConfigError(f"There is no stored ablation {name!r}; expected one of {ablation_files(results)}.")
-    return load_results(results / f"ablation_{name}.json")
+    return AblationResult(name, load_results(results / f"ablation_{name}.json"))
 
 
-def ablation_figure(table: pd.DataFrame) -> go.Figure:
-    """Return the metric over an ablation's first factor, one line per value of the second, on the test split."""
-    final = table[table["split"] == next(split for split in table["split"] if split != "dev")]
-    factor, line = [*factors(table), None][:2]
-    rows = one_factor(final, factor, line)
-    return plots.factor_effect(summarize(rows, [factor, "series"]), by_seed(rows), factor)
-
-
-def ablation_table(table: pd.DataFrame) -> pd.DataFrame:
+def ablation_table(result: AblationResult) -> pd.DataFrame:
     """Return one row per setting and split: its factors, mean over seeds and 95% interval, in percent."""
-    found = summarize(table, factors(table))
-    for column in ("value", "low", "high", "std"):
+    found = result.summary()
+    percent = {"value": "metric (%)", "low": "low (%)", "high": "high (%)", "std": "std (points)"}
+    for column in percent:
         found[column] = (100 * found[column]).round(1)
-    return found.rename(
-        columns={"value": "metric (%)", "low": "low (%)", "high": "high (%)", "std": "std (points)"}
-    )
+    return found.rename(columns=percent)

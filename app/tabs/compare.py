@@ -135,16 +135,11 @@ class CompareTab:
         self._connect()
 
     def refreshed(self, task: str) -> list[Any]:
-        """Return new choices for `pickers`, where runs have come since the page was made."""
+        """Return new choices of task and runs, where runs have come since the page was made."""
         runs = stored.usable_runs(self.root)
         task = task if task in stored.tasks_of(runs) else stored.tasks_of(runs)[0]
         choices = gr.Dropdown(stored.tasks_of(runs), value=task)
         return [choices, *(gr.Dropdown(**picker) for picker in _pickers(runs, task).values())]
-
-    @property
-    def pickers(self) -> list[gr.Dropdown]:
-        """The components that `refreshed` has values for."""
-        return [self.task, *self.runs.values()]
 
     def _connect(self) -> None:
         picked, shown = [*self.runs.values()], [self.example, self.gold, *self.texts]

@@ -11,6 +11,7 @@ from app import runs as stored
 from app.events import QUIET
 from app.settings import Settings
 from dhrd_lib.runs import Run, find_runs, read_runs
+from dhrd_lib.studies.tables import factors
 
 _PURPOSE = {
     "pooled baseline": "A decoder with a pooled classifier, trained on labels alone (alpha = 0).",
@@ -102,6 +103,6 @@ class RunsTab:
     def _on_ablation(self, name: str | None) -> tuple[gr.Plot, gr.Dataframe]:
         if not name:
             return gr.Plot(visible=False), gr.Dataframe(visible=False)
-        results = stored.ablation_results(self.settings.results, name)
-        figure, table = stored.ablation_figure(results), stored.ablation_table(results)
+        result = stored.ablation(self.settings.results, name)
+        figure, table = result.plot(*factors(result.table)[:2]), stored.ablation_table(result)
         return gr.Plot(figure, visible=True), gr.Dataframe(table, visible=True)

@@ -80,7 +80,7 @@ class Training:
         with self._changing:
             if self.state != "running":
                 self._stopped = False
-                self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (read if the process fails)
+                self._errors = tempfile.NamedTemporaryFile()  # noqa: SIM115 (read if the process fails)
                 self._started = (time.time(), read_progress(self.root, self.configs)[0])
                 self._process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=self._errors)
 
@@ -108,9 +108,8 @@ class Training:
             message += f". {share:.0%} of all epochs{left}. Latencies are longer meanwhile."
             return html.progress_bar(share, "Training", message)
         if self.state == "failed":
-            self._errors.seek(0)
-            lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines()]
-            reason = next(filter(None, reversed(lines)), "no message")
+            lines = Path(self._errors.name).read_text(encoding="utf-8", errors="replace").splitlines()
+            reason = next((line for line in reversed(lines) if line.strip()), "no message")
             return html.notice(f"The training failed: {reason}", "error")
         ended = {"done": "The training is done.", "stopped": "The training was stopped; a new start resumes it."}
         return html.notice(ended[self.state]) if self.state in ended else ""
@@ -140,21 +139,12 @@ class TrainingPanel:
         shown = [self.panel, self.start, self.stop, self.bar]
         # Watching costs nothing, so any number may watch, outside the queue's one computation at a time.
         watching = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
-        refresh = (compare.refreshed, compare.task, compare.pickers)
-        self.start.click(self._start, None, shown, **QUIET).then(self._watch, None, shown, **watching).then(
-            *refresh, **QUIET
-        )
-        self.stop.click(self._stop, None, shown, **QUIET)
+        refresh = (compare.refreshed, compare.task, [compare.task, *compare.runs.values()])
+        started = self.start.click(self.training.start, None, None, **QUIET)
+        started.then(self._watch, None, shown, **watching).then(*refresh, **QUIET)
+        self.stop.click(self.training.stop, None, None, **QUIET).then(self._shown, None, shown, **QUIET)
         page.load(*refresh, **QUIET)
         page.load(self._watch, None, shown, **watching)
-
-    def _start(self) -> list[Any]:
-        self.training.start()
-        return self._shown()
-
-    def _stop(self) -> list[Any]:
-        self.training.stop()
-        return self._shown()
 
     async def _watch(self) -> AsyncIterator[list[Any]]:
         while self.training.state == "running":

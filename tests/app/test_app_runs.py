@@ -120,18 +120,16 @@ class TestRunsTab:
         assert not table.visible
 
     def test_ablation_is_figure_and_table(self, root, tmp_path):
-        table, path = tables.collect(find_runs(root)[:2]), tmp_path / "ablation_mine.json"
-        tables.store_results(table, path)
-        results = stored.ablation_results(tmp_path, "mine")
-        shown = stored.ablation_table(results)
-        assert len(shown) == table["run"].nunique() * table["split"].nunique()
-        assert shown["metric (%)"].between(0, 100).all()
-        axis = stored.ablation_figure(results).layout.xaxis.title.text
-        assert axis == tables.factors(table)[0].replace("_", " ")
-        tables.store_results(table[table["run"] == BASELINE], path)
-        os.utime(path, (1, 1))
-        assert set(stored.ablation_results(tmp_path, "mine")["run"]) == {BASELINE}
+        table = tables.collect(find_runs(root)[:2])
+        tables.store_results(table, tmp_path / "ablation_mine.json")
+        with gr.Blocks(), gr.Tab("Runs") as tab:
+            runs_tab = RunsTab(Settings(runs=root, results=tmp_path), tab)
+        plot, shown = runs_tab._on_ablation("mine")
+        assert plot.value is not None
+        assert len(shown.value["data"]) == table["run"].nunique() * table["split"].nunique()
+        rows = stored.ablation_table(stored.ablation(tmp_path, "mine"))
+        assert rows["metric (%)"].between(0, 100).all()
 
     def test_unknown_ablation_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="There is no stored ablation"):
-            stored.ablation_results(tmp_path, "../../secret")
+            stored.ablation(tmp_path, "../../secret")
