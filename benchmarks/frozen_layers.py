@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
         "training.learning_rate": tuple(options.learning_rates),
         "training.seed": tuple(options.seeds),
     }
-    cells = sweep(Grid(f"ablation-{options.task}", values, base), options.runs)
+    cells = sweep(Grid(name=f"ablation-{options.task}", grid=values, base=base), options.runs)
     table = tables.collect([load_run(Path(options.runs) / run) for run in cells["run"].unique()])
     Path(options.out).mkdir(parents=True, exist_ok=True)
     tables.store_results(table, Path(options.out) / "frozen_layers.json")

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "data": {"task": "support_triage", "max_input_tokens": 256, "max_rationale_tokens": 128, **rows},
             "training": {**shared, "cache_trunk": cached},
         }
-        return Grid(f"way{place}-{len(seeds)}", {**GRID, "training.seed": seeds}, base)
+        return Grid(name=f"way{place}-{len(seeds)}", grid={**GRID, "training.seed": seeds}, base=base)
 
     grids = [make_grid(place, (0,)) for place in range(len(variants))]
     with tempfile.TemporaryDirectory() as root:

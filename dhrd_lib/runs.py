@@ -197,9 +197,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def run_lock(folder: Path) -> FileLock:
-    """Return the lock of a run's folder; the operating system frees that of a killed process."""
+    """Return the lock of a run's folder, which its holder may acquire again.
+
+    The operating system frees the lock of a killed process.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / "training.lock")
+    return FileLock(folder / "training.lock", is_singleton=True)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -322,7 +322,7 @@ def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(name, tmp_path):
     with pytest.raises(ConfigError, match="expected a plain folder name"):
         RunConfig(name=name)
     with pytest.raises(ConfigError, match="expected a plain folder name"):
-        sweep(Grid(name, {"training.alpha": [0]}, run_config().replace({"name": "x"}).to_dict()), tmp_path / "runs")
+        sweep(Grid(name=name, grid={"training.alpha": [0]}, base=run_config().to_dict()), tmp_path / "runs")
     assert list(tmp_path.iterdir()) == []
 
 

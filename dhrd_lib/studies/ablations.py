@@ -142,7 +142,8 @@ def grids(name: str, base: Mapping[str, Any], seeds: Sequence[int]) -> list[Grid
     stem = f"ablation-{_stem(base)}"
     if base != task_base(RunConfig.from_dict(dict(base)).data.task):
         stem += f"-{digest(base)}"
-    return [Grid(stem, {**values, "training.seed": tuple(seeds)}, dict(base)) for values in ABLATIONS[name]]
+    seeded = [{**values, "training.seed": tuple(seeds)} for values in ABLATIONS[name]]
+    return [Grid(name=stem, grid=values, base=dict(base)) for values in seeded]
 
 
 def results_name(name: str, base: Mapping[str, Any]) -> str:

@@ -23,7 +23,6 @@ from dhrd_lib.rationales import RationaleStore, TeacherConfig, generate
 from dhrd_lib.runs import Run, find_runs
 from dhrd_lib.serving.classifier import load_classifier
 from dhrd_lib.serving.export import export
-from dhrd_lib.studies import sweeps
 from dhrd_lib.studies.sweeps import Grid, sweep
 from dhrd_lib.tasks import load_task
 from dhrd_lib.training import train
@@ -81,11 +80,9 @@ def _train(folder: Path) -> None:
 
 
 def _grid(folder: Path) -> None:
-    # A killed cell is taken up once its heartbeat is missed: here after two seconds in place of 80.
-    sweeps.HEARTBEAT_SECONDS, sweeps._MISSED_HEARTBEATS = 1, 2
     base = {name: values for name, values in CONFIG.items() if name != "name"}
     base["training"] = {**base["training"], "max_steps": 3}
-    table = sweep(Grid("g", {"training.alpha": [0, 1]}, base), folder)
+    table = sweep(Grid(name="g", grid={"training.alpha": [0, 1]}, base=base), folder)
     assert set(table["state"]) == {"finished"}, table
 
 
