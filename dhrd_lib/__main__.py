@@ -129,11 +129,11 @@ def ablate(
 def sweep_command(
     grid: Annotated[Path, typer.Argument(help="A grid (JSON): name, base, grid.")],
     workers: WORKERS = 1,
-    storage: Annotated[str | None, typer.Option(help="Optuna storage URL; by default a SQLite file.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL, to list finished cells in.")] = None,
     runs: RUNS = Path("runs"),
     again: Annotated[bool, typer.Option("--again", help="Train failed cells once more.")] = False,
 ) -> None:
-    """Train every unfinished cell of a grid; several machines with one storage and folder of runs share the work.
+    """Train every unfinished cell of a grid; processes and machines with one folder of runs share the work.
 
     Exits with 1 where a cell isn't finished at the end.
 
@@ -143,12 +143,37 @@ def sweep_command(
 
     table = sweep(Grid.load(grid), runs, storage=storage, workers=workers, again=again)
     for run, rows in table.groupby("run", sort=False):
-        values = [
-            f"{row['split']} {row['primary']:.3f}" for _, row in rows.iterrows() if row["state"] == "finished"
-        ]
-        print(run, rows["state"].iloc[0], ", ".join(values) or rows["reason"].iloc[0] or "", sep="\t")
+        scored = rows.dropna(subset="primary") if "primary" in rows else rows.head(0)  # None with beta = 0
+        values = ", ".join(f"{row.split} {row.primary:.3f}" for row in scored.itertuples())
+        print(run, rows["state"].iloc[0], values or rows["reason"].iloc[0] or "", sep="\t")
     if (table["state"] != "finished").any():
         raise typer.Exit(1)
+
+
+@app.command("tune", rich_help_panel=STUDY)
+def tune_command(
+    search: Annotated[Path, typer.Argument(help="A search (JSON): name, space, base, n_trials, seed.")],
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials in all; by default the search's.")] = None,
+    workers: WORKERS = 1,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL; by default a SQLite file.")] = None,
+    runs: RUNS = Path("runs"),
+) -> None:
+    """Search configuration values for the best metric on dev, and plot the trials to RUNS/NAME.html.
+
+    A stopped search resumes; machines with one storage and folder of runs share it. Exits with 1 where no trial
+    finished.
+
+    Example: python -m dhrd_lib tune search.json --trials 30
+    """
+    from dhrd_lib.studies.tuning import Search, tune
+
+    tuning = tune(Search.load(search), runs, storage, n_trials=trials, workers=workers)
+    table = tuning.table()
+    print(table.to_string(index=False, na_rep=""))
+    if not (table["state"] == "finished").any():
+        raise typer.Exit(1)
+    tuning.plot().write_html(runs / f"{tuning.search.name}.html")
+    print(f"Best: {json.dumps(tuning.study.best_params)}")
 
 
 @app.command(rich_help_panel=USE)

@@ -1,1 +1,1 @@
-"""Comparisons, ablations, statistics and figures of stored runs."""
+"""Comparisons, ablations, grids and searches of runs, with their statistics and figures."""

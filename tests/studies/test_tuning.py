@@ -1,0 +1,184 @@
+"""Searches: trials are resumable, shared and pruned, and the best configuration is that of dev's best metric."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from conftest import ROOT
+from typer.testing import CliRunner
+
+from dhrd_lib.__main__ import app
+from dhrd_lib.config import ConfigError, WorkbenchError
+from dhrd_lib.runs import load_run
+from dhrd_lib.studies import tuning
+from dhrd_lib.studies.tuning import Search, tune
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+BASE = {
+    "model": {"backbone": "tiny", "device": "cpu"},
+    "data": {"max_train_rows": 24, "max_eval_rows": 12, "max_input_tokens": 32, "max_rationale_tokens": 16},
+    "training": {"epochs": 1, "batch_size": 8, "eval_steps": 1, "keep_model": False},
+}
+SPACE = {"training.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, "model.freeze_layers": [0, 2]}
+
+
+def a_search(**fields: Any) -> Search:
+    return Search(**{"name": "s", "space": SPACE, "base": BASE, "n_trials": 2, **fields})
+
+
+def record_trained(monkeypatch) -> list[str]:
+    begun, original = [], tuning.train
+    monkeypatch.setattr(tuning, "train", lambda config, *args: begun.append(config.name) or original(config, *args))
+    return begun
+
+
+WORKER = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from dhrd_lib import trainer
+from dhrd_lib.studies.tuning import Search, tune
+step = trainer.DHRDTrainer.training_step
+def dies(self, *args, **kwargs):
+    if self.state.global_step == 2 and os.environ.get("DIES"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+trainer.DHRDTrainer.training_step = dies
+print("READY", flush=True)
+tune(Search.load(sys.argv[1]), sys.argv[2])
+"""
+
+
+def launch(folder: Path, search: Search, **environment: str) -> subprocess.Popen:
+    (folder / "worker.py").write_text(WORKER)
+    search.save(folder / "search.json")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, folder / "worker.py", folder / "search.json", folder / "runs"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_resumed_search_samples_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    whole = tune(a_search(n_trials=3), tmp_path / "whole").table()
+    begun = record_trained(monkeypatch)
+    tune(a_search(), tmp_path / "parts")
+    parts = tune(a_search(n_trials=3), tmp_path / "parts")
+    assert len(begun) == len(set(begun)) == 3
+    assert tune(a_search(), tmp_path / "parts").table().equals(parts.table())
+    assert parts.table().equals(whole)
+    assert whole["state"].tolist() == ["finished"] * 3
+    assert whole["learning_rate"].between(1e-5, 1e-2).all()
+    assert whole["learning_rate"].is_unique
+    run = load_run(tmp_path / "whole" / whole["run"][0])
+    assert run.metrics["splits"]["dev"]["primary"] == whole["value"][0]
+    assert run.config.training.learning_rate == whole["learning_rate"][0]
+    best = whole.loc[whole["value"].idxmax()]
+    assert parts.best.training.learning_rate == best["learning_rate"]
+    assert list(parts.plot().data[0].y) == whole["value"].tolist()
+    assert parts.plot("parallel_coordinate").data
+
+
+@pytest.mark.timeout(120)
+def test_killed_trial_resumes(tmp_path):
+    search = a_search()
+    killed = launch(tmp_path, search, DIES="1")
+    killed.communicate(timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    result = tune(search, tmp_path / "runs")
+    table = result.table()
+    assert table["state"].tolist() == ["finished"] * 2
+    metrics = load_run(tmp_path / "runs" / table["run"][0]).metrics
+    assert (metrics["resumed_from_step"], metrics["steps"]) == (2, 3)
+    states = [trial.state.name for trial in result.study.trials]
+    assert states == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert list(result.study.trials[1].intermediate_values) == [0, 1, 2]
+    assert result.study.trials[0].params == result.study.trials[1].params
+
+
+@pytest.mark.timeout(120)
+def test_processes_share_a_search(tmp_path, monkeypatch):
+    search = a_search(n_trials=8)
+    other = launch(tmp_path, search)
+    other.stdout.readline()
+    begun = record_trained(monkeypatch)
+    table = tune(search, tmp_path / "runs").table()
+    assert other.wait(timeout=60) == 0, other.stderr.read()
+    assert table["state"].tolist() == ["finished"] * 8
+    assert table["learning_rate"].is_unique
+    assert len(begun) < 8
+
+
+def test_trial_that_falls_behind_is_pruned(tmp_path, monkeypatch):
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: trial.number == 1)
+    result = tune(a_search(n_trials=3), tmp_path)
+    table = result.table()
+    assert table["state"].tolist() == ["finished", "pruned", "finished"]
+    assert list(result.study.trials[1].intermediate_values) == [0]
+    assert [(tmp_path / run).exists() for run in table["run"]] == [True, False, True]
+
+
+def test_failed_trial_keeps_its_reason(tmp_path):
+    search = a_search(space={"model.freeze_layers": [99], "training.alpha": {"low": 0, "high": 1}}, n_trials=1)
+    result = tune(search, tmp_path)
+    assert result.table()["state"].tolist() == ["failed"]
+    assert "freeze_layers is 99" in result.table()["reason"][0]
+    with pytest.raises(WorkbenchError, match="no trial of 's' is finished"):
+        _ = result.best
+
+
+def test_ranges_are_of_their_fields_type():
+    space = {
+        "training.epochs": {"low": 1, "high": 9, "step": 2},
+        "training.alpha": {"low": 0, "high": 2, "step": 0.5},
+        "model.lora_r": {"low": 4, "high": 64, "log": True},
+        "model.pooling": ["last", "mean"],
+    }
+    kinds = {name: type(of).__name__ for name, of in a_search(space=space).distributions.items()}
+    assert list(kinds.values()) == [
+        "IntDistribution",
+        "FloatDistribution",
+        "IntDistribution",
+        "CategoricalDistribution",
+    ]
+    assert a_search(space=space).distributions["training.epochs"].step == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"space": {"training.alfa": [0]}}, "training.alfa"),
+        ({"space": {}}, "space"),
+        ({"space": {"training.alpha": {"low": 1, "high": 0}}}, "training.alpha.*low"),
+        ({"space": {"training.alpha": {"low": 0, "high": 1, "log": True}}}, "training.alpha.*log"),
+        ({"space": {"training.epochs": {"low": 1, "high": 2.5}}}, "training.epochs.*whole"),
+        ({"space": {"model.pooling": {"low": 1, "high": 2}}}, "model.pooling.*list"),
+        ({"base": {"training": {"beta": 0.0}}}, "beta"),
+        ({"base": {"training": {"epoch": 1}}}, "epoch"),
+        ({"n_trials": 0}, "n_trials"),
+        ({"trials": 3}, "trials"),
+    ],
+)
+def test_wrong_search_is_refused(fields, match):
+    with pytest.raises(ConfigError, match=match) as error:
+        a_search(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_command_prints_trials_and_draws_them(tmp_path):
+    a_search().save(tmp_path / "search.json")
+    url = f"sqlite:///{tmp_path / 'study.sqlite3'}"
+    command = ["tune", str(tmp_path / "search.json"), "--runs", str(tmp_path / "runs"), "--storage", url]
+    result = CliRunner().invoke(app, [*command, "--trials", "1"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "finished" in result.output
+    best = json.loads(result.output.rpartition("Best: ")[2])
+    assert set(best) == set(SPACE)
+    assert "plotly" in (tmp_path / "runs" / "s.html").read_text()
+    assert not (tmp_path / "runs" / "s.sqlite3").exists()
