@@ -28,12 +28,13 @@ from benchmarks.compute import classify, random_batch
 from benchmarks.harness import memory_added, timed
 from dhrd_lib.backbones import resolve_device
 from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from dhrd_lib.data.files import read_table
 from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.sequences import encode_split
 from dhrd_lib.studies import plots
 from dhrd_lib.studies.statistics import bootstrap_interval
-from dhrd_lib.tasks import load_rows, load_task, read_rows
+from dhrd_lib.tasks import load_rows, load_task
 from dhrd_lib.training import train
 
 WORDS = [first + second for first in "bdfgklmnprst" for second in ("ale", "ime", "one", "ute", "art")]
@@ -160,7 +161,7 @@ def prediction(rows: int, folder: Path, _: str) -> Timing:
     """Classify every text of a file, reading included."""
     path = write_table(folder, rows)
     model = tiny_model(folder, labels=4)
-    return time_and_memory(lambda: model.predict(read_rows(path)))
+    return time_and_memory(lambda: model.predict(read_table(path)))
 
 
 def tiny_model(folder: Path, labels: int) -> DHRDModel:

@@ -47,6 +47,13 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def _as_mapping(value: Any) -> Any:
+    pairs = (
+        enumerate(value) if isinstance(value, list | tuple) else value.items() if isinstance(value, dict) else ()
+    )
+    return {str(label): name for label, name in pairs} if pairs else value
+
+
 Names = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)]
 
 
@@ -173,6 +180,9 @@ class DataConfig(Config):
     rationale: str | None = None
     group: str | None = None
     template: str | None = None
+    label_names: Annotated[dict[str, Name], BeforeValidator(_as_mapping)] = {}
+    encoding: str | None = None
+    columns: Names = ()
     metrics: Annotated[tuple[Metric, ...], BeforeValidator(_as_tuple)] = ()
     alignment: Alignment = "consistent"
     shuffled_share: Annotated[float, Field(ge=0, le=1)] = 1.0

@@ -1,14 +1,15 @@
-"""From a row to the text that a model reads, and to the ids of it that fit: the same in training and in an export.
+"""Inputs: from a row to the text that a model reads, the ids of it that fit, and batches of them.
 
-Nothing heavy is imported here, so that an exported classifier starts without torch and datasets.
+Training and exports share this. It imports no torch, datasets or pandas, so that an exported classifier starts fast.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from string import Formatter
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,35 +30,44 @@ Inputs = str | Mapping[str, Any] | Iterable[str | Mapping[str, Any]]
 
 
 class TaskError(WorkbenchError):
-    """The data or the template isn't something that a model can be trained on or asked about."""
+    """The data, the template or an input can't be used."""
+
+
+@lru_cache
+def _template_parts(template: str) -> tuple[tuple[str, str], ...]:
+    """Split a template into pairs of literal text and the field after it, "" at the end."""
+    expected = "expected fields such as {text}, and {{ and }} for braces"
+    tokens = re.split(r"(\{\{|\}\}|\{[^{}]+\})", template) if isinstance(template, str) else ["{"]
+    parts, literal = [], ""
+    for token in tokens:
+        if token in ("{{", "}}"):
+            literal += token[0]
+        elif token.startswith("{") and token.endswith("}"):
+            parts.append((literal, token[1:-1]))
+            literal = ""
+        elif "{" in token or "}" in token:
+            raise TaskError(f"template {template!r} has a brace without a field; {expected}.")
+        else:
+            literal += token
+    if not parts:
+        raise TaskError(f"template {template!r} reads no field; {expected}.")
+    return (*parts, (literal, ""))
 
 
 def template_fields(template: str) -> tuple[str, ...]:
-    """The names of the row fields that a template reads, in order of first use.
+    """Return the names of the row fields that a template reads, in order of first use.
 
-    A template is written as for `str.format`, with plain names only. Attribute and index access,
-    conversions and format specs raise `TaskError`: templates come from users and saved models, and
-    must reach nothing but a row's own fields.
+    A field is all that stands in braces, as in "{review.text}": templates come from users and saved models, and read
+    nothing but a row's values by their whole name, without attributes, indices or formats. Raises `TaskError`.
     """
-    try:
-        replaced = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
-    except (ValueError, TypeError) as error:
-        raise TaskError(f"template {template!r} can't be read ({error}); expected {{field}}s.") from error
-    if not replaced:
-        raise TaskError(f"template {template!r} reads no field; expected a field's name in braces.")
-    for name, spec, conversion in replaced:
-        if not name or spec or conversion or any(sign in name for sign in ".[]"):
-            found = f"{name}{'!' if conversion else ''}{conversion or ''}{':' if spec else ''}{spec}"
-            raise TaskError(f"template {template!r} has {{{found}}}; expected a name without . [ ] ! or :.")
-    return tuple(dict.fromkeys(name for name, _, _ in replaced))
+    return tuple(dict.fromkeys(name for _, name in _template_parts(template) if name))
 
 
 def render(template: str, row: Mapping[str, Any] | str, where: str = "the input") -> str:
-    """The text that the model reads for a row; a str stands for the field of a one-field template.
+    """Return the text that the model reads for a row; a str stands for the field of a one-field template.
 
-    A missing value (None or NaN) renders as nothing. Space at the end is cut off, because pooling
-    takes the last input token. Raises `TaskError` where the row lacks a field that the template reads, or
-    has half a character; `where` is what it calls the row.
+    A missing value (None or NaN) renders as nothing. Space at the end is cut off, because pooling takes the last
+    input token. Raises `TaskError`, which calls the row `where`, on a row that lacks a field of the template.
     """
     fields = template_fields(template)
     expected = f"expected a dict with {', '.join(map(repr, fields))}"
@@ -65,16 +75,15 @@ def render(template: str, row: Mapping[str, Any] | str, where: str = "the input"
         row = {fields[0]: row}
     if not isinstance(row, Mapping):
         raise TaskError(f"{where} is of the type {type(row).__name__}; {expected}.")
-    missing = [name for name in fields if name not in row]
-    if missing:
+    if missing := [name for name in fields if name not in row]:
         raise TaskError(f"{where} lacks {', '.join(map(repr, missing))}; {expected}.")
-    parts = Formatter().parse(template)
-    text = "".join(literal + ((as_text(row[name]) or "") if name else "") for literal, name, *_ in parts)
+    parts = _template_parts(template)
+    text = "".join(literal + ((as_text(row[name]) or "") if name else "") for literal, name in parts)
     return whole_characters(text, where).rstrip()
 
 
 def whole_characters(text: str, where: str) -> str:
-    """The text as it is; raises `TaskError` on half a surrogate pair, which no tokenizer takes."""
+    """Return the text as it is; raise `TaskError` on half a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -89,6 +98,8 @@ def as_inputs(inputs: Inputs) -> list[str | Mapping[str, Any]]:
         return [inputs]
     if not isinstance(inputs, Iterable):
         raise TaskError(f"inputs is of the type {type(inputs).__name__}; expected texts, rows or a DataFrame.")
+    if hasattr(inputs, "notna"):  # pandas, whose missing values are of several kinds
+        inputs = inputs.astype(object).where(inputs.notna(), None)
     return inputs.to_dict("records") if hasattr(inputs, "columns") else list(inputs)
 
 
@@ -107,7 +118,7 @@ def render_inputs(template: str, inputs: Inputs) -> list[str]:
 
 
 def as_text(value: Any) -> str | None:
-    """A cell as text: None and NaN are missing, truth values as in JSON, whole floats without .0."""
+    """Convert a cell to text: None and NaN are missing, truth values as in JSON, whole floats without .0."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, float):

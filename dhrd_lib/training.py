@@ -29,13 +29,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from dhrd_lib.backbones import resolve_device
 from dhrd_lib.config import ConfigError, RunConfig, TrainingConfig
+from dhrd_lib.data.splits import groups_of
 from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import Run, environment, is_finished, load_run, run_lock, write_json
 from dhrd_lib.scaling.fsdp import load_unsharded
 from dhrd_lib.scaling.trunk_cache import cached_trunk_states, logits_from_states
 from dhrd_lib.sequences import DHRDCollator, SequenceReport, encode_split
-from dhrd_lib.tasks import Task, groups_of, load_rows
+from dhrd_lib.tasks import Task, load_rows
 from dhrd_lib.trainer import FINITE_WANTED, DHRDTrainer, Rows, TrainingClock
 
 
@@ -344,15 +345,3 @@ def _training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
         dataloader_pin_memory=device.type == "cuda",
         **every,
     )
-
-
-def _wholegroups_of(groups: Sequence[str | int], limit: int) -> list[int]:
-    """The places of the first rows, at most `limit`; a group that doesn't fit any more is passed over."""
-    members: dict[str | int, list[int]] = {}
-    for place, group in enumerate(groups):
-        members.setdefault(group, []).append(place)
-    kept: list[int] = []
-    for places in members.values():
-        if len(kept) + len(places) <= limit:
-            kept += places
-    return sorted(kept)

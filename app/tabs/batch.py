@@ -25,7 +25,8 @@ from dhrd_lib.config import ConfigError, WorkbenchError
 from dhrd_lib.inputs import as_text
 from dhrd_lib.studies import plots
 from dhrd_lib.studies.statistics import bootstrap_interval, paired_comparison
-from dhrd_lib.tasks import SUFFIXES, Task, TaskError, read_rows
+from dhrd_lib.data import files
+from dhrd_lib.tasks import Task, TaskError
 
 _SHOWN_ROWS = 300
 _NO_LABEL = "(none)"
@@ -57,7 +58,7 @@ def read_table(path: str | Path) -> Table:
     """Read an uploaded file; raises `TaskError` with a sentence that names it as the visitor does."""
     path = Path(path)
     try:
-        rows = read_rows(path, MAX_ROWS, MAX_UNFOLDED_MIB * 2**20)
+        rows = files.read_table(path, max_rows=MAX_ROWS, max_bytes=MAX_UNFOLDED_MIB * 2**20).to_dict("records")
     except TaskError as error:  # The folder is the server's; it is no business of the visitor's.
         raise TaskError(str(error).replace(str(path), path.name)) from error
     if not rows:
@@ -178,7 +179,7 @@ class BatchTab:
             f"{MAX_CHARACTERS:,} characters per text: CSV and TSV with a header, JSONL, Parquet.",
             elem_classes="limits",
         )
-        self.file = gr.File(label="File", file_types=list(SUFFIXES), height=120)
+        self.file = gr.File(label="File", file_types=list(files.SUFFIXES), height=120)
         with gr.Row():
             self.columns = [gr.Dropdown([], label="", visible=False, filterable=False) for _ in range(MAX_FIELDS)]
             self.label = gr.Dropdown([], label="Gold label column", visible=False, filterable=False)
