@@ -78,6 +78,9 @@ class Config(BaseModel):
         except ValidationError as error:
             raise ConfigError(_sentence(error)) from None
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # a field may be a dict, which pydantic's own hash can't take
+
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dicts of JSON values."""
         return self.model_dump(mode="json")

@@ -1,6 +1,6 @@
 """Inputs: from a row to the text that a model reads, the ids of it that fit, and batches of them.
 
-Training and exports share this. It imports no torch, datasets or pandas, so that an exported classifier starts fast.
+Training and exports share this; without torch, datasets and pandas, an exported classifier starts fast.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def _template_parts(template: str) -> tuple[tuple[str, str], ...]:
     expected = "expected fields such as {text}, and {{ and }} for braces"
     tokens = re.split(r"(\{\{|\}\}|\{[^{}]+\})", template) if isinstance(template, str) else ["{"]
     parts, literal = [], ""
-    for token in tokens:
-        if token in ("{{", "}}"):
+    for place, token in enumerate(tokens):
+        if place % 2 == 0:  # between what the pattern matches
+            if "{" in token or "}" in token:
+                raise TaskError(f"template {template!r} has a brace without a field; {expected}.")
+            literal += token
+        elif token in ("{{", "}}"):
             literal += token[0]
-        elif token.startswith("{") and token.endswith("}"):
+        else:
             parts.append((literal, token[1:-1]))
             literal = ""
-        elif "{" in token or "}" in token:
-            raise TaskError(f"template {template!r} has a brace without a field; {expected}.")
-        else:
-            literal += token
     if not parts:
         raise TaskError(f"template {template!r} reads no field; {expected}.")
     return (*parts, (literal, ""))
@@ -57,8 +57,9 @@ def _template_parts(template: str) -> tuple[tuple[str, str], ...]:
 def template_fields(template: str) -> tuple[str, ...]:
     """Return the names of the row fields that a template reads, in order of first use.
 
-    A field is all that stands in braces, as in "{review.text}": templates come from users and saved models, and read
-    nothing but a row's values by their whole name, without attributes, indices or formats. Raises `TaskError`.
+    A field is all that stands in braces, as in "{review.text}": templates come from users and saved models, and
+    read nothing but a row's values by their whole name, without attributes, indices or formats. Raises
+    `TaskError`.
     """
     return tuple(dict.fromkeys(name for _, name in _template_parts(template) if name))
 

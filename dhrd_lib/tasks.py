@@ -147,10 +147,11 @@ def load_rows(data: DataConfig) -> tuple[Task, datasets.DatasetDict]:
         if data.group is None and "group" in train:
             found = f"{where} has a column 'group', whose rows stay in one split"
             warnings.warn(f"{found}; group='' splits by rows, group='group' is without this warning.", stacklevel=2)
+    split_by = SPLIT_BY.get(name) or ("group" if columns["group"] in train else None)
+    del train  # the tables are large: each is let go when its successor is made
     rows = {split: _normalize(*splits.pop(split), task, columns, class_names) for split in list(splits)}
     # The packaged rationales are for SuperGLUE's rows, and not for those of a user's file called cb.csv.
     rows["train"] = _with_rationales(task.name, where, rows["train"], packaged=name in FOLDERS)
-    split_by = SPLIT_BY.get(name) or ("group" if columns["group"] in train else None)
     rows, test_splits = with_dev(where, rows, split_by, data.dev_fraction, data.split_seed)
     majority_share = rows["train"]["label"].value_counts(normalize=True).max()
     task = replace(task, test_splits=test_splits, majority_share=float(majority_share))

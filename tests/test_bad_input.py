@@ -6,9 +6,7 @@ says what comes of it and what is counted.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import re
 import shutil
@@ -20,8 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
@@ -45,7 +41,7 @@ from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import load_run
 from dhrd_lib.sequences import DHRDCollator, encode_example, encode_split
 from dhrd_lib.serving.classifier import load_classifier
-from dhrd_lib.tasks import Task, load_task, read_rows
+from dhrd_lib.tasks import Task, load_task
 from dhrd_lib.training import train
 
 pytestmark = pytest.mark.timeout(120)
@@ -100,14 +96,6 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def parquet(**columns: Any) -> Callable[[Path], Path]:
-    def build(folder: Path) -> Path:
-        pq.write_table(pa.table(columns), folder / "a.parquet")
-        return folder / "a.parquet"
-
-    return build
-
-
 def csv_rows(count: int = 20) -> str:
     return "text,label\n" + "".join(f"t{n},{'ab'[n % 2]}\n" for n in range(count))
 
@@ -118,17 +106,6 @@ def jsonl(*rows: Any) -> str:
 
 def good_rows(count: int = 20) -> list[dict[str, str]]:
     return [{"text": f"t{n}", "label": "ab"[n % 2], "rationale": f"r{n}"} for n in range(count)]
-
-
-def folder_of(**files: str) -> Callable[[Path], Path]:
-    """A folder with a CSV file a split."""
-
-    def build(folder: Path) -> Path:
-        for split, content in files.items():
-            write(folder / "data" / f"{split}.csv", content)
-        return folder / "data"
-
-    return build
 
 
 def load(path: Path) -> Any:
@@ -159,29 +136,11 @@ def predict(texts: Any) -> Any:
 
 
 TEXTS = [
-    Case("empty", given_value(["fine", ""]), predict, "input 2 has no text; expected some."),
-    Case("whitespace", given_value([" \n\t\u3000", "x"]), predict, "input 1 has no text; expected some."),
-    Case("million-spaces", given_value([" " * MILLION]), predict, "input 1 has no text; expected some."),
-    Case("none", given_value([{"text": None}]), predict, "input 1 has no text; expected some."),
-    Case("nan", given_value([{"text": float("nan")}]), predict, "input 1 has no text; expected some."),
-    Case(
-        "half-a-character",
-        given_value(["x", f"a{HALF}"]),
-        predict,
-        "input 2 has '\\ud800', half a surrogate pair; expected whole characters.",
-    ),
     Case(
         "half-a-character-in-a-rationale",
         given_value(HALF),
         lambda said: encode_example(model().sequence_format, "x", said, "a"),
         "a text has '\\ud800', half a surrogate pair; expected whole characters.",
-    ),
-    Case("a-number", given_value([3]), predict, "input 1 is of the type int; expected a dict with 'text'."),
-    Case(
-        "another-field",
-        given_value([{"text": "x"}, {"body": "x"}]),
-        predict,
-        "input 2 lacks 'text'; expected a dict with 'text'.",
     ),
     Case(
         "beyond-the-context",
@@ -193,262 +152,11 @@ TEXTS = [
 
 # --- data files ----------------------------------------------------------------------------------------
 
-LATIN = "café".encode("latin-1")
-
-FILES = [
-    Case("empty-file", file("a.csv", ""), load, "{path} has no rows; expected some."),
-    Case("empty-jsonl", file("a.jsonl", "\n \n"), load, "{path} has no rows; expected some."),
-    Case("header-alone", file("a.csv", "text,label\n"), load, "{path} has no rows; expected some."),
-    Case(
-        "a-short-row",
-        file("a.csv", csv_rows(2) + "x\n"),
-        load,
-        "{path}, line 4 has a row of 1; expected 2 values, as in the header.",
-    ),
-    Case(
-        "a-long-row",
-        file("a.csv", csv_rows(2) + "x,a,b\n"),
-        load,
-        "{path}, line 4 has a row of 3; expected 2 values, as in the header.",
-    ),
-    Case(
-        "a-quote-never-closed",
-        file("a.csv", csv_rows(2) + '"x,a\n'),
-        load,
-        "{path}, line 4 isn't well-formed CSV (unexpected end of data).",
-    ),
-    Case(
-        "semicolons",
-        file("a.csv", "text;label\nx;a\ny;b\n"),
-        load,
-        "{path} has the columns 'text;label'; expected 'label' among them.",
-    ),
-    Case(
-        "semicolons-and-commas",
-        file("a.csv", "text;label\nx, y;a\ny;b\n"),
-        load,
-        "{path}, line 2 has a row of 2; expected 1 value, as in the header 'text;label'.",
-    ),
-    Case(
-        "tabs-in-csv",
-        file("a.csv", csv_rows().replace(",", "\t")),
-        load,
-        "{path} has the columns 'text\\tlabel'; expected 'label' among them.",
-    ),
-    Case(
-        "commas-in-tsv",
-        file("a.tsv", csv_rows()),
-        load,
-        "{path} has the columns 'text,label'; expected 'label' among them.",
-    ),
-    Case(
-        "a-column-twice",
-        file("a.csv", "text,label,text\nx,a,y\n"),
-        load,
-        "{path}, columns: 'text' stands 2 times; expected it once.",
-    ),
-    Case(
-        "no-text-column",
-        file("a.csv", "words,label\nx,a\ny,b\n"),
-        load,
-        "{path} has the columns 'words', 'label'; expected 'text' among them.",
-    ),
-    Case(
-        "no-label-column",
-        file("a.csv", "text,class\nx,a\ny,b\n"),
-        load,
-        "{path} has the columns 'text', 'class'; expected 'label' among them.",
-    ),
-    Case(
-        "an-idx-twice",
-        file("a.csv", "idx,text,label\n1,x,a\n2,y,b\n1,z,a\n"),
-        load,
-        "{path} has the same idx in row 1, 3; expected a different one for each row.",
-    ),
-    Case(
-        "one-class-only",
-        file("a.csv", "text,label\nx,a\ny,a\n"),
-        load,
-        "{path}, column 'label' has only the label 'a'; expected two or more labels.",
-    ),
-    Case(
-        "one-row-of-a-class",
-        file("a.csv", csv_rows() + "x,c\n"),
-        load,
-        "{path} has too few rows of label 'c'; expected one a split or more.",
-    ),
-    Case(
-        "nan-in-jsonl",
-        file("a.jsonl", jsonl(*good_rows(3), {"text": "x", "label": float("nan")})),
-        load,
-        "{path} has no label in row 4; expected one.",
-    ),
-    Case(
-        "nan-in-parquet",
-        parquet(text=["x", "y", "z"], label=[1.0, float("nan"), 2.0]),
-        load,
-        "{path} has no label in row 2; expected one.",
-    ),
-    Case(
-        "no-label-at-all",
-        parquet(text=["x", "y"], label=pa.array([None, None], pa.string())),
-        load,
-        "{path}, column 'label' has no label; expected two or more labels.",
-    ),
-    Case(
-        "blank-texts",
-        file("a.csv", csv_rows(2) + " ,a\n\u3000,b\n"),
-        load,
-        "{path} has no text in row 3, 4; expected some.",
-    ),
-    Case(
-        "a-nul-byte",
-        file("a.csv", csv_rows() + "x\0,a\n"),
-        load,
-        "{path}, line 22 has a NUL byte; expected UTF-8 text.",
-    ),
-    Case(
-        "another-encoding-on-one-line",
-        file("a.csv", "text,label\ncafé,a\n".encode() + LATIN + b",b\n"),
-        load,
-        "{path}, line 3 has invalid continuation byte; expected UTF-8 text.",
-    ),
-    Case(
-        "another-encoding-after-a-byte-order-mark",
-        file("a.csv", b"\xef\xbb\xbftext,label\nx,a\n\xe9,b\n"),
-        load,
-        "{path}, line 3 has invalid continuation byte; expected UTF-8 text.",
-    ),
-    Case(
-        "utf-16",
-        file("a.csv", csv_rows().encode("utf-16")),
-        load,
-        "{path}, line 1 has a NUL byte; expected UTF-8 text.",
-    ),
-    Case(
-        "a-byte-order-mark-in-the-middle",
-        file("a.jsonl", jsonl(*good_rows(2)).encode() + b"\xef\xbb\xbf" + jsonl(*good_rows(2)).encode()),
-        load,
-        "{path}, line 3 isn't one JSON object (Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 column 1 "
-        "(char 0)).",
-    ),
-    Case(
-        "torn-jsonl",
-        file("a.jsonl", jsonl(*good_rows(3))[:-9]),
-        load,
-        "{path}, line 3 isn't one JSON object (Unterminated string starting at: line 1 column 30 (char 29)).",
-    ),
-    Case(
-        "a-list-in-jsonl",
-        file("a.jsonl", jsonl(*good_rows(2), [1])),
-        load,
-        "{path}, line 3 isn't one JSON object (it is a list).",
-    ),
-    Case(
-        "a-key-twice",
-        file("a.jsonl", jsonl(*good_rows(2)) + '{"text": "x", "text": "y", "label": "a"}\n'),
-        load,
-        "{path}, line 3 isn't one JSON object (a key stands twice).",
-    ),
-    Case(
-        "nested-too-deeply",
-        file("a.jsonl", jsonl(*good_rows(2)) + "[" * 200_000),
-        load,
-        "{path}, line 3 isn't one JSON object (it is nested too deeply).",
-    ),
-    Case(
-        "half-a-character-in-jsonl",
-        file("a.jsonl", '{"text": "\\ud800", "label": "a"}\n'),
-        load,
-        "{path}, line 1 isn't one JSON object ('utf-8' codec can't encode character '\\ud800' in position 10: "
-        "surrogates not allowed).",
-    ),
-    Case(
-        "no-parquet",
-        file("a.parquet", b"PAR1 and no more"),
-        load,
-        "{path} can't be read (Parquet magic bytes not found in footer); expected a Parquet file.",
-    ),
-    Case(
-        "bytes-in-parquet",
-        parquet(text=[b"x", LATIN], label=["a", "b"]),
-        load,
-        "{path}, column 'text' has bytes that aren't UTF-8; expected text.",
-    ),
-    Case(
-        "a-folder-for-a-file",
-        lambda folder: (folder / "data" / "train.csv").mkdir(parents=True) or folder / "data",
-        load,
-        "{path}/train.csv can't be read (Is a directory); expected a data file.",
-    ),
-    Case(
-        "no-train-file",
-        folder_of(validation=csv_rows()),
-        load,
-        "{path} has no train file; expected train with one of .csv, .tsv, .jsonl, .json, .parquet.",
-    ),
-    Case(
-        "a-label-that-train-lacks",
-        folder_of(train=csv_rows(), test=csv_rows(4) + "x,c\n"),
-        load,
-        "{path}/test.csv has the label 'c' in row 5; expected one of 'a', 'b'.",
-    ),
-    Case(
-        "a-name-that-is-too-long",
-        given_value("n" * 300),
-        load,
-        "'{path}' is neither a task nor a file or folder; expected boolq, cb, copa, multirc, rte, wic, wsc, "
-        "everyday_nli, support_triage, or a path.",
-    ),
-]
 
 # --- files of rationales, and what is made of them -------------------------------------------------------
 
 
-def with_rationales(content: str | bytes) -> Callable[[Path], Path]:
-    """A folder of rationales beside the data, and the path of the file in it."""
-
-    def build(folder: Path) -> Path:
-        write(folder / "a.csv", csv_rows())
-        return write(folder / "rationales" / "a.jsonl", content)
-
-    return build
-
-
-def load_beside(path: Path) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DHRD_RATIONALES_DIR", str(path.parent))
-        return load_task(str(path.parent.parent / "a.csv"))
-
-
-LINES = jsonl({"idx": 0, "rationale": "r"}, {"idx": 1, "rationale": "s"})
-
 RATIONALES = [
-    Case(
-        "torn",
-        with_rationales(LINES[:-5]),
-        load_beside,
-        "{path}, line 2 isn't one JSON object (Expecting value: line 1 column 24 (char 23)).",
-    ),
-    Case(
-        "twice",
-        with_rationales(LINES + LINES[: LINES.index("\n") + 1]),
-        load_beside,
-        "{path}, idx: '0' stands 2 times; expected it once.",
-    ),
-    Case(
-        "another-column",
-        with_rationales(LINES.replace("rationale", "why")),
-        load_beside,
-        "{path} has the columns 'idx', 'why'; expected 'rationale' among them.",
-    ),
-    Case(
-        "of-other-rows",
-        with_rationales(LINES + jsonl({"idx": 77, "rationale": "t"})),
-        load_beside,
-        "{path} has 1 rationales of 3 whose idx no row of {folder}/a.csv has, the first '77'; expected rationales "
-        "for these rows, here or in the folder DHRD_RATIONALES_DIR.",
-    ),
     Case(
         "no-row-to-encode",
         given_value(split(["r"] * 4)),
@@ -1084,7 +792,6 @@ OUTS = [
 
 REFUSED = {
     "text": TEXTS,
-    "file": FILES,
     "rationales": RATIONALES,
     "model": MODELS,
     "run": RUNS,
@@ -1107,16 +814,6 @@ def test_bad_input_is_refused_in_one_sentence_and_nothing_on_disk_is_lost(case, 
 # --- what isn't an error -------------------------------------------------------------------------------------
 
 
-def rows_of(loaded: tuple[Task, Any]) -> dict[str, Any]:
-    """The texts and rationales of all splits, by idx."""
-    return {row["idx"]: (row["text"], row["rationale"]) for rows in loaded[1].values() for row in rows}
-
-
-def shape_of(loaded: tuple[Task, Any]) -> dict[str, tuple[int, set[int]]]:
-    """How many rows each split has, and which labels."""
-    return {name: (len(rows), set(rows["label"])) for name, rows in loaded[1].items()}
-
-
 def lengths(texts: list[str]) -> list[tuple[int, int]]:
     """Tokens read and cut."""
     return [(len(row["input_ids"]), row["input_tokens_cut"]) for row in model().encode(texts)]
@@ -1124,14 +821,6 @@ def lengths(texts: list[str]) -> list[tuple[int, int]]:
 
 def counts(rows: Dataset) -> str:
     return str(encode(rows)[1])
-
-
-def million(folder: Path) -> Path:
-    return write(folder / "a.csv", csv_rows() + "x" * MILLION + ",a\n")
-
-
-def user_file_named_cb(folder: Path) -> Path:
-    return write(folder / "cb.csv", csv_rows())
 
 
 def resumed_beside_a_torn_checkpoint(folder: Path) -> Path:
@@ -1159,10 +848,8 @@ def told_by_the_command(path: Path) -> str:
 MARKED = b"\xef\xbb\xbf"
 
 ACCEPTED = [
-    Case("no-texts", given_value([]), lambda texts: predict(texts).labels, []),
     Case("a-long-text", given_value(["x", "x y " * 99]), lengths, [(1, 0), (16, 280)]),
     Case("a-nul-in-a-text", given_value(["a\0b"]), lengths, [(3, 0)]),
-    Case("a-million-characters", million, lambda path: len(rows_of(load(path))["20"][0]), MILLION),
     Case(
         "a-million-characters-cut",
         given_value(split(["r", "r"], texts=["x", "x" * MILLION])),
@@ -1183,54 +870,6 @@ ACCEPTED = [
         counts,
         "3 rows, 6 tokens, 0 of them taught to the LM head; 0 inputs cut at the front, 0 rationales cut at the "
         "end, 3 rows without a rationale",
-    ),
-    Case(
-        "a-byte-order-mark",
-        file("a.jsonl", MARKED + jsonl(*good_rows(8)).encode()),
-        lambda path: rows_of(load(path)),
-        {str(n): (f"t{n}", f"r{n}") for n in range(8)},
-    ),
-    Case(
-        "a-byte-order-mark-in-csv",
-        file("a.csv", MARKED + csv_rows(8).encode()),
-        lambda path: rows_of(load(path)),
-        {str(n): (f"t{n}", None) for n in range(8)},
-    ),
-    Case(
-        "blank-lines-around-a-header",
-        file("a.csv", "\n\r\n" + csv_rows(8).replace("\n", "\n\n", 1)),
-        lambda path: rows_of(load(path)),
-        {str(n): (f"t{n}", None) for n in range(8)},
-    ),
-    Case(
-        "a-byte-order-mark-in-a-config",
-        file("config.json", MARKED + b'{"name": "x"}'),
-        RunConfig.load,
-        RunConfig(name="x"),
-    ),
-    Case(
-        "text-as-bytes-in-parquet",
-        parquet(text=[b"caf\xc3\xa9", b"x"] * 4, label=["a", "b"] * 4),
-        lambda path: {text for text, _ in rows_of(load(path)).values()},
-        {"café", "x"},
-    ),
-    Case(
-        "a-class-that-dev-and-test-lack",
-        folder_of(train=csv_rows(), validation="text,label\nx,a\n", test="text,label\ny,b\n"),
-        lambda path: shape_of(load(path)),
-        {"train": (20, {0, 1}), "dev": (1, {0}), "test": (1, {1})},
-    ),
-    Case(
-        "a-users-file-called-as-a-task-whose-rationales-are-packaged",
-        user_file_named_cb,
-        lambda path: rows_of(load(path)),
-        {str(n): (f"t{n}", None) for n in range(20)},
-    ),
-    Case(
-        "a-dev-fraction-next-to-0-with-groups",
-        file("a.jsonl", jsonl(*({**row, "group": f"g{n // 4}"} for n, row in enumerate(good_rows())))),
-        lambda path: shape_of(load_task(str(path), dev_fraction=1e-320)),
-        {"train": (12, {0, 1}), "dev": (4, {0, 1}), "test": (4, {0, 1})},
     ),
     Case(
         "a-checkpoint-copied-by-hand",
@@ -1310,34 +949,3 @@ ANY_JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-
-
-@FUZZED
-@given(st.sampled_from([".csv", ".tsv", ".jsonl", ".parquet"]), st.binary(max_size=60) | ANY_JSON.map(repr))
-def test_any_bytes_in_a_data_file_are_rows_or_refused(suffix, content):
-    if isinstance(content, str):
-        content = content.encode("utf-8", "surrogatepass")
-    with fresh_folder() as folder:
-        path = write(folder / f"a{suffix}", content)
-        try:
-            rows = read_rows(path)
-        except WorkbenchError as error:
-            told, rows = str(error), None
-    if rows is None:
-        assert str(path) in told
-        assert "\n" not in told
-    elif suffix == ".jsonl":
-        assert len(rows) == len(content.decode("utf-8-sig").rstrip().split("\n")) * bool(content.strip())
-
-
-CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
-
-
-@FUZZED
-@given(st.lists(st.tuples(CELLS, CELLS), max_size=4))
-def test_what_csv_writes_is_read_back_cell_by_cell(rows):
-    written = io.StringIO()
-    csv.writer(written).writerows([("text", "label"), *rows])
-    with fresh_folder() as folder:
-        found = read_rows(write(folder / "a.csv", written.getvalue()))
-    assert [tuple(row.values()) for row in found] == rows

@@ -22,10 +22,9 @@ from app.settings import MAX_CHARACTERS, MAX_FIELDS, MAX_FILE_MIB, MAX_ROWS, MAX
 from app.tabs.compare import CompareTab
 from dhrd_lib import evaluation
 from dhrd_lib.config import ConfigError, WorkbenchError
-from dhrd_lib.inputs import as_text
+from dhrd_lib.data import files
 from dhrd_lib.studies import plots
 from dhrd_lib.studies.statistics import bootstrap_interval, paired_comparison
-from dhrd_lib.data import files
 from dhrd_lib.tasks import Task, TaskError
 
 _SHOWN_ROWS = 300
@@ -58,13 +57,12 @@ def read_table(path: str | Path) -> Table:
     """Read an uploaded file; raises `TaskError` with a sentence that names it as the visitor does."""
     path = Path(path)
     try:
-        rows = files.read_table(path, max_rows=MAX_ROWS, max_bytes=MAX_UNFOLDED_MIB * 2**20).to_dict("records")
+        rows = files.read_table(path, max_rows=MAX_ROWS, max_bytes=MAX_UNFOLDED_MIB * 2**20)
     except TaskError as error:  # The folder is the server's; it is no business of the visitor's.
         raise TaskError(str(error).replace(str(path), path.name)) from error
-    if not rows:
+    if rows.empty:
         raise TaskError(f"{path.name} has 0 rows; expected 1 to {MAX_ROWS:,}.")
-    texts = [{key: as_text(value) for key, value in row.items()} for row in rows]
-    return Table(path.name, pd.DataFrame(texts).fillna(""))
+    return Table(path.name, rows.fillna(""))
 
 
 def texts_of(table: Table, task: Task, columns: Mapping[str, str | None]) -> pd.DataFrame:

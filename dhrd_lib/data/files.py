@@ -12,6 +12,7 @@ import codecs
 import csv
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -22,10 +23,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dhrd_lib.config import reason_of
 from dhrd_lib.inputs import TaskError, as_text
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 CHUNK_ROWS = 1000
+_QUOTED = re.compile(r'^"((?:[^"]|"")*)"$')
 csv.field_size_limit(2**31 - 1)  # some texts are longer than its default of 131,072 characters
 
 Row = dict[str, Any]
@@ -93,26 +96,21 @@ def text_table(rows: Iterable[Row], where: str | Path, max_rows: int | None = No
         try:
             chunks.append(pd.DataFrame(chunk, dtype="str"))
         except UnicodeEncodeError as error:
-            half = [
-                n for n, row in enumerate(chunk, n_rows + 1) if re.search("[\ud800-\udfff]", str([*row.values()]))
-            ]
-            raise TaskError(
-                f"{where} has half a surrogate pair in row {half}; expected whole characters."
-            ) from error
+            found = f"half a surrogate pair from row {n_rows + 1} on, in {error.object!r:.40}"
+            raise TaskError(f"{where} has {found}; expected whole characters.") from error
         n_rows += len(chunk)
-        _refuse_more(where, n_rows, max_rows)
+        _check_limit(where, n_rows, max_rows, "rows")
     return pd.concat(chunks, ignore_index=True) if chunks else pd.DataFrame()
 
 
 def json_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """Yield the objects of a file with one a line, or of a JSON array."""
-    numbered = ((number, line) for number, line in enumerate(_lines(path, encoding), 1) if line.strip())
-    number, line = next(numbered, (0, ""))
-    is_array = line.lstrip().startswith("[")
-    texts = (
-        [(number, line + "".join(rest for _, rest in numbered))] if is_array else chain([(number, line)], numbered)
-    )
-    for number, text in texts if line else ():
+    lines = ((number, line) for number, line in enumerate(_lines(path, encoding), 1) if line.strip())
+    first, start = next(lines, (0, "[]"))
+    is_array = start.lstrip().startswith("[")
+    if is_array:
+        start += "".join(line for _, line in lines)  # which leaves no lines
+    for number, text in chain([(first, start)], lines):
         try:
             parsed = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -129,23 +127,16 @@ def _lines(path: Path, encoding: str | None) -> Iterator[str]:
         with path.open("rb") as file:
             is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         encoding = "utf-16" if is_utf16 else "utf-8-sig"
-    expected = "expected UTF-8, or the file's encoding as `encoding`, such as 'cp1252'"
+    expected = f"isn't {encoding} text; expected UTF-8, or the file's encoding as `encoding`, such as 'cp1252'"
     try:
-        with path.open(encoding=encoding, newline="") as file:
+        with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
             for number, line in enumerate(file, 1):
-                if "\0" in line:  # UTF-16 without a byte order mark passes for UTF-8
-                    raise TaskError(f"{path}, line {number} has a NUL byte; {expected}.")
+                # UTF-16 without a byte order mark passes for UTF-8 with NUL bytes.
+                if "\0" in line or (not line.isascii() and re.search("[\udc80-\udcff]", line)):
+                    raise TaskError(f"{path}, line {number} {expected}.")
                 yield line
-    except UnicodeDecodeError as error:
-        with path.open("rb") as file:  # the error counts from the start of a block
-            bad = next(
-                n
-                for n, raw in enumerate(file, 1)
-                if raw.decode(encoding, "replace") != raw.decode(encoding, "ignore")
-            )
-        raise TaskError(f"{path}, line {bad} has {error.reason} for {encoding}; {expected}.") from error
     except (UnicodeError, LookupError) as error:
-        raise TaskError(f"{path} can't be read as {encoding} ({error}); {expected}.") from error
+        raise TaskError(f"{path} {expected}.") from error
 
 
 def _csv_rows(path: Path, encoding: str | None, columns: Sequence[str]) -> Iterator[Row]:
@@ -165,67 +156,54 @@ def _csv_rows(path: Path, encoding: str | None, columns: Sequence[str]) -> Itera
 
 
 def _csv_records(path: Path, encoding: str | None) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number and cells of each record.
+    """Yield the last line's number and the cells of each record.
 
-    Where every line has as many values as the first, every line is a record: between two stray quotation marks,
-    csv would join the lines to one record in silence. Such a mark is kept in TSV, which often has no quoting, and
-    refused in CSV. Otherwise quoted values may span lines.
+    csv joins the lines between two stray quotation marks. Where every line has as many values as the first, a
+    line of TSV, which often has no quoting, is therefore a record; CSV is read as quoted, with a warning.
     """
+    is_tsv = path.suffix.lower() == ".tsv"
     first = next(filter(str.strip, _lines(path, encoding)), "")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else next((sign for sign in ",;\t" if sign in first), ",")
-    counts = {line.count(delimiter) for line in _lines(path, encoding) if line.strip("\r\n")}
-    if len(counts) != 1 or counts == {0}:
-        reader = csv.reader(_lines(path, encoding), delimiter=delimiter, strict=True)
-        try:
-            yield from ((reader.line_num, cells) for cells in reader if cells)
-        except csv.Error as error:
-            raise TaskError(f"{path}, line {reader.line_num} isn't well-formed CSV ({error}).") from error
+    delimiter = "\t" if is_tsv else next((sign for sign in ",;\t" if sign in first), ",")
+    counts = Counter(line.count(delimiter) for line in _lines(path, encoding) if line.strip("\r\n"))
+    if is_tsv and len(counts) == 1:
+        for number, line in enumerate(_lines(path, encoding), 1):
+            if cells := line.rstrip("\r\n").split(delimiter) if line.strip("\r\n") else []:
+                yield number, [_QUOTED.sub(lambda match: match[1].replace('""', '"'), cell) for cell in cells]
         return
-    for number, line in enumerate(_lines(path, encoding), 1):
-        cells = line.rstrip("\r\n").split(delimiter) if line.strip("\r\n") else []
-        for place, cell in enumerate(cells if '"' in line else ()):
-            if quoted := re.fullmatch('"((?:[^"]|"")*)"', cell):
-                cells[place] = quoted[1].replace('""', '"')
-            elif cell.startswith('"') and delimiter != "\t":
-                found = f"{path}, line {number} isn't well-formed CSV (a stray quotation mark in {cell[:40]!r})"
-                raise TaskError(f"{found}; expected it doubled, in a quoted value.")
-        if cells:
-            yield number, cells
+    reader, n_records = csv.reader(_lines(path, encoding), delimiter=delimiter, strict=True), 0
+    try:
+        for cells in filter(None, reader):
+            n_records += 1
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise TaskError(f"{path}, line {reader.line_num} isn't well-formed CSV ({error}).") from error
+    if len(counts) == 1 and 0 not in counts and n_records < counts.total():
+        found = f"{counts.total()} lines, which quotation marks join to {n_records} rows"
+        warnings.warn(f"{path} has {found}; a stray mark would lose rows.", stacklevel=2)
 
 
 def _read_parquet(path: Path, max_rows: int | None, max_bytes: int | None) -> pd.DataFrame:
     """Read a Parquet file; numbers of a ClassLabel column of `datasets` become names, -1 a missing label."""
     try:
         file = pq.ParquetFile(path)
-        schema, groups = file.schema_arrow, map(file.metadata.row_group, range(file.metadata.num_row_groups))
-        if len(set(schema.names)) < len(schema.names):
-            raise TaskError(
-                f"{path} has a column twice among {', '.join(map(repr, schema.names))}; expected it once."
-            )
-        _refuse_more(path, file.metadata.num_rows, max_rows)
-        nested = next((field.name for field in schema if pa.types.is_nested(field.type)), None)
+        schema, batches = file.schema_arrow, []
+        _check_limit(path, file.metadata.num_rows, max_rows, "rows")
+        nested = [field.name for field in schema if pa.types.is_nested(field.type)]
         if max_bytes is not None and nested:  # one row of such a column may hold any number of values
-            raise TaskError(f"{path} has lists or records in the column {nested!r}; expected single values.")
-        batches, n_bytes = [], sum(group.total_byte_size for group in groups)
-        for batch in chain([None], file.iter_batches(CHUNK_ROWS if max_bytes is None else 16)):
-            if batch is not None:
-                batches.append(batch)
-                n_bytes += batch.nbytes  # a value that is stored once may be that of every row
-            if max_bytes is not None and n_bytes > max_bytes:
-                raise TaskError(
-                    f"{path} unfolds to more than {max_bytes / 2**20:.0f} MiB; expected at most so much."
-                )
+            raise TaskError(f"{path} has lists or records in the column {nested[0]!r}; expected single values.")
+        n_bytes = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+        _check_limit(path, n_bytes, max_bytes, "bytes of values")
+        for batch in file.iter_batches(CHUNK_ROWS if max_bytes is None else 16):
+            n_bytes += batch.nbytes  # a value that is stored once may be that of every row
+            _check_limit(path, n_bytes, max_bytes, "bytes of values")
+            batches.append(batch)
         table = pa.Table.from_batches(batches, schema)
         table.validate(full=True)
-        features = (
-            json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        )
-        names = {name: features.get(name, {}).get("names") for name in schema.names}
-        return pd.DataFrame({name: _text_column(table[name], names[name]) for name in schema.names})
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+        class_names = {name: feature.get("names") for name, feature in info.get("features", {}).items()}
+        return pd.DataFrame({name: _text_column(table[name], class_names.get(name)) for name in schema.names})
     except (pa.ArrowException, OSError) as error:
-        raise TaskError(
-            f"{path} can't be read ({str(error).partition(chr(10))[0]}); expected a Parquet file."
-        ) from error
+        raise TaskError(f"{path} can't be read ({reason_of(error)}); expected a Parquet file.") from error
 
 
 def _text_column(values: pa.ChunkedArray, class_names: list[str] | None) -> pd.Series:
@@ -240,6 +218,6 @@ def _text_column(values: pa.ChunkedArray, class_names: list[str] | None) -> pd.S
     return pd.Series([as_text(cell) for cell in cells], dtype="str")
 
 
-def _refuse_more(where: str | Path, n_rows: int, max_rows: int | None) -> None:
-    if max_rows is not None and n_rows > max_rows:
-        raise TaskError(f"{where} has more than {max_rows:,} rows; expected at most so many.")
+def _check_limit(where: str | Path, number: int, limit: int | None, unit: str) -> None:
+    if limit is not None and number > limit:
+        raise TaskError(f"{where} has more than {limit:,} {unit}; expected at most so many.")

@@ -627,8 +627,9 @@ def test_every_field_is_tested():
         *("training__lm_chunk_tokens", "training__eval_batch_size", "training__early_stopping_patience"),
         "training__report_to",
         *("data__metrics", "data__truncation_side", "training__class_weights"),
+        *("data__label_names", "data__encoding", "data__columns"),  # tests/data
         "training__cache_trunk",  # test_trunk_cache_changes_no_loss
         "training__keep_model",  # test_keep_model_false_keeps_predictions
-        *("data__task", "data__data_dir", "data__text", "data__label"),  # tests/test_tasks.py
+        *("data__task", "data__data_dir", "data__text", "data__label"),  # tests/data
     }
     assert named == set(CHANGES) | steered

@@ -1,13 +1,108 @@
-"""Row limits and the cuts between train, dev and test."""
+"""Cuts between train, dev and test, row limits, and rows that splits share."""
 
 import json
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
+from data_files import no_outside_data, refusal, write, write_jsonl  # noqa: F401
 
 from dhrd_lib.config import ConfigError, DataConfig
-from dhrd_lib.tasks import load_rows
+from dhrd_lib.data.splits import split_overlap
+from dhrd_lib.tasks import load_rows, load_task
+
+
+def labeled(count, labels="ab", **columns):
+    """Return rows with the labels in turn and the columns computed from their number."""
+    return [
+        {"text": f"t{n}", "label": labels[n % len(labels)]} | {name: cell(n) for name, cell in columns.items()}
+        for n in range(count)
+    ]
+
+
+def counts(data):
+    return {split: dict(Counter(rows["label"])) for split, rows in data.items()}
+
+
+def test_cuts_are_stratified_and_seeded(tmp_path):
+    path = str(write_jsonl(tmp_path / "a.jsonl", labeled(100, idx=int)))
+    task, data = load_task(path)
+    assert task.test_splits == ("test",)
+    assert counts(data) == {"train": {0: 40, 1: 40}, "dev": {0: 5, 1: 5}, "test": {0: 5, 1: 5}}
+    assert sorted(int(idx) for rows in data.values() for idx in rows["idx"]) == list(range(100))
+    again, other = load_task(path)[1], load_task(path, split_seed=1)[1]
+    assert set(again["dev"]["idx"]) == set(data["dev"]["idx"]) != set(other["dev"]["idx"])
+
+
+def test_cuts_keep_groups_whole(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", labeled(120, shop=lambda n: f"s{n // 4}"))
+    _, data = load_task(str(path), group="shop")
+    groups = [set(rows["group"]) for rows in data.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 30
+    assert all(len(rows) >= 8 and set(rows["label"]) == {0, 1} for rows in data.values())
+
+
+def test_tiny_dev_fraction_with_groups_cuts_one_group(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", labeled(20, shop=lambda n: f"g{n // 4}"))
+    _, data = load_task(str(path), group="shop", dev_fraction=1e-320)
+    assert counts(data) == {"train": {0: 6, 1: 6}, "dev": {0: 2, 1: 2}, "test": {0: 2, 1: 2}}
+
+
+@pytest.mark.parametrize(("rare", "expected"), [(3, [1, 1, 1]), (2, [1, 0, 1]), (1, [1, 0, 0])])
+def test_rare_label_is_in_every_split_or_stays_in_train(tmp_path, rare, expected):
+    path = write_jsonl(tmp_path / "a.jsonl", [*labeled(60), *labeled(rare, "z")])
+    _, data = load_task(str(path))
+    assert [rows["label"][:].count(2) for rows in data.values()] == expected
+
+
+def test_label_of_one_group_stays_in_train(tmp_path):
+    rows = [*labeled(80, shop=lambda n: f"s{n // 4}"), *labeled(3, "z", shop=lambda n: "alone")]
+    _, data = load_task(str(write_jsonl(tmp_path / "a.jsonl", rows)), group="shop")
+    assert [set(rows["label"]) for rows in data.values()] == [{0, 1, 2}, {0, 1}, {0, 1}]
+
+
+def test_group_column_of_another_meaning_can_be_switched_off(tmp_path):
+    path = str(write_jsonl(tmp_path / "a.jsonl", labeled(40, group=lambda n: "AB"[n % 4 // 2])))
+    with pytest.warns(UserWarning, match="group='' splits by rows"):
+        message = refusal(path)
+    assert "too few groups" in message
+    _, data = load_task(path, group="")
+    assert counts(data)["dev"] == {0: 2, 1: 2}
+    assert set(data["train"]["group"]) == {None}
+
+
+@pytest.mark.parametrize(
+    ("files", "splits", "tests"),
+    [
+        (["train"], ["train", "dev", "test"], ("test",)),
+        (["train", "validation"], ["train", "dev", "validation"], ("validation",)),
+        (["train", "test"], ["train", "dev", "test"], ("test",)),
+        (["train", "validation", "test", "test_far"], ["train", "dev", "test", "test_far"], ("test", "test_far")),
+    ],
+)
+def test_dev_is_the_validation_file_only_beside_a_test_file(files, splits, tests, tmp_path):
+    for number, split in enumerate(files):
+        write_jsonl(tmp_path / f"{split}.jsonl", labeled(40 - 2 * number))
+    task, data = load_task(str(tmp_path))
+    assert list(data) == splits
+    assert task.test_splits == tests
+    whole = len(files) == 4
+    assert len(data["train"]) == (40 if whole else 32 if files == ["train"] else 36)
+    assert len(data["dev"]) == (38 if whole else 4)
+
+
+def test_dev_and_test_files_may_lack_a_class(tmp_path):
+    write(tmp_path / "train.csv", "text,label\n" + "x,a\ny,b\n" * 10)
+    write(tmp_path / "validation.csv", "text,label\nx,a\n")
+    write(tmp_path / "test.csv", "text,label\ny,b\n")
+    assert counts(load_task(str(tmp_path))[1]) == {"train": {0: 10, 1: 10}, "dev": {0: 1}, "test": {1: 1}}
+
+
+def test_overlap_counts_rows_with_a_text_of_train():
+    texts = {"train": ["One  two", "three"], "dev": ["four"], "test": ["one two ", "THREE", "three", "five"]}
+    splits = {split: datasets.Dataset.from_dict({"input_text": rows}) for split, rows in texts.items()}
+    assert split_overlap(splits) == {"dev": 0, "test": 3}
 
 
 def grouped(folder: Path) -> DataConfig:

@@ -1,686 +1,167 @@
-"""What `dhrd_lib.tasks` promises about tasks, templates, sources, splits and errors."""
+"""Tasks: embedded sets, a user's columns, labels, row identities, rationales and metrics."""
 
 import json
-import os
-import tracemalloc
+import warnings
 from collections import Counter
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_files import no_outside_data, refusal, write, write_jsonl  # noqa: F401
 
-from dhrd_lib.tasks import TASKS, Task, TaskError, load_task, render, template_fields
+from dhrd_lib.config import DataConfig
+from dhrd_lib.tasks import TASKS, Task, TaskError, load_rows, load_task
 
-SUPERGLUE = ("boolq", "cb", "copa", "multirc", "rte", "wic", "wsc")
-FOLDERS = dict(zip(SUPERGLUE, ("BoolQ", "CB", "COPA", "MultiRC", "RTE", "WiC", "WSC"), strict=True))
-OUR_COLUMNS = {"idx", "input_text", "label", "rationale", "group"}
-
-
-@pytest.fixture(autouse=True)
-def no_outside_data(monkeypatch):
-    """Tests see no data or rationales but their own."""
-    for name in ("DHRD_DATA_DIR", "DHRD_RATIONALES_DIR"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def write_jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+OPTIONS = {"text": "review", "label": "stars", "rationale": "why"}
 
 
 def reviews(count=40):
-    """Rows of a made-up user file: two labels in turn, groups of four rows."""
+    """Return rows of a made-up user file: two labels in turn, groups of four rows."""
     return [
-        {
-            "review": f"Kettle {n} boils.",
-            "stars": ("good", "poor")[n % 2],
-            "why": f"r{n}",
-            "shop": f"s{n // 4}",
-        }
+        {"review": f"Kettle {n} boils.", "stars": ("good", "poor")[n % 2], "why": f"r{n}", "shop": f"s{n // 4}"}
         for n in range(count)
     ]
 
 
-def refusal(source, **options):
-    """The message with which `load_task` refuses a source: one line, one sentence."""
-    with pytest.raises(TaskError) as caught:
-        load_task(str(source), **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    return message
+def labeled(path, labels, **columns):
+    """Write a JSONL file with the labels in turn, 48 rows."""
+    rows = [{"text": f"t{n}", "label": labels[n % len(labels)]} for n in range(48)]
+    for name, cells in columns.items():
+        rows = [{**row, name: cells[n % len(cells)]} for n, row in enumerate(rows)]
+    return str(write_jsonl(path / "a.jsonl", rows))
 
 
-def ids(split):
-    return set(split["idx"])
+def rows_of(data):
+    return [row for split in data.values() for row in split]
 
 
-# --- templates ---------------------------------------------------------------------------------------
+# --- tasks and embedded sets
 
 
-def test_a_template_names_its_fields_in_order_and_once():
-    assert template_fields("{b} and {a} and {b} {{not one}}") == ("b", "a")
-
-
-def test_a_field_name_may_hold_spaces():
-    assert render("{what was said}!", {"what was said": "Hi"}) == "Hi!"
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["{a.__class__}", "{a[0]}", "{a!r}", "{a:>9}", "{a:{b}}", "{}", "no field", "{a", "a}", "{a!}", None],
-)
-def test_a_template_may_hold_nothing_but_plain_field_names(template):
-    with pytest.raises(TaskError, match=r"template .*expected"):
-        template_fields(template)
-    with pytest.raises(TaskError, match="template"):
-        Task("t", template, ("a", "b"), ("a", "b"))
-
-
-def test_rendering_reads_values_and_never_formats_them():
-    assert render("{a}/{b}", {"a": "{b}", "b": "{a.x}"}) == "{b}/{a.x}"
-
-
-def test_rendering_equals_str_format():
-    row = {"premise": "It rains.", "hypothesis": "It's wet."}
-    assert TASKS["rte"].render(row) == TASKS["rte"].template.format(**row)
-
-
-def test_rendering_shows_a_missing_value_as_nothing_and_cuts_space_at_the_end():
-    assert render("{a}|{b}|{c} \n", {"a": None, "b": float("nan"), "c": "end \n"}) == "||end"
-
-
-def test_a_string_stands_for_the_one_field():
-    assert TASKS["support_triage"].render("Where is it?") == TASKS["support_triage"].render(
-        {"text": "Where is it?"}
-    )
-
-
-@pytest.mark.parametrize("row", ["a string", {"premise": "x"}, ["premise", "hypothesis"], None])
-def test_rendering_says_which_fields_a_row_must_have(row):
-    with pytest.raises(TaskError, match=r"expected a dict with 'premise', 'hypothesis'\.$"):
-        TASKS["cb"].render(row)
-
-
-def test_a_task_needs_a_verbalizer_for_each_label():
+def test_task_needs_a_verbalizer_and_a_name_for_each_label():
     with pytest.raises(TaskError, match="1 verbalizers; expected 2"):
         Task("t", "{text}", ("a", "b"), ("a",))
+    with pytest.raises(TaskError, match="different names"):
+        Task("t", "{text}", ("a", "a"), ("a", "b"))
+    with pytest.raises(TaskError, match="template"):
+        Task("t", "no field", ("a", "b"), ("a", "b"))
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
-def test_every_task_ends_its_input_in_words_and_has_distinct_verbalizers(task):
-    assert task.render(dict.fromkeys(task.fields, "word")) == task.template.format(
-        **dict.fromkeys(task.fields, "word")
-    )
+def test_task_ends_its_input_in_words_and_has_distinct_verbalizers(task):
+    words = dict.fromkeys(task.fields, "word")
+    assert task.render(words) == task.template.format(**words)
     assert len(set(task.verbalizers)) == len(task.label_names) == len(task.verbalizers)
-    assert set(task.metrics) <= {"accuracy", "macro_f1", "f1a", "em"}
     assert "\nAnswer:" not in task.template
 
 
-def test_cb_and_multirc_have_two_metrics_and_the_others_accuracy():
+def test_cb_and_multirc_have_two_metrics_and_others_accuracy():
     metrics = {name: task.metrics for name, task in TASKS.items()}
     assert metrics.pop("cb") == ("macro_f1", "accuracy")
     assert metrics.pop("multirc") == ("f1a", "em")
     assert set(metrics.values()) == {("accuracy",)}
 
 
-# --- SuperGLUE: made-up rows in its two schemas --------------------------------------------------------
-
-
-def superglue_row(name, n):
-    """Row n in SuperGLUE's JSONL schema."""
-    truth = bool(n % 2)
-    nli = {"premise": f"Shed {n} is red.", "hypothesis": f"Shed {n} has a colour.", "idx": n}
-    return {
-        "boolq": {"question": f"is shed {n} red", "passage": f"Shed {n} is red.", "idx": n, "label": truth},
-        "cb": {**nli, "label": ("entailment", "contradiction", "neutral")[n % 3]},
-        "copa": {
-            "premise": f"Jug {n} fell.",
-            "choice1": "It broke.",
-            "choice2": "It sang.",
-            "question": ("cause", "effect")[n // 2 % 2],
-            "label": n % 2,
-            "idx": n,
-        },
-        "multirc": {
-            "idx": n,
-            "version": 1.1,
-            "passage": {
-                "text": f"Ana baked {n} pies.",
-                "questions": [
-                    {
-                        "question": f"Who baked in {kitchen}?",
-                        "idx": 2 * n + kitchen,
-                        "answers": [
-                            {"text": "Ana", "idx": 4 * n + 2 * kitchen, "label": 1},
-                            {"text": "Bo", "idx": 4 * n + 2 * kitchen + 1, "label": 0},
-                        ],
-                    }
-                    for kitchen in (0, 1)
-                ],
-            },
-        },
-        "rte": {**nli, "label": ("entailment", "not_entailment")[n % 2]},
-        "wic": {
-            "word": "bank",
-            "sentence1": f"Bank {n} is shut.",
-            "sentence2": "The bank is muddy.",
-            "idx": n,
-            "label": truth,
-            "start1": 0,
-            "start2": 4,
-            "end1": 4,
-            "end2": 8,
-            "version": 1.1,
-        },
-        "wsc": {
-            "text": f'Ida told Eva {n // 2} times: "then he left, as he should", but he came back.',
-            "target": {
-                "span1_text": ("Ida", "Eva")[n % 2],
-                "span1_index": 2 * (n % 2),
-                "span2_text": "he",
-                "span2_index": 9,
-            },
-            "idx": n,
-            "label": truth,
-        },
-    }[name]
-
-
-def hub_rows(name, n):
-    """The rows of the hub's schema that correspond to `superglue_row(name, n)`."""
-    row = superglue_row(name, n)
-    names = {"cb": ["entailment", "contradiction", "neutral"], "rte": ["entailment", "not_entailment"]}
-    if name == "multirc":
-        return [
-            {
-                "paragraph": row["passage"]["text"],
-                "question": question["question"],
-                "answer": answer["text"],
-                "idx": {"paragraph": n, "question": question["idx"], "answer": answer["idx"]},
-                "label": answer["label"],
-            }
-            for question in row["passage"]["questions"]
-            for answer in question["answers"]
-        ]
-    row.update(row.pop("target", {}))
-    row.pop("version", None)
-    row["label"] = names[name].index(row["label"]) if name in names else int(row["label"])
-    return [row]
-
-
-@pytest.fixture
-def superglue_dir(tmp_path, monkeypatch):
-    """A folder with 24 train and 6 validation rows a task, and no rationales for them."""
-    for name, folder in FOLDERS.items():
-        write_jsonl(tmp_path / folder / "train.jsonl", [superglue_row(name, n) for n in range(24)])
-        write_jsonl(tmp_path / folder / "val.jsonl", [superglue_row(name, n) for n in range(100, 106)])
-    write_jsonl(tmp_path / "none" / "cb.jsonl", [])
-    write_jsonl(tmp_path / "none" / "copa.jsonl", [])
-    monkeypatch.setenv("DHRD_RATIONALES_DIR", str(tmp_path / "none"))
-    return tmp_path
-
-
-@pytest.mark.parametrize("name", SUPERGLUE)
-def test_superglue_loads_with_dev_cut_from_train_and_validation_as_the_final_figure(name, superglue_dir):
-    task, data = load_task(name, superglue_dir)
-    rows = 4 if name == "multirc" else 1
-    assert task == TASKS[name]
-    assert list(data) == ["train", "dev", "validation"]
-    assert task.test_splits == ("validation",)
-    assert len(data["train"]) + len(data["dev"]) == 24 * rows
-    assert len(data["validation"]) == 6 * rows
-    assert not ids(data["train"]) & ids(data["dev"])
-    assert set(data["train"]["label"]) == set(data["dev"]["label"]) == set(range(len(task.label_names)))
-    for split in data.values():
-        assert OUR_COLUMNS | set(task.fields) <= set(split.column_names)
-        assert split.features["label"].names == list(task.label_names)
-        assert all(row["input_text"] == task.render(row) for row in split)
-
-
-@pytest.mark.parametrize("name", SUPERGLUE)
-def test_the_hub_gives_the_same_rows_as_the_jsonl_files(name, superglue_dir, monkeypatch):
-    def load_dataset(path, config):
-        assert (path, config) == ("aps/super_glue", name)
-        numbers = {"train": range(24), "validation": range(100, 106)}
-        rows = {split: [row for n in those for row in hub_rows(name, n)] for split, those in numbers.items()}
-        rows["test"] = [{**rows["train"][0], "label": -1}]
-        return datasets.DatasetDict({s: datasets.Dataset.from_list(found) for s, found in rows.items()})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    from_hub, from_files = load_task(name)[1], load_task(name, superglue_dir)[1]
-    assert from_hub.keys() == from_files.keys()
-    for split in from_hub:
-        assert from_hub[split].features == from_files[split].features
-        assert from_hub[split].to_list() == from_files[split].to_list()
-
-
-def test_superglue_is_found_through_the_environment_from_any_folder(superglue_dir, monkeypatch):
-    monkeypatch.setenv("DHRD_DATA_DIR", str(superglue_dir))
-    monkeypatch.chdir(superglue_dir / "CB")
-    assert len(load_task("rte")[1]["validation"]) == 6
-
-
-def test_multirc_has_a_row_an_answer_grouped_by_question_with_paragraphs_kept_whole(superglue_dir):
-    _, data = load_task("multirc", superglue_dir)
-    row = data["validation"][3]
-    assert (row["idx"], row["group"], row["answer"], row["label"]) == ("100-201-403", "100-201", "Bo", 0)
-    assert Counter(data["validation"]["group"]) == {f"{p}-{2 * p + q}": 2 for p in range(100, 106) for q in (0, 1)}
-    assert not set(data["train"]["paragraph"]) & set(data["dev"]["paragraph"])
-
-
-def test_wsc_keeps_the_rows_of_a_text_together(superglue_dir):
-    _, data = load_task("wsc", superglue_dir)
-    assert not set(data["train"]["text"]) & set(data["dev"]["text"])
-
-
-def test_wsc_marks_the_pronoun_nearest_to_its_index(superglue_dir):
-    row = load_task("wsc", superglue_dir)[1]["validation"][1]
-    assert row["input_text"] == (
-        'Text: Ida told Eva 50 times: "then he left, as *he* should", but he came back.\nDoes *he* stand for Eva?'
-    )
-
-
-def test_wic_shows_the_word_and_both_sentences(superglue_dir):
-    row = load_task("wic", superglue_dir)[1]["validation"][0]
-    assert all(part in row["input_text"] for part in ("Bank 100 is shut.", "The bank is muddy.", '"bank"'))
-
-
 @pytest.mark.parametrize(
-    ("name", "row", "told"),
+    ("name", "sizes", "column"),
     [
-        ("rte", {"premise": "x", "hypothesis": "y", "idx": 1}, "row 2 .*'label'"),
-        (
-            "rte",
-            {"premise": "x", "hypothesis": "y", "idx": 1, "label": "maybe"},
-            "has the label 'maybe' in row 2",
-        ),
-        ("boolq", {"question": "x", "passage": "y", "idx": 1, "label": -1}, "has the label '-1' in row 2"),
-        ("multirc", {"idx": 1, "passage": "flat"}, "row 2 isn't in SuperGLUE's format"),
-        ("wsc", {**superglue_row("wsc", 1), "text": "No pronoun."}, "row 2 isn't in SuperGLUE's format"),
+        ("everyday_nli", {"train": 1200, "dev": 201, "test": 399}, "premise"),
+        ("support_triage", {"train": 875, "dev": 175, "test": 350, "test_new_domain": 200}, "text"),
     ],
 )
-def test_a_row_that_is_not_superglue_s_is_named(name, row, told, superglue_dir):
-    write_jsonl(superglue_dir / FOLDERS[name] / "val.jsonl", [superglue_row(name, 0), row])
-    with pytest.raises(TaskError, match=f"val.jsonl.*{told}"):
-        load_task(name, superglue_dir)
-
-
-def test_a_superglue_file_that_is_missing_is_named(tmp_path):
-    assert "CB" in refusal("cb", data_dir=tmp_path)
-
-
-def test_without_a_network_the_other_ways_are_named(monkeypatch):
-    def load_dataset(*_):
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    message = refusal("boolq")
-    assert all(word in message for word in ("no route", "DHRD_DATA_DIR", "everyday_nli", "support_triage"))
-
-
-REAL_DATA = os.environ.get("DHRD_DATA_DIR")  # read before `no_outside_data` hides it
-SIZES = {"cb": (250, 56), "copa": (400, 100), "wic": (5428, 638), "wsc": (554, 104)}
-
-
-@pytest.mark.skipif(not REAL_DATA, reason="SuperGLUE's files aren't packaged: needs DHRD_DATA_DIR")
-def test_the_real_superglue_has_the_paper_s_sizes():
-    for name, (train, validation) in SIZES.items():
-        _, data = load_task(name, REAL_DATA)
-        assert (len(data["train"]) + len(data["dev"]), len(data["validation"])) == (train, validation)
-    assert None not in load_task("cb", REAL_DATA)[1]["train"]["rationale"]
-
-
-# --- rationales ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "count"), [("cb", 250), ("copa", 400)])
-def test_packaged_rationales_cover_train_and_dev(name, count, superglue_dir, monkeypatch):
-    monkeypatch.delenv("DHRD_RATIONALES_DIR")
-    write_jsonl(superglue_dir / FOLDERS[name] / "train.jsonl", [superglue_row(name, n) for n in range(count)])
-    _, data = load_task(name, superglue_dir)
-    assert None not in [*data["train"]["rationale"], *data["dev"]["rationale"]]
-    assert set(data["validation"]["rationale"]) == {None}
-
-
-def test_stored_rationales_join_train_rows_by_idx_and_replace_the_data_s_own(tmp_path, monkeypatch):
-    write_jsonl(
-        tmp_path / "everyday_nli.jsonl",
-        [
-            {"idx": 7, "rationale": "Seven."},
-            {"idx": "9", "rationale": "Nine."},
-            {"idx": 11, "rationale": None},
-        ],
-    )
-    _, packaged = load_task("everyday_nli")
-    monkeypatch.setenv("DHRD_RATIONALES_DIR", str(tmp_path))
-    _, data = load_task("everyday_nli")
-    before = dict(zip(packaged["train"]["idx"], packaged["train"]["rationale"], strict=True))
-    after = dict(zip(data["train"]["idx"], data["train"]["rationale"], strict=True))
-    assert {idx: text for idx, text in after.items() if text != before[idx]} == {"7": "Seven.", "9": "Nine."}
-    assert data["test"].to_list() == packaged["test"].to_list()
-
-
-def test_rationales_that_fit_no_row_are_counted(superglue_dir):
-    rows = [{"idx": idx, "rationale": "Because."} for idx in (0, 1, 24, 25, 26)]
-    write_jsonl(superglue_dir / "none" / "rte.jsonl", rows)
-    message = refusal("rte", data_dir=superglue_dir)
-    assert "3 rationales of 5" in message
-    assert "'24'" in message
-
-
-@pytest.mark.parametrize(
-    ("rows", "told"),
-    [
-        ([{"idx": 1, "rationale": "a"}, {"idx": "1", "rationale": "b"}], "'1' stands 2 times"),
-        ([{"idx": 1, "reason": "a"}], "expected 'rationale'"),
-    ],
-)
-def test_a_rationale_file_with_errors_is_refused(rows, told, superglue_dir):
-    write_jsonl(superglue_dir / "none" / "rte.jsonl", rows)
-    assert told in refusal("rte", data_dir=superglue_dir)
-
-
-# --- the embedded sets -----------------------------------------------------------------------------------
-
-EMBEDDED = [
-    ("everyday_nli", {"train": 1200, "dev": 201, "test": 399}),
-    ("support_triage", {"train": 875, "dev": 175, "test": 350, "test_new_domain": 200}),
-]
-
-
-@pytest.mark.parametrize(("name", "sizes"), EMBEDDED)
-def test_embedded_sets_are_whole_balanced_and_have_rationales(name, sizes, monkeypatch, tmp_path):
+def test_embedded_sets_are_balanced_with_rationales_and_no_overlap(name, sizes, column, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     task, data = load_task(name)
     assert task == TASKS[name]
+    assert task.majority_share == pytest.approx(1 / len(task.label_names))
     assert {split: len(rows) for split, rows in data.items()} == sizes
     for rows in data.values():
         assert len(set(Counter(rows["label"]).values())) == 1
         assert all(text and text.strip() for text in rows["rationale"])
-        assert len(ids(rows)) == len(rows)
+        assert len(set(rows["idx"])) == len(rows) == len({text.casefold() for text in rows["input_text"]})
         assert set(rows["group"]) == {None}
-        assert "domain" in rows.column_names
+    seen = Counter(text for rows in data.values() for text in {text.casefold() for text in rows[column]})
+    assert max(seen.values()) == 1
 
 
-def test_embedded_splits_share_no_premise_or_message():
-    for name, column in (("everyday_nli", "premise"), ("support_triage", "text")):
-        _, data = load_task(name)
-        seen = Counter(text for rows in data.values() for text in {text.casefold() for text in rows[column]})
-        assert max(seen.values()) == 1
-
-
-def test_everyday_nli_has_every_label_once_a_premise_and_no_row_twice():
-    _, data = load_task("everyday_nli")
-    for rows in data.values():
+def test_everyday_nli_has_every_label_once_per_premise():
+    for rows in load_task("everyday_nli")[1].values():
         assert set(Counter(rows["premise"]).values()) == {3}
         assert len(set(zip(rows["premise"], rows["label"], strict=True))) == len(rows)
-        assert len({text.casefold() for text in rows["input_text"]}) == len(rows)
 
 
-def test_the_new_domain_of_support_triage_is_new():
+def test_new_domain_of_support_triage_is_new():
     _, data = load_task("support_triage")
     assert not set(data["test_new_domain"]["domain"]) & {*data["train"]["domain"], *data["dev"]["domain"]}
 
 
-def test_column_options_are_refused_for_a_named_task():
+def test_file_options_are_refused_for_a_named_task():
     assert "label is given with task 'support_triage'" in refusal("support_triage", label="domain")
+    assert "metrics is given" in refusal("support_triage", metrics=["mcc"])
 
 
-# --- a user's data ---------------------------------------------------------------------------------------
+# --- a user's columns
 
 
-def write_csv(path, rows, delimiter=","):
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    path.write_text("".join(delimiter.join(cells) + "\n" for cells in lines), encoding="utf-8")
-    return path
+def test_every_file_kind_has_the_same_rows(tmp_path):
+    rows = reviews()
+    header = [*rows[0]]
+    lines = [header, *([*row.values()] for row in rows)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write(tmp_path / "a.csv", "".join(",".join(cells) + "\n" for cells in lines))
+    write(tmp_path / "a.tsv", "".join("\t".join(cells) + "\n" for cells in lines))
+    write(tmp_path / "a.json", json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    loaded = [
+        load_task(str(tmp_path / f"a.{suffix}"), **OPTIONS) for suffix in ["jsonl", "csv", "tsv", "json", "parquet"]
+    ]
+    task, data = loaded[0]
+    assert (task.name, task.template, task.label_names) == ("a", "{review}", ("good", "poor"))
+    for other, others in loaded[1:]:
+        assert other == task
+        assert {split: rows.to_list() for split, rows in others.items()} == {
+            split: rows.to_list() for split, rows in data.items()
+        }
 
 
-def write_parquet(path, rows):
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
-
-
-WRITERS = {
-    ".csv": write_csv,
-    ".tsv": lambda path, rows: write_csv(path, rows, "\t"),
-    ".jsonl": write_jsonl,
-    ".json": write_jsonl,
-    ".parquet": write_parquet,
-}
-OPTIONS = {"text": "review", "label": "stars", "rationale": "why"}
-
-
-@pytest.mark.parametrize("suffix", WRITERS)
-def test_every_file_kind_gives_the_same_rows(suffix, tmp_path):
-    expected = load_task(str(write_jsonl(tmp_path / "a.jsonl", reviews())), **OPTIONS)[1]
-    task, data = load_task(str(WRITERS[suffix](tmp_path / f"b{suffix}", reviews())), **OPTIONS)
-    assert (task.name, task.template, task.label_names) == ("b", "{review}", ("good", "poor"))
-    assert {split: rows.to_list() for split, rows in data.items()} == {
-        split: rows.to_list() for split, rows in expected.items()
-    }
-
-
-def test_one_file_is_cut_three_ways_by_label_and_seed(tmp_path):
-    path = str(write_csv(tmp_path / "a.csv", reviews(100)))
-    task, data = load_task(path, **OPTIONS)
-    assert task.test_splits == ("test",)
-    assert {split: Counter(rows["label"]) for split, rows in data.items()} == {
-        "train": {0: 40, 1: 40},
-        "dev": {0: 5, 1: 5},
-        "test": {0: 5, 1: 5},
-    }
-    assert sorted(int(idx) for rows in data.values() for idx in rows["idx"]) == list(range(100))
-    again, other = load_task(path, **OPTIONS)[1], load_task(path, **OPTIONS, split_seed=1)[1]
-    assert ids(again["dev"]) == ids(data["dev"]) != ids(other["dev"])
-
-
-def test_cuts_keep_groups_whole(tmp_path):
-    path = write_csv(tmp_path / "a.csv", reviews(120))
-    _, data = load_task(str(path), **OPTIONS, group="shop")
-    groups = [set(rows["group"]) for rows in data.values()]
-    assert sum(map(len, groups)) == len(set.union(*groups)) == 30
-    assert all(len(rows) >= 8 and set(rows["label"]) == {0, 1} for rows in data.values())
-
-
-def test_a_rare_label_stands_in_every_split(tmp_path):
-    rows = [*reviews(60), *({**row, "stars": "odd"} for row in reviews(3))]
-    _, data = load_task(str(write_csv(tmp_path / "a.csv", rows)), **OPTIONS)
-    assert [list(rows["label"]).count(1) for rows in data.values()] == [1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("files", "splits", "tests"),
-    [
-        (["train"], ["train", "dev", "test"], ("test",)),
-        (["train", "validation"], ["train", "dev", "validation"], ("validation",)),
-        (["train", "test"], ["train", "dev", "test"], ("test",)),
-        (
-            ["train", "validation", "test", "test_far"],
-            ["train", "dev", "test", "test_far"],
-            ("test", "test_far"),
-        ),
-    ],
-)
-def test_dev_is_the_validation_file_only_where_there_is_a_test_file(files, splits, tests, tmp_path):
-    for number, split in enumerate(files):
-        write_csv(tmp_path / f"{split}.csv", reviews(40 - 2 * number))
-    task, data = load_task(str(tmp_path), **OPTIONS)
-    assert list(data) == splits
-    assert task.test_splits == tests
-    whole = len(files) == 4
-    assert len(data["train"]) == (40 if whole else 32 if files == ["train"] else 36)
-    assert len(data["dev"]) == (38 if whole else 4)
-
-
-def test_columns_named_as_ours_need_no_naming(tmp_path):
-    rows = [{"text": f"t{n}", "label": n % 2, "rationale": f"r{n}", "idx": f"x{n}"} for n in range(20)]
-    task, data = load_task(str(write_jsonl(tmp_path / "a.jsonl", rows)))
+def test_columns_of_our_names_need_no_naming(tmp_path):
+    path = labeled(tmp_path, "ab", rationale=["r"], idx=[f"x{n}" for n in range(48)])
+    task, data = load_task(path)
     row = data["train"][0]
     assert task.template == "{text}"
-    assert task.label_names == ("0", "1")
-    assert (row["idx"][0], row["rationale"][0], row["input_text"]) == ("x", "r", row["text"])
+    assert (row["idx"][0], row["rationale"], row["input_text"]) == ("x", "r", row["text"])
 
 
-def test_several_text_columns_are_labelled_lines_unless_a_template_says_otherwise(tmp_path):
-    path = str(write_csv(tmp_path / "a.csv", reviews()))
+def test_several_text_columns_are_labeled_lines(tmp_path):
+    path = str(write_jsonl(tmp_path / "a.jsonl", reviews()))
     options = {"text": ("review", "shop"), "label": "stars"}
     assert load_task(path, **options)[0].template == "Review: {review}\nShop: {shop}"
-    task, data = load_task(path, **options, template="{shop} says: {review}")
-    assert data["train"][0]["input_text"] == "s0 says: Kettle 0 boils."
+    task, data = load_task(path, **options, template="{shop} writes: {review}")
+    assert data["train"][0]["input_text"] == "s0 writes: Kettle 0 boils."
     assert task.fields == ("shop", "review")
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_rows_are_never_held_whole_as_python_objects(suffix, tmp_path):
-    """What Python holds at once stays below four times the rows' place in Arrow; as dicts they take ten times."""
-    path = WRITERS[suffix](tmp_path / f"a{suffix}", reviews(20_000))
-    load_task(str(path), **OPTIONS)  # What is imported or kept for good at the first call isn't counted.
-    tracemalloc.start()
-    _, data = load_task(str(path), **OPTIONS)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4 * sum(rows.data.nbytes for rows in data.values())
+def test_column_names_with_dots_and_spaces_are_templates(tmp_path):
+    rows = [{"review.text": f"t{n}", "the title": f"u{n}", "label": "ab"[n % 2]} for n in range(20)]
+    task, data = load_task(str(write_jsonl(tmp_path / "a.jsonl", rows)), text=("review.text", "the title"))
+    assert task.fields == ("review.text", "the title")
+    row = data["train"][0]
+    assert row["input_text"] == f"Review.text: {row['review.text']}\nThe title: {row['the title']}"
 
 
-def test_columns_that_come_late_are_columns_of_all_rows(tmp_path):
-    early = [{**row, "old": "o"} for row in reviews(2500)]
-    late = [{**row, "new": "n"} for row in reviews(2500)]
-    _, data = load_task(str(write_jsonl(tmp_path / "a.jsonl", [*early, *late])), **OPTIONS)
-    for rows in data.values():
-        assert rows.column_names[:6] == ["review", "stars", "why", "shop", "old", "new"]
-        for idx, old, new in zip(rows["idx"], rows["old"], rows["new"], strict=True):
-            assert (old, new) == (("o", None) if int(idx) < 2500 else (None, "n"))
-
-
-def test_rows_without_a_column_are_counted(tmp_path):
-    (tmp_path / "a.jsonl").write_text("{}\n" * 1500 + '{"text": "x", "label": "a"}\n{"text": "y", "label": "b"}\n')
-    assert "has no text in row 1, 2, 3, 4, 5 and 1495 more;" in refusal(tmp_path / "a.jsonl")
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_a_fault_far_down_a_file_is_told_by_its_line(suffix, tmp_path, monkeypatch):
-    monkeypatch.setattr("dhrd_lib.tasks.PART_BYTES", 100)
-    path = WRITERS[suffix](tmp_path / f"a{suffix}", reviews())
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:30], b"\xff" + lines[30], *lines[31:]]))
-    assert refusal(path, **OPTIONS) == f"{path}, line 31 has invalid start byte; expected UTF-8 text."
-
-
-def test_words_that_pandas_takes_for_missing_stay_words(tmp_path):
-    rows = [{"text": ("NA", "null")[n % 2], "label": ("None", "nan")[n % 2]} for n in range(20)]
-    task, data = load_task(str(write_csv(tmp_path / "a.csv", rows)))
-    assert task.label_names == ("None", "nan")
-    assert set(data["train"]["input_text"]) == {"NA", "null"}
-
-
-def test_values_of_any_type_become_text(tmp_path):
-    rows = [{"text": n / 2, "label": bool(n % 2), "more": [{"n": n}], "gone": None} for n in range(20)]
-    task, data = load_task(str(write_jsonl(tmp_path / "a.jsonl", rows)), dev_fraction=0.2)
-    assert task.label_names == ("false", "true")
-    row = next(row for rows in data.values() for row in rows if row["idx"] == "2")
-    assert (row["text"], row["more"], row["gone"]) == ("1", '[{"n": 2}]', None)
-
-
-def test_a_byte_order_mark_quotes_and_line_breaks_are_read(tmp_path):
-    body = "text,label\r\n" + '"one, ""two""\r\nthree",a\r\n\r\nfour,b \r\n' * 10
-    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + body.encode())
-    task, data = load_task(str(tmp_path / "a.csv"))
-    assert task.label_names == ("a", "b")
-    assert set(data["train"]["text"]) == {'one, "two"\r\nthree', "four"}
-
-
-def test_a_missing_rationale_is_none(tmp_path):
-    rows = [{**row, "why": (None, "", " ", "so")[n // 2 % 4]} for n, row in enumerate(reviews())]
-    _, data = load_task(str(write_jsonl(tmp_path / "a.jsonl", rows)), **OPTIONS)
+def test_missing_rationales_are_none_and_one_text_may_be_empty(tmp_path):
+    rows = [{**row, "why": (None, "", " ", "so")[n // 2 % 4], "shop": ""} for n, row in enumerate(reviews())]
+    _, data = load_task(str(write_jsonl(tmp_path / "a.jsonl", rows)), **{**OPTIONS, "text": ("shop", "review")})
     assert set(data["train"]["rationale"]) == {None, "so"}
-
-
-def test_one_empty_text_column_of_two_is_accepted(tmp_path):
-    rows = [{**row, "shop": ""} for row in reviews()]
-    _, data = load_task(str(write_csv(tmp_path / "a.csv", rows)), text=("shop", "review"), label="stars")
     assert data["train"][0]["input_text"] == "Shop: \nReview: Kettle 0 boils."
-
-
-# --- a user's data that can't be used ------------------------------------------------------------------
-
-TABLE = "text,label\nfine,a\nbad,b\n"
+    _, data = load_task(str(tmp_path / "a.jsonl"), text="review", label="stars", rationale="")
+    assert set(data["train"]["rationale"]) == {None}
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ("", "has no rows"),
-        ("text,label\n", "has no rows"),
-        (TABLE + "short\n", "line 4 has a row of 1; expected 2 values"),
-        (TABLE + "a,b,c\n", "line 4 has a row of 3; expected 2 values"),
-        (TABLE + 'x,"never closed\ny,a\n', "isn't well-formed CSV"),
-        ("text,label,text\nx,a,y\n", "columns: 'text' stands 2 times"),
-        ("words,label\nx,a\ny,b\n", "has the columns 'words', 'label'; expected 'text'"),
-        ("text,class\nx,a\ny,b\n", "has the columns 'text', 'class'; expected 'label'"),
-        ("text,label\nx,a\ny,a\n", "column 'label' has only the label 'a'; expected two"),
-        ("text,label\nx,\ny, \n", "column 'label' has no label; expected two"),
-        (TABLE + "x,\ny,a\nz, \n", "has no label in row 3, 5; expected one."),
-        (TABLE + ' ,a\n"",b\n', "has no text in row 3, 4; expected some."),
-        (TABLE + " ,a\n" * 9, "no text in row 3, 4, 5, 6, 7 and 4 more;"),
-        (TABLE, "too few rows of label 'a'"),
-        ("text,label,input_text\nx,a,i\ny,b,j\n", "'input_text', a reserved name"),
-        ("idx,text,label\n1,x,a\n2,y,b\n1,z,a\n", "the same idx in row 1, 3;"),
-        ("idx,text,label\n1,x,a\n,y,b\n", "no idx in row 2;"),
-        ("text,label,group\nx,a,1\ny,b,\n", "no group in row 2;"),
-        ("text,label,group\nx,a,1\ny,b,1\n", "too few groups"),
-        ("text,label,group\nx,a,1\ny,a,2\nz,b,3\n", "too few groups"),
-        (b"text,label\nx,a\ncaf\xe9,b\n", "line 3 has invalid continuation byte; expected UTF-8"),
-        ("text,label\nx,a\n".encode("utf-16"), "line 1 has"),
-        ("text,label\nx,a\ny\0,b\n", "line 3 has a NUL byte"),
-    ],
-)
-def test_a_csv_file_that_cannot_be_used_is_refused_in_one_sentence(content, told, tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    message = refusal(path)
-    assert told in message
-    assert str(path) in message
-
-
-@pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        ("", "line 2 isn't one JSON object"),
-        ("{", "line 2 isn't one JSON object"),
-        ("[1]", "line 2 isn't one JSON object (it is a list)"),
-        ('{"text": "a", "text": "b"}', "line 2 isn't one JSON object (a key stands twice)"),
-        ('{"text": "\\ud800", "label": "a"}', "line 2 isn't one JSON object"),
-        ("[" * 200_000, "line 2 isn't one JSON object"),
-        ('{"text": "a", "label": NaN}', "has no label in row 2;"),
-        ('{"text": null, "label": "a"}', "has no text in row 2;"),
-    ],
-)
-def test_a_jsonl_file_that_cannot_be_used_is_refused_in_one_sentence(line, told, tmp_path):
-    rows = ['{"text": "one", "label": "a"}', line, '{"text": "two", "label": "b"}']
-    (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    assert told in refusal(tmp_path / "a.jsonl")
-
-
-def test_a_parquet_file_that_cannot_be_used_is_refused_in_one_sentence(tmp_path):
-    (tmp_path / "a.parquet").write_bytes(b"not Parquet at all")
-    assert "expected a Parquet file" in refusal(tmp_path / "a.parquet")
-    columns = [pa.array(["x"]), pa.array(["y"])]
-    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text"]), tmp_path / "b.parquet")
-    assert "'text' stands 2 times" in refusal(tmp_path / "b.parquet")
-
-
-def test_a_label_that_train_does_not_have_is_refused(tmp_path):
-    write_csv(tmp_path / "train.csv", reviews())
-    path = write_csv(tmp_path / "test.csv", [*reviews(2), {**reviews(1)[0], "stars": "fair"}])
-    message = refusal(tmp_path, **OPTIONS)
-    assert message == f"{path} has the label 'fair' in row 3; expected one of 'good', 'poor'."
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"text": "revue"}, "expected 'revue' among them"),
         ({"rationale": "whence"}, "expected 'whence' among them"),
@@ -688,37 +169,167 @@ def test_a_label_that_train_does_not_have_is_refused(tmp_path):
         ({"text": ("review", "stars")}, "the input reads 'stars', which gives away the answer"),
         ({"template": "{review} {why}"}, "the input reads 'why', which gives away the answer"),
         ({"template": "{shop}"}, "doesn't read the text column 'review'"),
-        ({"template": "{review.upper}"}, "template"),
+        ({"template": "{review.upper}", "text": ()}, "expected 'review.upper' among them"),
+        ({"text": "label", "template": "{label}"}, "'label', a reserved name"),
+        ({"label_names": {"good": "fine"}}, "has the label 'poor' in row 2, 4, 6, 8, 10 and 15 more; "),
+        ({"label_names": {"good": "x", "poor": "x"}}, "different names"),
         ({"dev_fraction": 0.0}, "dev_fraction is 0.0"),
         ({"dev_fraction": 0.5}, "expected less than 0.5"),
+        ({"metrics": ["f1"]}, "metrics is 'f1'"),
     ],
 )
-def test_options_that_do_not_fit_the_file_are_refused(options, told, tmp_path):
-    path = write_csv(tmp_path / "a.csv", reviews())
-    assert told in refusal(path, **{**OPTIONS, **options})
-
-
-def test_a_second_column_with_our_name_is_refused(tmp_path):
-    path = write_csv(tmp_path / "a.csv", [{**row, "label": "x"} for row in reviews()])
-    assert "has 'label' beside 'stars', its label" in refusal(path, **OPTIONS)
+def test_options_that_do_not_fit_the_file_are_refused(options, message, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{**row, "label": "x"} for row in reviews()])
+    assert message in refusal(path, **{**OPTIONS, **options})
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("content", "message"),
     [
-        (["validation.csv"], "has no train file"),
-        (["train.csv", "train.jsonl"], "has train.csv and train.jsonl; expected one file a split"),
-        (["train.csv", "valid.csv"], "valid.csv is no split"),
-        (["train.txt"], "has no train file"),
+        ("", "has no rows"),
+        ("text,label\n", "has no rows"),
+        ("words,label\nx,a\ny,b\n", "has the columns 'words', 'label'; expected 'text' among them, or .*`columns`"),
+        ("fine,a\nbad,b\n", "has the columns 'fine', 'a'; expected 'label' among them, or .*`columns`"),
+        ("text,label\nx,a\ny,a\n", "column 'label' has only the label 'a'; expected two"),
+        ("text,label\nx,\ny, \n", "column 'label' has no label; expected two"),
+        ("text,label\nx,a\ny,b\nx,\ny,a\nz, \n", "has no label in row 3, 5; expected one."),
+        ("text,label\nx,a\ny,b\n ,a\n\u3000,b\n", "has no text in row 3, 4; expected some."),
+        ("text,label\nx,a\ny,b\n" + " ,a\n" * 9, "no text in row 3, 4, 5, 6, 7 and 4 more;"),
+        ("idx,text,label\n1,x,a\n2,y,b\n1,z,a\n", "the same idx in row 1, 3;"),
+        ("idx,text,label\n1,x,a\n,y,b\n", "no idx in row 2;"),
+        ("text,label,group\nx,a,1\ny,b,\n", "no group in row 2; .*group=''"),
+        ("text,label\nx,a\ny,b\n", "too few rows"),
     ],
 )
-def test_a_folder_without_clear_splits_is_refused(names, told, tmp_path):
-    for name in names:
-        (tmp_path / name).write_text("text,label\n")
-    assert told in refusal(tmp_path)
+@pytest.mark.filterwarnings("ignore:.*column 'group'")
+def test_unusable_rows_are_refused_by_number(content, message, tmp_path):
+    with pytest.raises(TaskError, match=f"a.csv.*{message}"):
+        load_task(str(write(tmp_path / "a.csv", content)))
 
 
-def test_a_path_that_is_no_data_is_refused(tmp_path):
-    assert "neither a task nor a file or folder; expected boolq" in refusal("bolq")
-    (tmp_path / "a.xlsx").write_text("x")
-    assert "ends in '.xlsx'; expected one of .csv" in refusal(tmp_path / "a.xlsx")
+@pytest.mark.parametrize("path", ["bolq", "n" * 300])
+def test_path_without_data_is_refused(path):
+    assert f"'{path}' is neither a task nor a file or folder; expected boolq" in refusal(path)
+
+
+# --- labels
+
+
+def test_numbers_are_ordered_by_value_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="numbers for labels; `label_names`"):
+        task, data = load_task(labeled(tmp_path, range(12)))
+    assert task.label_names == tuple(map(str, range(12)))
+    assert {row["text"]: row["label"] for row in rows_of(data)}["t11"] == 11
+
+
+@pytest.mark.parametrize(
+    "names", [["refund", "replace"], {"0": "refund", "1": "replace"}, {0: "refund", 1: "replace"}]
+)
+def test_label_names_name_the_classes_and_verbalizers(tmp_path, names):
+    data = DataConfig(task=labeled(tmp_path, [1, 0]), label_names=names)
+    with warnings.catch_warnings(action="error"):
+        task, splits = load_rows(DataConfig.from_dict(json.loads(json.dumps(data.to_dict()))))
+    assert task.label_names == task.verbalizers == ("refund", "replace")
+    assert {row["text"]: row["label"] for row in rows_of(splits)}["t0"] == 1
+
+
+def test_label_text_column_names_the_classes(tmp_path):
+    task, _ = load_task(labeled(tmp_path, [10, 2], label_text=["ten", "two"]))
+    assert task.label_names == ("two", "ten")
+    assert "labels with several values of 'label_text'" in refusal(
+        labeled(tmp_path, [0, 1], label_text=["a", "b", "c"])
+    )
+    assert "gives away" in refusal(labeled(tmp_path, [0, 1], label_text=["a", "b"]), text=("text", "label_text"))
+
+
+def test_class_labels_of_a_dataset_name_the_classes(tmp_path):
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["neg", "pos"]))
+    rows = {"text": [f"t{n}" for n in range(20)], "label": [n % 2 for n in range(20)]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    task, data = load_task(str(tmp_path))
+    assert task.verbalizers == ("neg", "pos")
+    assert all(row["label"] == int(row["text"][1:]) % 2 for row in rows_of(data))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, -1], "has -1, which often marks a missing label"),
+        ([["a"], ["a", "b"]], "has several labels in"),
+        (["a", "b", "a, b"], "has several labels in 'a, b'"),
+        (["a", "b", "b;a"], "has several labels in 'b;a'"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_or_named(tmp_path, labels, message):
+    path = labeled(tmp_path, labels)
+    assert message in refusal(path)
+    cells = dict.fromkeys(label if isinstance(label, str) else json.dumps(label) for label in labels)
+    task, _ = load_task(path, label_names={cell: f"class {n}" for n, cell in enumerate(cells)})
+    assert task.label_names[-1] == f"class {len(cells) - 1}"
+
+
+def test_labels_with_commas_are_classes(tmp_path):
+    assert load_task(labeled(tmp_path, ["yes, please", "no"]))[0].label_names == ("no", "yes, please")
+
+
+@pytest.mark.parametrize("label", [None, -1, ""])
+def test_test_file_without_labels_is_refused_with_the_way_out(tmp_path, label):
+    write(tmp_path / "train.csv", "text,label\n" + "x,0\ny,1\n" * 9)
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "x"} if label is None else {"text": "x", "label": label}])
+    assert "test.jsonl has no labels; expected some, or the file in another folder" in refusal(
+        tmp_path, label_names=["a", "b"]
+    )
+
+
+def test_label_that_train_lacks_is_refused(tmp_path):
+    write(tmp_path / "train.csv", "text,label\n" + "x,a\ny,b\n" * 9)
+    path = write(tmp_path / "test.csv", "text,label\nx,a\ny,c\n")
+    assert refusal(tmp_path) == f"{path} has the label 'c' in row 2; expected one of 'a', 'b'."
+
+
+def test_majority_share_and_metrics_are_the_tasks(tmp_path):
+    task, data = load_task(labeled(tmp_path, "aaab"), metrics=["macro_f1", "mcc"])
+    assert task.metrics == ("macro_f1", "mcc")
+    assert task.majority_share == np.mean(np.array(data["train"]["label"]) == 0)
+
+
+# --- identities and rationales
+
+
+def test_rows_without_idx_keep_their_identity_when_rows_are_added(tmp_path):
+    rows = reviews()
+    added = [{**rows[0], "review": "New."}, *rows, rows[0], {**rows[1], "stars": "good"}]
+    before, after = (
+        rows_of(load_task(str(write_jsonl(tmp_path / "a.jsonl", file)), **OPTIONS)[1]) for file in (rows, added)
+    )
+    assert len({row["idx"] for row in after}) == len(after) == 43
+    assert {(row["idx"], row["review"]) for row in before} <= {(row["idx"], row["review"]) for row in after}
+
+
+def test_rationales_stay_with_their_rows(tmp_path, monkeypatch):
+    rows = [{"text": f"t{n}", "label": "ab"[n % 2]} for n in range(20)]
+    path, stored = tmp_path / "a.jsonl", tmp_path / "rationales" / "a.jsonl"
+    _, data = load_task(str(write_jsonl(path, rows)))
+    write_jsonl(stored, [{"idx": row["idx"], "rationale": f"because of {row['text']}"} for row in rows_of(data)])
+    monkeypatch.setenv("DHRD_RATIONALES_DIR", str(stored.parent))
+    _, data = load_task(str(write_jsonl(path, [{"text": "on top", "label": "a"}, *rows])))
+    for row in [*data["train"], *data["dev"], *data["test"]]:
+        assert row["rationale"] == (None if row["text"] == "on top" else f"because of {row['text']}")
+    write_jsonl(stored, [{"idx": n, "rationale": "by position"} for n in range(20)])
+    assert "20 rationales of 20 whose idx no row" in refusal(path)
+
+
+def test_stored_rationales_replace_those_of_the_data(tmp_path, monkeypatch):
+    rows = [{"idx": 7, "rationale": "Seven."}, {"idx": "9", "rationale": "Nine."}, {"idx": 11, "rationale": None}]
+    write_jsonl(tmp_path / "everyday_nli.jsonl", rows)
+    _, packaged = load_task("everyday_nli")
+    monkeypatch.setenv("DHRD_RATIONALES_DIR", str(tmp_path))
+    _, data = load_task("everyday_nli")
+    pairs = zip(packaged["train"], data["train"], strict=True)
+    assert {b["idx"]: b["rationale"] for a, b in pairs if a != b} == {"7": "Seven.", "9": "Nine."}
+    assert data["test"].to_list() == packaged["test"].to_list()
+
+
+def test_packaged_rationales_are_not_for_a_file_of_the_same_name(tmp_path):
+    _, data = load_task(str(write(tmp_path / "cb.csv", "text,label\n" + "x,a\ny,b\n" * 9)))
+    assert {row["rationale"] for row in rows_of(data)} == {None}
