@@ -221,7 +221,7 @@ def predict(
 
 def _read_inputs(template: str, words: list[str], files: list[str], rows: list[str]) -> list[dict[str, Any]]:
     """Return the inputs of `predict` with their fields; a positional argument that is a file is read."""
-    from dhrd_lib.tasks import SUFFIXES
+    from dhrd_lib.data.files import SUFFIXES
 
     fields, records = template_fields(template), []
     for word in words:
@@ -248,7 +248,8 @@ def _read_inputs(template: str, words: list[str], files: list[str], rows: list[s
 
 def _read_file(file: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     """Read a data file, or one text per line; the first line of standard input (-) tells which of them it is."""
-    from dhrd_lib.tasks import SUFFIXES, read_rows
+    from dhrd_lib.data.files import SUFFIXES, read_table
+    from dhrd_lib.inputs import as_inputs
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(file)
@@ -259,7 +260,7 @@ def _read_file(file: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
             path = Path(folder) / f"stdin{'.jsonl' if first[:1] in '{[' else '.csv' if is_table else '.txt'}"
             path.write_bytes(content)
         if path.suffix.lower() in SUFFIXES:
-            rows = read_rows(path)
+            rows = as_inputs(read_table(path))
             if missing := [name for name in fields if rows and name not in rows[0]]:
                 raise ConfigError(f"{file} lacks {', '.join(missing)}; expected the columns {', '.join(fields)}.")
             return rows
