@@ -83,7 +83,7 @@ class AblationResult:
         return summarize(self.table, ["setting", *factors(self.table)])
 
     def against(self, **reference: Any) -> pd.DataFrame:
-        """Return each setting minus the reference, as in `against(alpha=0.0)` (see `compare`).
+        """Return each setting minus the reference, as in `against(alpha=0.0)`: the main columns of `compare`.
 
         A factor that isn't named has its default in the reference, or its most frequent value if that wasn't run.
         """
@@ -91,7 +91,8 @@ class AblationResult:
             values = self.table[name]
             default = _DEFAULTS[name] if _DEFAULTS[name] in set(values) else values.mode()[0]
             reference.setdefault(name, default)
-        return compare(self.table, list(reference), reference)
+        compared = compare(self.table, list(reference), reference)
+        return compared.drop(columns=["test", "n_rows", "a_only_right", "b_only_right"])
 
     def plot(self, factor: str, line: str | None = None, question: str = "") -> go.Figure:
         """Plot the metric over a factor on the final splits, one line per task, split and value of `line`.
