@@ -122,12 +122,12 @@ def test_rationale_axes_leave_out_other_settings():
 
 def test_dashboard_shows_the_chosen_runs():
     dashboard = AblationDashboard(two_factors())
-    dashboard.choices["factor"].value, dashboard.choices["line"].value = "pooling", None
-    means, runs = dashboard.figure().data
+    dashboard.controls["factor"].value, dashboard.controls["line"].value = "pooling", None
+    means, runs = dashboard.drawn().data
     assert (list(means.x), list(means.y)) == (["last", "mean"], [100, 50])
     assert set(runs.customdata[:, 0]) == {"a1.0-s0", "a1.0-s1", "a1.0-s0-mean", "a1.0-s1-mean"}
-    dashboard.choices["metric"].value = "macro_f1"
-    assert list(dashboard.figure().data[0].y) == [100, pytest.approx(100 / 3)]
+    dashboard.controls["metric"].value = "macro_f1"
+    assert list(dashboard.drawn().data[0].y) == [100, pytest.approx(100 / 3)]
 
 
 def test_numeric_factor_has_line_and_band():
