@@ -275,25 +275,32 @@ def test_transformers_serve_and_local_teacher_agree(real_server, triage, train, 
 # ---------------------------------------------------------------------- the command
 
 
-def test_command_generates_reports_and_exports(tmp_path):
-    teacher = tmp_path / "teacher.json"
+@pytest.fixture
+def four_rows(tmp_path):
+    """Return the option that limits the command to four rows."""
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"data": {"task": "support_triage", "max_train_rows": 4}}))
+    return ["--run-config", str(path)]
+
+
+def test_command_generates_reports_and_exports(tmp_path, four_rows):
+    teacher, asked = tmp_path / "teacher.json", []
     teacher.write_text(json.dumps({"kind": "openai", "max_retries": 0, "concurrency": 1}))
 
     def plan(prompt, nth):
-        return 500 if nth == 0 and "two flat American prongs" in prompt else good_reply(prompt)
+        asked.append(prompt)
+        return good_reply(prompt) if asked[1:] else 500
 
     with FaultServer(plan) as server:
-        options = ["rationales", "support_triage", "--config", str(teacher), "--base-url", server.base_url]
-        options += ["--model", "fixed", "--rows", "4", "--folder", str(tmp_path / "r")]
-        options += ["--export-to", str(tmp_path / "out")]
+        options = ["rationales", "--config", str(teacher), "--base-url", server.base_url, "--model", "fixed"]
+        options += [*four_rows, "--folder", str(tmp_path / "r"), "--export-to", str(tmp_path / "out")]
         first, second = CliRunner().invoke(app, options), CliRunner().invoke(app, options)
     assert first.exit_code == 1
-    assert "Row 1 failed: HTTP 500" in first.output
+    assert "failed: HTTP 500" in first.output
     assert "4 rows: 0 stored before, 3 stored now, 1 failed" in first.output
     assert second.exit_code == 0, second.output
     assert "leaks_label" in second.output
-    lines = [json.loads(line) for line in (tmp_path / "out" / "support_triage.jsonl").read_text().splitlines()]
-    assert [line["idx"] for line in lines] == ["0", "1", "2", "3"]
+    assert len((tmp_path / "out" / "support_triage.jsonl").read_text().splitlines()) == 4
 
 
 def documented_commands() -> list[list[str]]:
@@ -305,11 +312,11 @@ def documented_commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_documented_commands_ask_a_server(place, tmp_path):
+def test_documented_commands_ask_a_server(place, tmp_path, four_rows):
     command = documented_commands()[place]
     with FaultServer(lambda prompt, nth: f"It burst. {SENTINEL} {('fix', 'refund')[nth % 2]}") as server:
         command[command.index("--base-url") + 1] = server.base_url
-        result = CliRunner().invoke(app, [*command, "--rows", "4", "--folder", str(tmp_path)])
+        result = CliRunner().invoke(app, [*command, *four_rows, "--folder", str(tmp_path)])
     assert result.exit_code == 0, result.output
     sampled = "rejection" in command
     assert {body["temperature"] for body in server.bodies} == {0.7 if sampled else 0}
