@@ -157,8 +157,6 @@ class Backend:
             by_label = dict(zip(cot.label_names, cot.score(generations).probabilities[0].tolist(), strict=True))
             yield replace(last, answer=Answer(label, by_label, last.latency_ms, tokens_read, last.tokens))
 
-    # ------------------------------------------------------------------ loading
-
     def _classifier(self, name: str) -> DHRDModel:
         if runs.find_run(self.settings.runs, name).config.training.beta == 0:
             found = f"Run {name!r} was trained without the class loss (beta = 0), so its classifier is untrained"

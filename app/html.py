@@ -90,9 +90,6 @@ def definitions(title: str, values: Mapping[str, object]) -> str:
     return f"<h4>{text(title)}</h4><dl>{items}</dl>"
 
 
-# ---------------------------------------------------------------------- compare
-
-
 def comparison(cards: Mapping[str, Card], gold: str | None = None) -> str:
     """Return the cards side by side, and the latencies below them; `gold` is the label's name where it is known."""
     shown = "".join(_card(name, card, gold) for name, card in cards.items())

@@ -43,9 +43,6 @@ class Example:
         return f"{self.gold}: {line[:90]}{'…' if len(line) > 90 else ''}"
 
 
-# ---------------------------------------------------------------------- runs and their tasks
-
-
 def usable_runs(root: Path) -> list[Run]:
     """Return the finished runs that kept their model; those of a grid may have dropped it."""
     return [run for run in find_runs(root) if _has_model(run.folder)]
@@ -113,9 +110,6 @@ def check_comparable(root: Path, picked: Iterable[str | None]) -> None:
                 raise ConfigError(f"{found}; expected runs with the same {kind}, to compare them.")
 
 
-# ---------------------------------------------------------------------- examples
-
-
 def examples(root: Path, task: str, picked: Sequence[str | None] = ()) -> list[Example]:
     """Return rows of the task's first test split, the labels in turn; none where its data is gone."""
     if task not in tasks_of(usable_runs(root)):  # A path would be a file of the server's.
@@ -140,9 +134,6 @@ def _examples(data: DataConfig, modified_ns: tuple[int, ...]) -> list[Example]:
         Example({field: row[field] or "" for field in task.fields}, task.label_names[row["label"]])
         for row in rows.to_dict("records")
     ]
-
-
-# ---------------------------------------------------------------------- tables and figures
 
 
 def runs_table(root: Path) -> pd.DataFrame:

@@ -189,7 +189,7 @@ class BatchTab:
             self.figures = gr.HTML(elem_id="batch-figures")
             self.only = gr.Checkbox(label="Only disagreements")
             self.rows = gr.Dataframe(
-                interactive=False, wrap=True, max_height=420, label="Rows", elem_id="batch-rows", datatype="str"
+                interactive=False, wrap=True, max_height=420, elem_id="batch-rows", datatype="str"
             )
             with gr.Row():
                 self.csv = gr.DownloadButton("Download as CSV", size="md")

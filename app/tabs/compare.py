@@ -121,10 +121,9 @@ class CompareTab:
         self.texts = [gr.Textbox(**box, value="", lines=2, max_lines=12, interactive=True) for box in boxes]
         gr.Markdown(f"At most {MAX_CHARACTERS:,} characters per text.", elem_classes="limits")
         with gr.Row(elem_classes="actions"):
-            self.rationale = gr.Checkbox(label="Show the reasoning head's rationale", scale=2, min_width=260)
-            self.budget = gr.Slider(
-                8, MAX_NEW_TOKENS, value=128, step=1, label="CoT token budget", scale=2, min_width=260
-            )
+            wide = {"scale": 2, "min_width": 260}
+            self.rationale = gr.Checkbox(label="Show the reasoning head's rationale", **wide)
+            self.budget = gr.Slider(8, MAX_NEW_TOKENS, value=128, step=1, label="CoT token budget", **wide)
             self.stop = gr.Button("Stop", variant="stop", interactive=False, min_width=100)
             self.compare = gr.Button("Compare", variant="primary", min_width=100)
         with gr.Accordion("Runs to compare", open=False), gr.Row():
@@ -137,9 +136,10 @@ class CompareTab:
     def refreshed(self, task: str) -> list[Any]:
         """Return new choices of task and runs, where runs have come since the page was made."""
         runs = stored.usable_runs(self.root)
-        task = task if task in stored.tasks_of(runs) else stored.tasks_of(runs)[0]
-        choices = gr.Dropdown(stored.tasks_of(runs), value=task)
-        return [choices, *(gr.Dropdown(**picker) for picker in _pickers(runs, task).values())]
+        tasks = stored.tasks_of(runs)
+        task = task if task in tasks else tasks[0]
+        pickers = _pickers(runs, task).values()
+        return [gr.Dropdown(tasks, value=task), *(gr.Dropdown(**picker) for picker in pickers)]
 
     def _connect(self) -> None:
         picked, shown = [*self.runs.values()], [self.example, self.gold, *self.texts]
@@ -176,8 +176,7 @@ class CompareTab:
         found = stored.examples(self.root, task, picked)
         if index is None or index >= len(found):  # The data may have changed since the page was made.
             return [gr.skip()] * (1 + MAX_FIELDS)
-        texts = list(found[index].texts.values())
-        return [found[index].gold, *texts, *[""] * (MAX_FIELDS - len(texts))]
+        return [found[index].gold, *[*found[index].texts.values(), *[""] * MAX_FIELDS][:MAX_FIELDS]]
 
     def _on_compare(
         self, session: Session, task: str, gold: str | None, rationale: bool, budget: float, *picked_and_texts: Any

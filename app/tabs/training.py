@@ -123,16 +123,12 @@ class TrainingPanel:
         command = [sys.executable, "-m", "dhrd_lib", "compare", "--profile", "quick", "--runs", str(settings.runs)]
         self.training = Training(settings.runs, comparison("quick"), command)
         atexit.register(self.training.stop)
-        with gr.Column(visible=self._needed, elem_id="training") as self.panel:
+        with gr.Column(visible=not stored.usable_runs(settings.runs), elem_id="training") as self.panel:
             self.notice = gr.HTML(html.notice(_NO_RUNS))
             with gr.Row(elem_classes="actions"):
                 self.start = gr.Button("Train the quick comparison", variant="primary", min_width=280)
                 self.stop = gr.Button("Stop training", variant="stop", interactive=False, min_width=160)
             self.bar = gr.HTML(elem_id="training-progress")
-
-    @property
-    def _needed(self) -> bool:
-        return self.training.state == "running" or not stored.usable_runs(self.settings.runs)
 
     def connect(self, page: gr.Blocks, compare: CompareTab) -> None:
         """Start, stop and watch; a page that is opened during training watches it too."""
@@ -154,8 +150,9 @@ class TrainingPanel:
 
     def _shown(self) -> list[Any]:
         running = self.training.state == "running"
+        needed = self.training.state != "idle" or not stored.usable_runs(self.settings.runs)
         return [
-            gr.Column(visible=self._needed or self.training.state != "idle"),
+            gr.Column(visible=needed),
             gr.Button(interactive=not running),
             gr.Button(interactive=running),
             self.training.status(),
