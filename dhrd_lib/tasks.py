@@ -29,6 +29,7 @@ from dhrd_lib.data.superglue import FOLDERS, SPLIT_BY, read_superglue
 from dhrd_lib.inputs import TaskError, render, template_fields
 
 DATA = Path(__file__).parent / "data"
+_WHOLE = re.compile(r"^([-+]?\d+)\.0+$")
 
 
 @dataclass(frozen=True)
@@ -186,13 +187,13 @@ def _class_names(where: str, rows: pd.DataFrame, column: str, given: Mapping[str
 
     Raises `TaskError` on labels that are no classes: several in one, or -1 for a missing one.
     """
-    labels = {*_cells(rows, column).unique()} - {""}
+    labels = {*_labels(rows, column).unique()} - {""}
     where = f"{where}, column {column!r}"
     if len(labels) < 2:
         found = f"only the label {min(labels)!r}" if labels else "no label"
         raise TaskError(f"{where} has {found}; expected two or more labels.")
     if given:
-        return dict(given)
+        return {_WHOLE.sub(r"\1", label): name for label, name in given.items()}
     expected = "expected one class per row, or a name for each label as `label_names`"
     for label in sorted(labels):
         parts = [part.strip() for part in re.split("[;,|]", label)]
@@ -202,7 +203,8 @@ def _class_names(where: str, rows: pd.DataFrame, column: str, given: Mapping[str
         return {label: label for label in sorted(labels)}
     ordered = sorted(labels, key=float)
     if f"{column}_text" in rows:
-        pairs = pd.DataFrame({key: _cells(rows, key) for key in (column, f"{column}_text")}).drop_duplicates()
+        texts = _cells(rows, f"{column}_text")
+        pairs = pd.DataFrame({column: _labels(rows, column), "text": texts}).drop_duplicates()
         names = dict(pairs[pairs[column] != ""].itertuples(index=False))
         if not len(pairs) - ("" in {*pairs[column]}) == len(names) == len({*names.values()}):
             raise TaskError(f"{where} has labels with several values of '{column}_text'; {expected}.")
@@ -223,7 +225,8 @@ def _normalize(
             raise TaskError(f"the input reads {name!r}, which gives away the answer; expected text columns.")
         if name == "input_text" or columns.get(name, name) != name:
             raise TaskError(f"{where} has a text column {name!r}, a reserved name; expected it renamed.")
-    labels, rationales, groups = (_cells(rows, columns[key]) for key in ("label", "rationale", "group"))
+    labels = _labels(rows, columns["label"])
+    rationales, groups = (_cells(rows, columns[key]) for key in ("rationale", "group"))
     if {*labels.unique()} <= {"", "-1"}:
         raise TaskError(f"{where} has no labels; expected some, or the file in another folder, for `predict`.")
     texts = [_cells(rows, name) for name in task.fields]
@@ -286,6 +289,11 @@ def _dataset(rows: pd.DataFrame, task: Task) -> datasets.Dataset:
 def _cells(rows: pd.DataFrame, column: str) -> pd.Series:
     """Return a column's cells without space around them; "" where they, or the column, are missing."""
     return rows[column].fillna("").str.strip() if column in rows else pd.Series("", rows.index, "str")
+
+
+def _labels(rows: pd.DataFrame, column: str) -> pd.Series:
+    """Return the cells of a label column; 1.0, which an integer becomes beside a missing value, is 1."""
+    return _cells(rows, column).str.replace(_WHOLE, r"\1", regex=True)
 
 
 def _row_hashes(columns: Iterable[pd.Series]) -> pd.Series:

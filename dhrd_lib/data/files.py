@@ -142,7 +142,7 @@ def _lines(path: Path, encoding: str | None) -> Iterator[str]:
 def _csv_rows(path: Path, encoding: str | None, columns: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of a CSV or TSV file; a column without a name is left out, a blank line is no row."""
     records = _csv_records(path, encoding)
-    names = list(columns) or [name if name.strip() else "" for name in next(records, (0, []))[1]]
+    names = list(columns) or [name.strip() for name in next(records, (0, []))[1]]
     for name, count in Counter(filter(None, names)).items():
         if count > 1:
             raise TaskError(f"{path} has {count} columns {name!r}; expected one.")
@@ -170,7 +170,9 @@ def _csv_records(path: Path, encoding: str | None) -> Iterator[tuple[int, list[s
             if cells := line.rstrip("\r\n").split(delimiter) if line.strip("\r\n") else []:
                 yield number, [_QUOTED.sub(lambda match: match[1].replace('""', '"'), cell) for cell in cells]
         return
-    reader, n_records = csv.reader(_lines(path, encoding), delimiter=delimiter, strict=True), 0
+    spaced = f"{delimiter} " in first  # as in `"text", "label"`
+    reader = csv.reader(_lines(path, encoding), delimiter=delimiter, strict=True, skipinitialspace=spaced)
+    n_records = 0
     try:
         for cells in filter(None, reader):
             n_records += 1

@@ -48,6 +48,7 @@ def write_parquet(path, **columns):
         ("a.csv", as_csv(ROWS).encode("utf-16")),
         ("a.csv", "\n\r\n" + as_csv(ROWS).replace("\r\n", "\n\n")),
         ("a.csv", ',text,label,,\n0,"one, two",a,,\n1,three,b,,\n'),
+        ("a.csv", 'text , label\n"one, two", a\nthree, "b"\n'),
         ("a.tsv", as_csv(ROWS, "\t")),
         ("a.jsonl", "\n".join(json.dumps(row) for row in ROWS) + "\n\n"),
         ("a.jsonl", "\ufeff" + "\r\n".join(json.dumps(row) for row in ROWS)),
@@ -82,6 +83,12 @@ def test_json_values_become_text_and_late_columns_fill_up(tmp_path):
     assert table.iloc[0, :3].tolist() == [str(2**60 + 1), "1", '[{"d": null}]']
     assert table["new"].isna().sum() == 1200
     assert table.iloc[-1].isna().tolist() == [True, True, True, False]
+
+
+def test_unicode_line_separators_stay_in_their_text(tmp_path):
+    rows = [{"text": "a\u2028b\x85c\x0bd", "label": "x"}]
+    for name, content in (("a.jsonl", json.dumps(rows[0], ensure_ascii=False)), ("a.csv", as_csv(rows))):
+        assert records(write(tmp_path / name, content)) == rows
 
 
 def test_words_for_missing_values_stay_words(tmp_path):

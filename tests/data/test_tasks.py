@@ -233,6 +233,14 @@ def test_label_names_name_the_classes_and_verbalizers(tmp_path, names):
     assert {row["text"]: row["label"] for row in rows_of(splits)}["t0"] == 1
 
 
+def test_whole_numbers_written_as_floats_are_the_same_labels(tmp_path):
+    write(tmp_path / "train.csv", "text,label\n" + "x,0\ny,1\n" * 9)
+    write(tmp_path / "test.csv", "text,label\nx,0.0\ny,1.00\n")
+    for names in ({"0": "no", "1": "yes"}, {"0.0": "no", "1.0": "yes"}):
+        task, data = load_task(str(tmp_path), label_names=names)
+        assert (task.label_names, data["test"]["label"][:]) == (("no", "yes"), [0, 1])
+
+
 def test_label_text_column_names_the_classes(tmp_path):
     task, _ = load_task(labeled(tmp_path, [10, 2], label_text=["ten", "two"]))
     assert task.label_names == ("two", "ten")
