@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -26,11 +25,10 @@ from pydantic import (
 
 Pooling = Literal["last", "mean", "weightedmean", "max", "attention"]
 Head = Literal["mlp", "linear"]
-Finetune = Literal["auto", "full", "lora"]
 Alignment = Literal["consistent", "only_label", "shuffle_rationale", "shuffle_rationale_label"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Metric = Literal["accuracy", "macro_f1", "balanced_accuracy", "mcc"]
-POOLING_MODES, HEADS, FINETUNE_MODES, ALIGNMENTS = map(get_args, (Pooling, Head, Finetune, Alignment))
+POOLING_MODES, HEADS, ALIGNMENTS = map(get_args, (Pooling, Head, Alignment))
 # Fields of `TrainingConfig`: runs that differ in these alone are the same setting.
 CHANGES_NO_RESULT = ("report_to", "logging_steps", "cache_trunk", "lm_chunk_tokens", "keep_model")
 
@@ -48,10 +46,8 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _as_mapping(value: Any) -> Any:
-    pairs = (
-        enumerate(value) if isinstance(value, list | tuple) else value.items() if isinstance(value, dict) else ()
-    )
-    return {str(label): name for label, name in pairs} if pairs else value
+    value = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+    return {str(label): name for label, name in value.items()} if isinstance(value, dict) else value
 
 
 Names = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)]
@@ -142,7 +138,7 @@ class ModelConfig(Config):
     pooling: Pooling = "last"
     head: Head = "mlp"
     markers: Literal["text", "special"] = "text"
-    finetune: Finetune = "auto"
+    finetune: Literal["auto", "full", "lora"] = "auto"
     freeze_layers: Count = 0
     lora_r: PositiveInt = 16
     lora_alpha: PositiveInt = 32
@@ -168,8 +164,11 @@ class ModelConfig(Config):
 class DataConfig(Config):
     """The task, where its rows come from, and how they become token rows.
 
-    `task` is a task's name or the path of a data file or folder; the column fields (`text`, `label`, `rationale`,
-    `group`, `template`) and `metrics` belong to a file; the mean of the metrics selects the checkpoint.
+    `task` is a task's name or the path of a data file or folder. The column fields (`text`, `label`, `rationale`,
+    `group`, `template`) belong to a user's file (see `tasks.load_task`), as do `label_names` (a name for each
+    label: a mapping, or a list for 0, 1, ...), `encoding` (of text files), `columns` (of a CSV file without a
+    header) and `metrics` (the mean of which selects the checkpoint).
+
     `max_train_rows` and `max_eval_rows` of 0 mean all rows; a draw of fewer keeps groups whole. `shuffled_share`
     is the share of the rows that a shuffled `alignment` gives another row's rationale. Lengths are in tokens;
     `truncation_side` is the side of an input that is cut. `dev_fraction` is the share of train that is cut off
@@ -268,7 +267,7 @@ class RunConfig(Config):
 
 
 def user_path(name: str | Path) -> Path:
-    """A path with `~` and `~user` resolved; raises `ConfigError` where there is no such home."""
+    """Resolve `~` and `~user` in a path; raise `ConfigError` where there is no such home."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
@@ -276,56 +275,22 @@ def user_path(name: str | Path) -> Path:
 
 
 def cache_dir() -> Path:
-    """Where backbones, states and graphs are kept for next time: `DHRD_CACHE`, or the user's cache folder."""
+    """Return the folder of cached backbones, states and graphs: `DHRD_CACHE`, or the user's cache folder."""
     named = os.environ.get("DHRD_CACHE")
     return user_path(named) if named else Path.home() / ".cache" / "dhrd"
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file says, with or without a byte order mark; raises `ConfigError`, which names the file."""
+    """Read a JSON file, with or without a byte order mark; raise `ConfigError`, which names the file."""
     try:
-        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} can't be read ({error.strerror}); expected a JSON file.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {reason_of(error)}.") from error
 
 
-def is_whole(value: Any, minimum: int = 0) -> bool:
-    """Whether something is a whole number, the minimum or more; a truth value isn't one."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-def is_number(value: Any) -> bool:
-    """Whether something is a number; a truth value isn't one."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_finite(value: float) -> bool:
-    """Whether a number is one that a float can hold; `math.isfinite` fails on whole numbers that are too large."""
-    return abs(value) <= sys.float_info.max
-
-
-def parse_json(text: str) -> Any:
-    """What JSON says; raises `ValueError`, also on what would be lost or couldn't be written again.
-
-    That is a key that stands twice in an object, and half a surrogate pair.
-    """
-    try:
-        value = json.loads(text, object_pairs_hook=_distinct_keys)
-        json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    return value
-
-
-def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) != len(dict(pairs)):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
-
-
 def reason_of(error: Exception) -> str:
-    """The first sentence of another library's error, in one line and without its full stop."""
+    """Return the first sentence of another library's error, on one line and without its full stop."""
     line = str(error).strip().partition("\n")[0]
     return line.partition(". ")[0].rstrip(" .:")
