@@ -61,6 +61,10 @@ class ConfigError(WorkbenchError):
     """A configuration has a wrong value or an unknown field."""
 
 
+class BackboneError(WorkbenchError):
+    """A backbone can't be found, loaded, or used as a causal decoder."""
+
+
 class Config(BaseModel):
     """Base of every configuration: frozen, strict about types, without unknown fields, JSON both ways."""
 

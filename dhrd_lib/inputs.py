@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from dhrd_lib.config import WorkbenchError
 
@@ -127,16 +126,6 @@ def as_text(value: Any) -> str | None:
     if isinstance(value, bool | dict | list):
         return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)
-
-
-def keep_no_words(tokenizer: Tokenizer) -> None:
-    """Switch off a tokenizer's cache of words, which tokenizers 0.23 doesn't free when the tokenizer is dropped.
-
-    A grid would grow by 1 to 2 MiB with every run. Encoding takes up to 1.4 times as long without it, which is
-    little beside any model.
-    """
-    if hasattr(tokenizer.model, "_resize_cache"):  # Not every kind of model has one.
-        tokenizer.model._resize_cache(0)
 
 
 def cut_to_fit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
@@ -11,13 +13,13 @@ from dhrd_lib.sequences import IGNORE_INDEX
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T + bias` against targets, a chunk of rows at a time.
 
-    The gradients are taken in the forward pass, chunk by chunk, so that no more than one chunk's logits
-    exist at a time and no matrix product is done twice.
+    The gradients are computed in the forward pass, chunk by chunk, so that no more than one chunk's logits
+    exist at a time and no matrix product is done twice. `F.linear_cross_entropy` chunks too, but has no softcap.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk_tokens, softcap, grad_enabled):
-        # needs_input_grad doesn't know of torch.no_grad.
+        # needs_input_grad ignores torch.no_grad.
         needs = [need and grad_enabled for need in ctx.needs_input_grad[:3]]
         grads = [
             torch.zeros_like(tensor) if need else None
@@ -32,7 +34,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total -= log_probs.gather(1, targets[rows, None]).sum()
             if not any(needs):
                 continue
-            # d loss / d logits = softmax - one hot, in the place of the log-probabilities.
+            # d loss / d logits = softmax - one hot, in the memory of the log-probabilities.
             grad = log_probs.exp_()
             grad.scatter_add_(1, targets[rows, None], torch.full_like(grad[:, :1], -1.0))
             if softcap is not None:
@@ -62,11 +64,11 @@ def lm_cross_entropy_sum(
     chunk_tokens: int = 512,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal LM cross-entropy, summed over the supervised positions (paper, L_reason before division).
+    """Return the causal LM cross-entropy, summed over the supervised positions (paper, L_reason before division).
 
-    `hidden (B, S, H)` are the decoder's last states, `lm_labels (B, S)` int64 the ids at the same places with
-    `IGNORE_INDEX` where nothing is taught; position t predicts the label at t + 1. `weight (V, H)` and
-    `bias (V,)` are the LM head's, `softcap` the bound on its logits. Only supervised positions meet the head,
+    `hidden (B, S, H)` are the decoder's last states, `lm_labels (B, S)` int64 the ids at the same positions with
+    `IGNORE_INDEX` where nothing is supervised; position t predicts the label at t + 1. `weight (V, H)` and
+    `bias (V,)` are the LM head's, `softcap` the bound on its logits. The head reads supervised positions alone,
     `chunk_tokens` of them at a time, so the peak memory is `chunk_tokens x V`, whatever the batch and length.
     Returns the sum (float32 scalar, a zero that has gradients where nothing is supervised) and the number of
     valid target tokens (int64 scalar).
@@ -85,15 +87,28 @@ def lm_cross_entropy_sum(
     return total, valid.sum()
 
 
-def class_cross_entropy_sum(logits: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of `logits (B, K)` against `class_labels (B,)` int64, summed over the rows (float32)."""
-    return F.cross_entropy(logits.float(), class_labels, reduction="sum")
+def class_cross_entropy_sum(
+    logits: torch.Tensor, class_labels: torch.Tensor, class_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the cross-entropy of `logits (B, K)` against `class_labels (B,)` int64, summed over rows (float32).
+
+    `class_weights (K,)` weigh a row's term by its label; with `balanced_class_weights` their mean over the train
+    rows is 1, so the sum is divided by the number of examples, with and without them.
+    """
+    return F.cross_entropy(logits.float(), class_labels, weight=class_weights, reduction="sum")
+
+
+def balanced_class_weights(class_labels: Sequence[int], num_labels: int) -> torch.Tensor:
+    """Return weights `(K,)`, float32, inverse to the labels' numbers of rows, whose mean over the rows is 1."""
+    labels = torch.as_tensor(class_labels)
+    weights = 1.0 / labels.bincount(minlength=num_labels).clamp(min=1)
+    return weights / weights[labels].mean()
 
 
 def dhrd_loss(
     class_loss: torch.Tensor | None, lm_loss: torch.Tensor | None, alpha: float, beta: float
 ) -> torch.Tensor | None:
-    """`beta * class_loss + alpha * lm_loss` (paper, L_total).
+    """Return `beta * class_loss + alpha * lm_loss` (paper, L_total).
 
     A term whose weight is 0 is left out, not multiplied by 0, so that `alpha = 0` is the pooled baseline to
     the last bit. Returns None where no term is left.

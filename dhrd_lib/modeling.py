@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -19,31 +15,28 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.configuration_utils import SubConfigSpec
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from dhrd_lib import generation
 from dhrd_lib.backbones import (
-    REPORTED,
     Backbone,
-    check_size,
-    check_weights,
+    check_own_weights,
     decoder_of,
     layers_of,
     load_backbone,
-    load_tokenizer,
     logit_softcap,
-    reading_weights,
 )
-from dhrd_lib.config import ConfigError, ModelConfig, read_json
+from dhrd_lib.config import ConfigError, ModelConfig
 from dhrd_lib.inputs import (
     MAX_TOKENS_PER_CPU_BATCH,
+    Inputs,
     Predictions,
-    as_inputs,
     length_sorted_batches,
     render_inputs,
 )
@@ -53,16 +46,15 @@ from dhrd_lib.sequences import (
     TEXT_MARKERS,
     DHRDCollator,
     SequenceFormat,
-    encode_example,
     encode_examples,
 )
-from dhrd_lib.tasks import Task, render
+from dhrd_lib.tasks import Task
 
 FULL_FINETUNE_BELOW = 500_000_000
 
 
 class DHRDConfig(PreTrainedConfig):
-    """What a saved model needs to be used alone: backbone, heads, label names, template and markers.
+    """What a saved model needs to be used alone: backbone, heads, label names, template, markers and limits.
 
     `lora` is None, or the keyword arguments of `peft.LoraConfig`; `verbalizers` are the labels as the LM head
     writes them, in the order of `id2label`. `classifier_trained` is False after training with beta = 0: then CoT
@@ -85,6 +77,7 @@ class DHRDConfig(PreTrainedConfig):
     answer_marker: str = TEXT_MARKERS[1]
     max_input_tokens: int = 512
     max_rationale_tokens: int = 256
+    truncation_side: str = "left"
     lm_chunk_tokens: int = 512
     lora: dict | None = None
     classifier_trained: bool = True
@@ -96,7 +89,7 @@ AutoConfig.register("dhrd", DHRDConfig)
 
 @dataclass
 class DHRDOutput(ModelOutput):
-    """`loss` and its terms (float32 scalars, None where not asked for) and `logits (B, K)`, float32."""
+    """`loss` and its terms (float32 scalars, None where there are no labels), and `logits (B, K)`, float32."""
 
     loss: torch.FloatTensor | None = None
     class_loss: torch.FloatTensor | None = None
@@ -107,10 +100,10 @@ class DHRDOutput(ModelOutput):
 def pool(
     hidden: torch.Tensor, input_mask: torch.Tensor, mode: str, query: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """One vector for each row from the states of its input span, and of nothing else.
+    """Reduce the states of each row's input span, and no others, to one vector (paper, "Model").
 
     `hidden (B, S, H)`, `input_mask (B, S)` with ones over the input; returns `(B, H)`. Modes: `last` (the paper's:
-    the last input token), `mean`, `weightedmean` (weights 1, 2, 3, … over the places: later states have seen
+    the last input token), `mean`, `weightedmean` (weights 1, 2, 3, … over the positions: later states have seen
     more), `max`, and `attention` (softmax of `hidden @ query / sqrt(H)`, `query (H,)` learned).
     """
     mask = input_mask.bool()
@@ -134,7 +127,7 @@ def pool(
 class DHRDModel(PreTrainedModel):
     """A causal decoder with two heads: a pooled classifier, and its own pretrained LM head.
 
-    Made by `build_model` or `from_pretrained`; `tokenizer` travels with it.
+    `build_model` and `from_pretrained` make it; its tokenizer is `tokenizer`.
     """
 
     config_class = DHRDConfig
@@ -186,13 +179,14 @@ class DHRDModel(PreTrainedModel):
 
     @property
     def sequence_format(self) -> SequenceFormat:
-        """How this model's token rows are made; `lm_span` is the training configuration's to set."""
+        """The format of this model's token rows; `lm_span` belongs to the training configuration."""
         return SequenceFormat(
             tokenizer=self.tokenizer,
             reason_marker=self.config.reason_marker,
             answer_marker=self.config.answer_marker,
             max_input_tokens=self.config.max_input_tokens,
             max_rationale_tokens=self.config.max_rationale_tokens,
+            truncation_side=self.config.truncation_side,
         )
 
     @property
@@ -213,13 +207,14 @@ class DHRDModel(PreTrainedModel):
         beta: float = 1.0,
         num_examples: torch.Tensor | None = None,
         num_lm_tokens: torch.Tensor | None = None,
+        class_weights: torch.Tensor | None = None,
     ) -> DHRDOutput:
         """Run the decoder once for both heads (paper, "Model" and "Loss").
 
         `input_ids`, `attention_mask`, `input_mask`, `lm_labels`: `(B, S)` int64, padded on the right;
-        `class_labels (B,)` int64. `class_loss` is summed over rows and divided by `num_examples`, `lm_loss`
-        summed over supervised tokens and divided by `num_lm_tokens`: pass the counts of the whole effective
-        batch when this is a part of one; left out, they are this batch's own.
+        `class_labels (B,)` int64; `class_weights (K,)` float32. `class_loss` is summed over rows and divided by
+        `num_examples`, `lm_loss` summed over supervised tokens and divided by `num_lm_tokens`: pass the counts of
+        the whole effective batch when this is a part of one; left out, they are this batch's own.
         """
         decoder = decoder_of(self.backbone)
         hidden = decoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # (B, S, H)
@@ -228,7 +223,7 @@ class DHRDModel(PreTrainedModel):
         class_loss = lm_loss = None
         if class_labels is not None:
             count = len(class_labels) if num_examples is None else num_examples
-            class_loss = class_cross_entropy_sum(logits, class_labels) / count
+            class_loss = class_cross_entropy_sum(logits, class_labels, class_weights) / count
         if lm_labels is not None and alpha > 0:
             total, valid_tokens = self.lm_loss_sum(hidden, lm_labels)
             count = valid_tokens if num_lm_tokens is None else num_lm_tokens
@@ -237,7 +232,7 @@ class DHRDModel(PreTrainedModel):
         return DHRDOutput(loss=loss, class_loss=class_loss, lm_loss=lm_loss, logits=logits)
 
     def lm_loss_sum(self, hidden: torch.Tensor, lm_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sum and the token count of the LM loss; the head's weights are read here and nowhere else."""
+        """Return the sum and the token count of the LM loss; training reads the head's weights here alone."""
         return lm_cross_entropy_sum(
             hidden,
             lm_labels,
@@ -255,13 +250,13 @@ class DHRDModel(PreTrainedModel):
 
     # ------------------------------------------------------------------ from text
 
-    def encode(self, inputs: Any) -> list[dict[str, Any]]:
+    def encode(self, inputs: Inputs) -> list[dict[str, Any]]:
         """Return the token rows of inputs: each a dict of the template's fields, or a str where it has one field.
 
         One input may come alone, and many as a list or a DataFrame. A row has `input_ids`, `input_length` and
         `input_tokens_cut`, the number of tokens that were cut off.
         """
-        return encode_examples(self.sequence_format, render_inputs(self.config.template, as_inputs(inputs)))
+        return encode_examples(self.sequence_format, render_inputs(self.config.template, inputs))
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Mapping[str, Any]], max_batch_tokens: int = 4096) -> np.ndarray:
@@ -283,61 +278,51 @@ class DHRDModel(PreTrainedModel):
             logits[places] = self(ids, mask, mask).logits.cpu().numpy()  # (B, K)
         return logits
 
-    def predict(self, inputs: Any, max_batch_tokens: int = 4096) -> Predictions:
+    def predict(self, inputs: Inputs, max_batch_tokens: int = 4096) -> Predictions:
         """Return label names and probabilities of inputs, in their order (see `encode` and `logits`)."""
         logits = self.logits(self.encode(inputs), max_batch_tokens)
         return Predictions.from_logits(logits, self.label_names)
 
     def generate_rationale(
         self,
-        text: str | Mapping[str, Any],
+        input: str | Mapping[str, Any],
         max_new_tokens: int = 128,
         stream: bool = False,
-        **generation: Any,
+        **options: Any,
     ) -> str | Iterator[str]:
-        """What the reasoning head writes after `<REASON>`: an explanation that the prediction doesn't use.
+        """Generate an explanation after `<REASON>` with the reasoning head; the prediction doesn't depend on it.
 
-        Greedy unless `generation` (keyword arguments of `generate`) says otherwise; ends at `<ANS>`, at the
-        end token or at `max_new_tokens`. With `stream`, gives the text piece by piece. Raises `ConfigError`
-        where input and new tokens don't fit the backbone's context.
+        Greedy unless `options` (of the backbone's `generate`) say otherwise; ends at `<ANS>`, at an end token or at
+        `max_new_tokens`. With `stream`, yields the text piece by piece. Raises `ConfigError` where input and new
+        tokens don't fit the backbone's context.
         """
-        row = encode_example(self.sequence_format, render(self.config.template, text))
-        ids = row["input_ids"] + self.sequence_format.encode(self.config.reason_marker)
-        wanted = len(ids) + max_new_tokens
-        if wanted > _context(self.backbone):
-            told = f"Input, marker and new tokens take {wanted} places"
-            raise ConfigError(f"{told}; the backbone's context is {_context(self.backbone)}.")
-        arguments = {
-            "input_ids": torch.tensor([ids], device=self.device),
-            "attention_mask": torch.ones(1, len(ids), dtype=torch.long, device=self.device),
-            "max_new_tokens": max_new_tokens,
-            "do_sample": False,
-            "stop_strings": [self.config.answer_marker],
-            "tokenizer": self.tokenizer,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            **generation,
-        }
+        (row,) = self.encode(input)
+        prompt = row["input_ids"] + self.sequence_format.encode(self.config.reason_marker)
+        generation.check_context(self.backbone, [prompt], max_new_tokens)
+        options = {"do_sample": False, "is_complete": lambda text: self.config.answer_marker in text, **options}
         self.eval()
         if stream:
-            return self._streamed(arguments)
-        written = self.backbone.generate(**arguments)[0, len(ids) :]
-        return self._rationale_text(self.tokenizer.decode(written, skip_special_tokens=True))
+            return self._stream_rationale(prompt, max_new_tokens=max_new_tokens, **options)
+        (ids,) = generation.generate(
+            self.backbone, self.tokenizer, [prompt], max_new_tokens=max_new_tokens, **options
+        )
+        return self._rationale(ids)
 
-    def _streamed(self, arguments: dict[str, Any]) -> Iterator[str]:
-        ids, told, given = [], "", 0
-        with closing(stream_tokens(self.backbone.generate, **arguments)) as tokens:
-            for token, _ in tokens:
-                ids.append(token)
-                told = self._rationale_text(self.tokenizer.decode(ids, skip_special_tokens=True))
-                # Hold back what may be the start of the marker, or a part of a character, so that it never shows.
-                ready = told[: max(len(told) - len(self.config.answer_marker), given)]
-                if len(ready) > given:
-                    yield ready[given:]
-                    given = len(ready)
-        yield told[given:]
+    def _stream_rationale(self, prompt: list[int], **options: Any) -> Iterator[str]:
+        text, n_shown = "", 0
+        with closing(generation.stream(self.backbone, self.tokenizer, prompt, **options)) as steps:
+            for ids, _ in steps:
+                text = self._rationale(ids)
+                # Hold back what may be the start of the marker, or a part of a character.
+                ready = max(len(text) - len(self.config.answer_marker), n_shown)
+                if ready > n_shown:
+                    yield text[n_shown:ready]
+                    n_shown = ready
+        yield text[n_shown:]
 
-    def _rationale_text(self, written: str) -> str:
-        return written.split(self.config.answer_marker)[0].strip()
+    def _rationale(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.split(self.config.answer_marker)[0].strip()
 
     # ------------------------------------------------------------------ save and load
 
@@ -349,78 +334,25 @@ class DHRDModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> DHRDModel:
-        """Load a folder that `save_pretrained` wrote: model in evaluation mode, with its tokenizer.
+        """Load a folder that `save_pretrained` wrote: a model in evaluation mode, with its tokenizer.
 
         Raises `FileNotFoundError` where the folder holds no model, as of a run that kept none, `ConfigError` where
-        its config.json isn't a DHRDModel's, and `BackboneError` where what it holds is torn, doesn't fit together,
-        or is other weights than safetensors of its own.
+        it holds one of another kind, and `BackboneError` where its weights aren't safetensors of its own.
         """
-        if not (Path(folder) / "config.json").is_file():
+        if not Path(folder, "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no model; expected a folder of save_pretrained.")
-        arguments = {"use_safetensors": True, "trust_remote_code": False, **REPORTED, **kwargs}
-        if read_json(Path(folder) / "config.json").get("model_type") != "dhrd":
-            raise ConfigError(
-                f"{folder} holds another kind of model; expected a folder of DHRDModel.save_pretrained."
-            )
-        with reading_weights(Path(folder), "a model"):
-            config = DHRDConfig.from_pretrained(folder)
-            check_size(Path(folder), config.backbone_config)
-            model, report = super().from_pretrained(folder, **arguments)
-            check_weights(report, str(folder))
-            model.tokenizer = load_tokenizer(folder, str(folder), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(config, cls.config_class):
+            raise ConfigError(f"{folder} holds a model of the type {config.model_type!r}; expected 'dhrd'.")
+        check_own_weights(Path(folder))
+        arguments = {"config": config, "use_safetensors": True, "trust_remote_code": False, **kwargs}
+        model = super().from_pretrained(folder, **arguments)
+        model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return model
 
 
-class _Streamer(BaseStreamer):
-    """Hands on each new token of a generation with its time; ends the generation once it is closed."""
-
-    def __init__(self) -> None:
-        self.tokens: SimpleQueue[tuple[int, float] | BaseException | None] = SimpleQueue()
-        self.closed = Event()
-        self._started = time.perf_counter()
-        self._read_prompt = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.closed.is_set():
-            raise InterruptedError("nobody reads the tokens any more")
-        if self._read_prompt:  # `generate` hands over the prompt first.
-            self.tokens.put((int(value.flatten()[-1]), time.perf_counter() - self._started))
-        self._read_prompt = True
-
-    def end(self) -> None:
-        """The end is told when `generate` is left, and not before."""
-
-
-def stream_tokens(generate: Callable[..., Any], **arguments: Any) -> Iterator[tuple[int, float]]:
-    """The ids that `generate(**arguments, streamer=…)` draws for one row, each with the seconds since the start.
-
-    `generate` runs in a thread of its own. Closing the iterator ends it at its next token and waits until it has
-    ended; what it raises is raised here.
-    """
-    streamer = _Streamer()
-
-    def run() -> None:
-        ended: BaseException | None = None
-        try:
-            generate(**arguments, streamer=streamer)
-        except BaseException as error:
-            ended = error
-        streamer.tokens.put(ended)
-
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while isinstance(found := streamer.tokens.get(), tuple):
-            yield found
-        if found is not None:
-            raise found
-    finally:
-        streamer.closed.set()
-        thread.join()
-
-
 def _rename_tied_weights(backbone: PreTrainedModel) -> None:
-    """PEFT puts its trainable token rows between a module and its weight; name the tied weights anew."""
+    """Rename the tied weights between which and their modules PEFT puts its trainable token rows."""
     tied = backbone.all_tied_weights_keys
     for target, source in list(tied.items()):
         if hasattr(backbone.get_submodule(source.rpartition(".")[0]), "token_adapter"):
@@ -432,7 +364,7 @@ def _rename_tied_weights(backbone: PreTrainedModel) -> None:
 
 
 def make_classifier(head: str, hidden_size: int, num_labels: int) -> nn.Module:
-    """`mlp`: the paper's two layers with a GELU between; `linear`: one without bias, as in transformers."""
+    """Return the paper's two layers with a GELU ("mlp"), or one without bias, as in transformers ("linear")."""
     if head == "linear":
         return nn.Linear(hidden_size, num_labels, bias=False)
     return nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_labels))
@@ -445,21 +377,36 @@ def build_model(
     backbone: Backbone | None = None,
     max_input_tokens: int = 512,
     max_rationale_tokens: int = 256,
+    truncation_side: str = "left",
     lm_chunk_tokens: int = 512,
     seed: int = 0,
 ) -> DHRDModel:
-    """A model for a task, ready to train: backbone loaded, new head drawn with the seed, weights frozen.
+    """Build a model for a task, ready to train: backbone loaded, new head drawn with the seed, weights frozen.
 
     Raises `ConfigError` where the configuration doesn't fit the backbone (more frozen layers than it has,
     limits beyond its context).
     """
     backbone = backbone or load_backbone(config.backbone, config.device, config.dtype)
     lm, tokenizer = backbone.model, backbone.tokenizer
-    markers = _prepare_markers(config, lm, tokenizer)
+    markers = TEXT_MARKERS
+    if config.markers == "special":
+        markers = SPECIAL_MARKERS
+        tokenizer.add_special_tokens({"additional_special_tokens": list(markers)})
+        lm.resize_token_embeddings(max(len(tokenizer), lm.get_input_embeddings().num_embeddings))
     fmt = SequenceFormat(tokenizer, *markers, max_input_tokens, max_rationale_tokens)
     _check_context(lm, fmt, task.verbalizers)
-    lora = _lora_arguments(config, lm, tokenizer) if uses_lora(config, lm) else None
-    if lora is None and config.dtype == "auto":
+    lora = None
+    if uses_lora(config, lm):
+        lora = {
+            "r": config.lora_r,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            # On Llama and Qwen: q, k, v, o, gate, up and down, as in the paper; the LM head is left out.
+            "target_modules": "all-linear",
+        }
+        if config.markers == "special":
+            lora["trainable_token_indices"] = tokenizer.convert_tokens_to_ids(list(markers))
+    elif config.dtype == "auto":
         lm.float()  # Weights that are trained stay in float32; on a GPU, autocast computes in bfloat16.
     model_config = DHRDConfig(
         backbone_config=lm.config,
@@ -474,6 +421,7 @@ def build_model(
         answer_marker=markers[1],
         max_input_tokens=max_input_tokens,
         max_rationale_tokens=max_rationale_tokens,
+        truncation_side=truncation_side,
         lm_chunk_tokens=lm_chunk_tokens,
         lora=lora,
         id2label=dict(enumerate(task.label_names)),
@@ -492,7 +440,7 @@ def build_model(
 
 
 def uses_lora(config: ModelConfig, lm: PreTrainedModel) -> bool:
-    """Whether the backbone is trained through LoRA; "auto" decides by its size."""
+    """Return whether the backbone is trained through LoRA; "auto" decides by its size."""
     if config.finetune != "auto":
         return config.finetune == "lora"
     return lm.num_parameters() >= FULL_FINETUNE_BELOW and config.freeze_layers == 0
@@ -510,41 +458,12 @@ def freeze(model: DHRDModel, n_layers: int) -> None:
         module.requires_grad_(False)
 
 
-def _context(lm: PreTrainedModel) -> float:
-    """The number of places that the backbone knows."""
-    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
-
-
 def _check_context(lm: PreTrainedModel, fmt: SequenceFormat, verbalizers: Sequence[str]) -> None:
-    # Markers and label need a few places beside the two limits, and a label may be a whole sentence.
+    # Markers and label need a few positions beyond the two limits, and a label may be a whole sentence.
     after = len(fmt.encode(fmt.reason_marker)) + max(len(fmt.encode_label(words)) for words in verbalizers)
-    wanted = fmt.max_input_tokens + fmt.max_rationale_tokens + max(after, 32)
-    if wanted > _context(lm):
+    needed = fmt.max_input_tokens + fmt.max_rationale_tokens + max(after, 32)
+    if needed > generation.context_length(lm):
         raise ConfigError(
             f"max_input_tokens={fmt.max_input_tokens} and max_rationale_tokens={fmt.max_rationale_tokens} need a "
-            f"context of {wanted} tokens with markers and label; the backbone's is {_context(lm)}."
+            f"context of {needed} tokens with markers and label; the backbone's is {generation.context_length(lm)}."
         )
-
-
-def _prepare_markers(
-    config: ModelConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, str]:
-    if config.markers == "text":
-        return TEXT_MARKERS
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_MARKERS)})
-    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
-        lm.resize_token_embeddings(len(tokenizer))
-    return SPECIAL_MARKERS
-
-
-def _lora_arguments(config: ModelConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "r": config.lora_r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        # On Llama and Qwen: q, k, v, o, gate, up and down, as in the paper; the LM head is left out.
-        "target_modules": "all-linear",
-    }
-    if config.markers == "special":
-        arguments["trainable_token_indices"] = tokenizer.convert_tokens_to_ids(list(SPECIAL_MARKERS))
-    return arguments

@@ -110,7 +110,14 @@ class DHRDTrainer(Trainer):
     Every term is logged.
     """
 
-    def __init__(self, config: TrainingConfig, *, trunk_layers: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        trunk_layers: int = 0,
+        class_weights: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
         callbacks: list[TrainerCallback] = [TrainingClock(), *kwargs.pop("callbacks", ())]
         if config.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
@@ -124,6 +131,7 @@ class DHRDTrainer(Trainer):
             prepare_fsdp(self)
         self.config = config
         self.trunk_layers = trunk_layers
+        self.class_weights = None if class_weights is None else class_weights.to(self.args.device)  # (K,)
         # compute_loss divides by the counts of the whole step; transformers must not divide again.
         self.loss_is_scaled_for_ga = True
         self._terms = torch.zeros(2)
@@ -206,6 +214,7 @@ class DHRDTrainer(Trainer):
                 beta=self.config.beta,
                 num_examples=None if counts is None else counts[0],
                 num_lm_tokens=None if counts is None else counts[1],
+                class_weights=self.class_weights,
             )
         # With beta = 0 and alpha annealed to 0, a batch has no term, and still needs a gradient.
         loss = outputs.logits.sum() * 0 if outputs.loss is None else outputs.loss

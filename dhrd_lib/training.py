@@ -31,6 +31,7 @@ from dhrd_lib.backbones import resolve_device
 from dhrd_lib.config import ConfigError, RunConfig, TrainingConfig
 from dhrd_lib.data.splits import groups_of
 from dhrd_lib.evaluation import task_metrics
+from dhrd_lib.losses import balanced_class_weights
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import Run, environment, is_finished, load_run, run_lock, write_json
 from dhrd_lib.scaling.fsdp import load_unsharded
@@ -139,6 +140,7 @@ def _train(
         backbone=None if trunk_layers else load_unsharded(config.model),
         max_input_tokens=data.max_input_tokens,
         max_rationale_tokens=data.max_rationale_tokens,
+        truncation_side=data.truncation_side,
         lm_chunk_tokens=training.lm_chunk_tokens,
         seed=training.seed,
     )
@@ -147,6 +149,9 @@ def _train(
     for split, report in reports.items():
         print(f"{config.name} · {split}: {report}")
 
+    class_weights = None
+    if training.class_weights == "balanced":
+        class_weights = balanced_class_weights(rows["train"].rows["class_labels"][:], len(task.label_names))
     groups = groups_of(splits["dev"])
 
     def dev_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -157,6 +162,7 @@ def _train(
     trainer = DHRDTrainer(
         training,
         trunk_layers=trunk_layers,
+        class_weights=class_weights,
         model=model,
         args=arguments,
         data_collator=DHRDCollator(model.tokenizer.pad_token_id),

@@ -21,8 +21,8 @@ from torch.export import Dim
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.exporters import OnnxConfig, OnnxExporter, OpenVINOConfig, OpenVINOExporter
 
-from dhrd_lib.backbones import new_folder
 from dhrd_lib.config import ConfigError, read_json
+from dhrd_lib.data.embedded import new_folder
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import write_json
 from dhrd_lib.serving.classifier import EXPORT_KEY, ExportConfig, Format, classifier_folder, load_classifier
@@ -63,7 +63,6 @@ def export(source: str | Path, format: Format, *, int8: bool = False, out: str |
             _write_graph(model, format, int8, scratch)
         model.tokenizer.save_pretrained(scratch)
         _write_config(model, format, int8, scratch)
-        scratch.chmod(0o755)  # mkdtemp's is the owner's alone
     if format == "openvino":
         load_classifier(out)  # Compiling takes seconds: its cache serves the first start on this machine.
     return out

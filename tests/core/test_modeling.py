@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_backbone, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from dhrd_lib import generation
 from dhrd_lib.backbones import decoder_of, layers_of, load_backbone
 from dhrd_lib.config import POOLING_MODES, ConfigError, ModelConfig
 from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, TaskError, length_sorted_batches
@@ -30,25 +36,32 @@ def forward(model: DHRDModel, rows: list[dict], **kwargs):
         return model(**DHRDCollator(model.tokenizer.pad_token_id)(rows), **kwargs)
 
 
+@cache
+def fuzzed_model(task) -> DHRDModel:
+    return build_model(
+        ModelConfig(), task, backbone=tiny_backbone("llama"), max_input_tokens=16, max_rationale_tokens=16
+    ).eval()
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request, task) -> DHRDModel:
     return tiny_model(task, request.param)
 
 
-def test_class_logits_do_not_change_when_a_rationale_is_appended(model):
+def test_class_logits_ignore_an_appended_rationale(model):
     alone, followed = forward(model, rows(model, False)), forward(model, rows(model, True))
     torch.testing.assert_close(followed.logits, alone.logits, **EXACT)
     assert alone.logits.std(0).max() > 1e-4  # The texts do give different logits.
 
 
-def test_class_logits_do_not_change_with_padding_or_batch(model):
+def test_class_logits_ignore_padding_and_batch(model):
     together = forward(model, rows(model, False)).logits
     one_by_one = torch.cat([forward(model, [row]).logits for row in rows(model, False)])
     torch.testing.assert_close(together, one_by_one, **EXACT)
 
 
 @pytest.mark.parametrize("pooling", POOLING_MODES)
-def test_every_pooling_sees_the_input_span_and_nothing_else(task, pooling):
+def test_pooling_sees_the_input_span_alone(task, pooling):
     model = tiny_model(task, pooling=pooling)
     if pooling == "attention":
         torch.nn.init.normal_(model.pooling_query)
@@ -56,20 +69,49 @@ def test_every_pooling_sees_the_input_span_and_nothing_else(task, pooling):
     torch.testing.assert_close(followed.logits, alone.logits, **EXACT)
 
 
-def test_predict_gives_the_logits_of_training_and_keeps_the_order(model):
+def test_predict_keeps_logits_of_training_and_order(model):
     expected = forward(model, rows(model, True)).logits.softmax(-1)
     labels, probabilities = model.predict(TEXTS, max_batch_tokens=64)
     torch.testing.assert_close(torch.from_numpy(probabilities), expected, **EXACT)
     assert labels == [model.label_names[i] for i in expected.argmax(-1)]
 
 
-def test_predict_names_an_empty_input_and_takes_none(model):
+def test_predict_names_an_empty_input(model):
     with pytest.raises(TaskError, match="input 3 has no text"):
         model.predict([*TEXTS[:2], " "])
     assert model.predict([]).probabilities.shape == (0, 3)
 
 
-def test_an_untrained_classifier_does_not_predict(task):
+def test_predict_takes_one_input_or_a_frame(task):
+    model = tiny_model(task)
+    labels, probabilities = model.predict(TEXTS)
+    frame = pd.DataFrame({"text": TEXTS, "other": 1})
+    for inputs in ([{"text": text} for text in TEXTS], frame, iter(TEXTS)):
+        assert model.predict(inputs).labels == labels
+    for one in (TEXTS[0], {"text": TEXTS[0]}):
+        np.testing.assert_allclose(model.predict(one).probabilities, probabilities[:1], **EXACT)
+
+
+def test_saved_truncation_side_cuts_as_in_training(task, tmp_path):
+    build_model(
+        ModelConfig(), task, backbone=tiny_backbone("llama"), max_input_tokens=8, truncation_side="right"
+    ).save_pretrained(tmp_path)
+    model = DHRDModel.from_pretrained(tmp_path)
+    (row,) = model.encode(TEXTS[1])
+    whole = model.tokenizer(f"Customer: {TEXTS[1]}\nWhat must happen next?").input_ids
+    assert row["input_ids"] == whole[:8]
+    assert row["input_tokens_cut"] == len(whole) - 8
+
+
+def test_class_weights_weigh_rows_by_their_label(task):
+    model = tiny_model(task)
+    one_by_one = torch.stack([forward(model, [row]).class_loss for row in rows(model, False)])
+    weights = torch.tensor([2.0, 0.5, 0.5])
+    weighted = forward(model, rows(model, False), class_weights=weights).class_loss
+    torch.testing.assert_close(weighted, (weights * one_by_one).sum() / 3)
+
+
+def test_untrained_classifier_does_not_predict(task):
     model = tiny_model(task)
     model.config.classifier_trained = False
     with pytest.raises(ConfigError, match="classifier is untrained"):
@@ -82,7 +124,7 @@ def test_predict_does_not_run_the_lm_head(task):
     assert len(model.predict(TEXTS).labels) == 3
 
 
-def test_lm_loss_equals_the_backbones_own_loss(model):
+def test_lm_loss_equals_the_backbones_loss(model):
     batch = DHRDCollator(model.tokenizer.pad_token_id)(rows(model, True))
     own = model.backbone(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["lm_labels"]
@@ -90,7 +132,29 @@ def test_lm_loss_equals_the_backbones_own_loss(model):
     torch.testing.assert_close(forward(model, rows(model, True)).lm_loss, own, rtol=1e-5, atol=1e-5)
 
 
-def test_losses_are_divided_by_the_counts_that_are_given(task):
+TEXT = st.text(max_size=40)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(TEXT, st.none() | TEXT, st.sampled_from([0, 1])), min_size=1, max_size=4))
+def test_any_texts_give_a_finite_loss_and_gradient(task, drawn):
+    model = fuzzed_model(task)
+    fmt, made = model.sequence_format, []
+    for text, rationale, label in drawn:
+        verbalizer = None if rationale is None else task.verbalizers[label]
+        row = encode_example(fmt, f"Customer: {text}", rationale, verbalizer)
+        assert row["input_length"] + row["input_tokens_cut"] == len(
+            fmt.encode_texts([f"Customer: {text}"]).popitem()[1]
+        )
+        made.append({**row, "class_labels": label})
+    loss = model(**DHRDCollator(model.tokenizer.pad_token_id)(made)).loss
+    model.zero_grad()
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)
+
+
+def test_losses_are_divided_by_given_counts(task):
     model = tiny_model(task)
     made = rows(model, True)
     whole = forward(model, made)
@@ -101,7 +165,7 @@ def test_losses_are_divided_by_the_counts_that_are_given(task):
     torch.testing.assert_close(sum(part.lm_loss for part in parts), whole.lm_loss)
 
 
-def test_pool_modes_equal_a_computation_by_hand():
+def test_pool_modes_equal_hand_computation():
     hidden = torch.tensor([[[1.0, 4.0], [3.0, 2.0], [9.0, 9.0]]])
     mask = torch.tensor([[1, 1, 0]])
     expected = {
@@ -131,7 +195,7 @@ def test_pool_modes_equal_a_computation_by_hand():
     ],
 )
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_save_and_load_keep_logits_labels_and_template(task, tmp_path, changes, architecture):
+def test_saved_model_keeps_logits_and_labels(task, tmp_path, changes, architecture):
     model = tiny_model(task, architecture, **changes)
     with torch.no_grad():  # Adapters start at zero: move them, so that losing one shows.
         for parameter in model.parameters():
@@ -150,7 +214,7 @@ def test_save_and_load_keep_logits_labels_and_template(task, tmp_path, changes, 
     assert tied == (model.lm_head.weight is model.get_input_embeddings().weight)
 
 
-def test_in_bfloat16_head_and_adapters_stay_in_float32(task, tmp_path):
+def test_head_and_adapters_stay_in_float32(task, tmp_path):
     backbone = load_backbone("tiny", device="cpu", dtype="bfloat16")
     config = ModelConfig(backbone="tiny", dtype="bfloat16", finetune="lora", pooling="attention")
     model = build_model(config, task, backbone=backbone).eval()
@@ -163,18 +227,18 @@ def test_in_bfloat16_head_and_adapters_stay_in_float32(task, tmp_path):
     assert torch.equal(forward(again, rows(again, True)).logits, forward(model, rows(model, True)).logits)
 
 
-def test_building_a_model_keeps_the_pretrained_weights(task):
+def test_build_model_keeps_pretrained_weights(task):
     own = {name: tensor.clone() for name, tensor in tiny_backbone("llama").model.state_dict().items()}
     kept = tiny_model(task).backbone.state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in own.items())
 
 
-def test_heads_are_the_papers_two_layers_or_one(task):
+def test_heads_have_two_layers_or_one(task):
     assert [type(layer).__name__ for layer in tiny_model(task).classifier] == ["Linear", "GELU", "Linear"]
     assert type(tiny_model(task, head="linear").classifier) is torch.nn.Linear
 
 
-def test_lora_wraps_the_papers_seven_projections_and_trains_them_and_the_classifier_alone(task):
+def test_lora_trains_seven_projections_and_classifier(task):
     model = tiny_model(task, finetune="lora", lora_r=2)
     trained = {name.split(".lora_")[0].rsplit(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
     projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -185,7 +249,7 @@ def test_lora_wraps_the_papers_seven_projections_and_trains_them_and_the_classif
     assert (rank, width) == (2, 16)
 
 
-def test_special_markers_are_single_tokens_with_trainable_rows_under_lora(task):
+def test_special_markers_have_trainable_rows_with_lora(task):
     model = tiny_model(task, finetune="lora", markers="special")
     assert len(model.sequence_format.encode("<REASON>")) == 1
     row = encode_example(model.sequence_format, "text", "why", "fix")
@@ -197,7 +261,7 @@ def test_special_markers_are_single_tokens_with_trainable_rows_under_lora(task):
     assert (gradient.abs().sum(1) > 0).all()
 
 
-def test_special_markers_trained_rows_reach_the_lm_loss(task):
+def test_trained_marker_rows_reach_the_lm_loss(task):
     model = tiny_model(task, finetune="lora", markers="special")
     row = {**encode_example(model.sequence_format, "text", "why", "fix"), "class_labels": 0}
     for name, parameter in model.named_parameters():
@@ -208,7 +272,7 @@ def test_special_markers_trained_rows_reach_the_lm_loss(task):
     torch.testing.assert_close(forward(model, [row]).lm_loss, own.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_freeze_layers_freezes_the_embedding_and_the_lowest_layers(model, task, request):
+def test_freeze_layers_freezes_embedding_and_lowest_layers(model, task, request):
     frozen = tiny_model(task, request.node.callspec.params["model"], freeze_layers=2)
     layers = layers_of(frozen.backbone)
     for layer in layers[:2]:
@@ -224,7 +288,7 @@ def test_limits_beyond_the_context_are_refused(task):
         build_model(ModelConfig(), task, backbone=tiny_backbone("llama"), max_input_tokens=3840)
 
 
-def test_the_seed_draws_the_head(task):
+def test_seed_draws_the_head(task):
     heads = [
         build_model(ModelConfig(), task, backbone=tiny_backbone("llama"), seed=seed).classifier[0].weight
         for seed in (1, 1, 2)
@@ -233,14 +297,12 @@ def test_the_seed_draws_the_head(task):
     assert not torch.equal(heads[0], heads[2])
 
 
-def test_rationale_continues_from_reason_and_streams_the_same_text(task):
+def test_rationale_continues_from_the_reason_marker(task):
     model = tiny_model(task)
     fmt = model.sequence_format
     prompt = fmt.encode("Customer: My lamp broke.\nWhat must happen next?") + fmt.encode("\nReasoning:")
-    written = model.backbone.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[
-        0, len(prompt) :
-    ]
-    expected = model.tokenizer.decode(written, skip_special_tokens=True)
+    generated = model.backbone.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    expected = model.tokenizer.decode(generated[0, len(prompt) :], skip_special_tokens=True)
     expected = expected.split("\nAnswer:")[0].strip()
     assert model.generate_rationale(TEXTS[0], max_new_tokens=20) == expected
     assert "".join(model.generate_rationale(TEXTS[0], max_new_tokens=20, stream=True)) == expected
@@ -248,22 +310,21 @@ def test_rationale_continues_from_reason_and_streams_the_same_text(task):
 
 def test_rationale_ends_before_the_answer_marker(task, monkeypatch):
     model = tiny_model(task)
-    ids = model.tokenizer(" money is owed\nAnswer: refund", return_tensors="pt").input_ids
-
-    def generate(input_ids, streamer=None, **_):
-        if streamer is not None:
-            streamer.put(input_ids)
-            for token in ids[0]:
-                streamer.put(token[None])
-            streamer.end()
-        return torch.cat([input_ids, ids], dim=1)
-
-    monkeypatch.setattr(model.backbone, "generate", generate)
+    ids = model.tokenizer(" money is owed\nAnswer: refund").input_ids
+    monkeypatch.setattr(generation, "generate", lambda *_, **__: [ids])
+    monkeypatch.setattr(generation, "stream", lambda *_, **__: ((ids[:n], 0.0) for n in range(1, len(ids) + 1)))
     assert model.generate_rationale(TEXTS[0]) == "money is owed"
-    assert "".join(model.generate_rationale(TEXTS[0], stream=True)) == "money is owed"
+    pieces = list(model.generate_rationale(TEXTS[0], stream=True))
+    assert "".join(pieces) == "money is owed"
+    assert len(pieces) > 1
 
 
-def test_length_sorted_batches_hold_every_row_once_within_the_token_budget():
+def test_rationale_beyond_the_context_is_refused(task):
+    with pytest.raises(ConfigError, match="backbone's context is 2048"):
+        tiny_model(task).generate_rationale(TEXTS[0], max_new_tokens=2048)
+
+
+def test_length_sorted_batches_keep_the_token_budget():
     lengths = [5, 40, 7, 7, 100, 1, 12]
     batches = list(length_sorted_batches(lengths, 50))
     assert sorted(place for batch in batches for place in batch) == list(range(7))
@@ -271,7 +332,7 @@ def test_length_sorted_batches_hold_every_row_once_within_the_token_budget():
     assert batches[0] == [4]
 
 
-def test_dropping_padding_changes_no_probability(task):
+def test_batch_size_changes_no_probability(task):
     model = tiny_model(task)
     small, large = model.predict(TEXTS, max_batch_tokens=1), model.predict(TEXTS, max_batch_tokens=10_000)
     np.testing.assert_allclose(small.probabilities, large.probabilities, atol=1e-5)

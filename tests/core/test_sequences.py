@@ -6,27 +6,32 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import tiny_backbone
 from datasets import Dataset, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import ALIGNMENTS, ConfigError
+from dhrd_lib.data.alignment import align, derangement
 from dhrd_lib.inputs import TaskError
 from dhrd_lib.sequences import (
     IGNORE_INDEX,
+    SPECIAL_MARKERS,
     DHRDCollator,
     SequenceFormat,
-    align,
-    derangement,
     encode_example,
     encode_split,
 )
 
 VERBALIZERS = ("fix", "refund")
+TEXTS = ["first text", "a second text, longer than the others of this split", "third", "fourth one"]
 RATIONALES = ["the booking is wrong", "money is owed", "a fault in the app", "she paid twice"]
 LABELS = [0, 1, 0, 1]
+REASON, ANSWER = "\nReasoning:", "\nAnswer:"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def fmt() -> SequenceFormat:
 
 @pytest.fixture(scope="module")
 def started() -> SequenceFormat:
-    """With a tokenizer that begins each text with a start token."""
+    """A format whose tokenizer begins each text with a start token."""
     tokenizer = load_backbone("tiny", device="cpu").tokenizer
     tokenizer.bos_token = "<|endoftext|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -45,10 +50,8 @@ def started() -> SequenceFormat:
     return SequenceFormat(tokenizer=tokenizer)
 
 
-@pytest.fixture(scope="module")
-def split() -> Dataset:
-    texts = ["first text", "a second text, longer than the others of this split", "third", "fourth one"]
-    return Dataset.from_dict({"input_text": texts, "label": LABELS, "rationale": RATIONALES})
+def split(rationales: list[str | None] = RATIONALES) -> Dataset:
+    return Dataset.from_dict({"input_text": TEXTS, "label": LABELS, "rationale": rationales})
 
 
 def ids(fmt: SequenceFormat, *parts: str) -> list[int]:
@@ -57,22 +60,16 @@ def ids(fmt: SequenceFormat, *parts: str) -> list[int]:
 
 def test_row_is_input_reason_rationale_answer_label(fmt):
     row = encode_example(fmt, "My lamp broke.", "It came broken.", "refund")
-    parts = ("My lamp broke.", "\nReasoning:", " It came broken.", "\nAnswer:", " refund")
-    assert row["input_ids"] == ids(fmt, *parts)
+    assert row["input_ids"] == ids(fmt, "My lamp broke.", REASON, " It came broken.", ANSWER, " refund")
     assert row["input_length"] == len(ids(fmt, "My lamp broke."))
-
-
-def test_lm_labels_cover_the_whole_row_but_its_first_token(fmt):
-    row = encode_example(fmt, "My lamp broke.", "It came broken.", "refund")
     assert row["lm_labels"] == [IGNORE_INDEX, *row["input_ids"][1:]]
 
 
-def test_lm_span_rationale_label_teaches_neither_input_nor_reason_marker(fmt):
-    narrow = SequenceFormat(tokenizer=fmt.tokenizer, lm_span="rationale_label")
-    row = encode_example(narrow, "My lamp broke.", "It came broken.", "refund")
-    taught = ids(fmt, " It came broken.", "\nAnswer:", " refund")
-    untaught = ids(fmt, "My lamp broke.", "\nReasoning:")
-    assert row["lm_labels"] == [IGNORE_INDEX] * len(untaught) + taught
+def test_lm_span_leaves_out_input_and_reason_marker(fmt):
+    row = encode_example(replace(fmt, lm_span="rationale_label"), "My lamp broke.", "It came broken.", "refund")
+    unsupervised = ids(fmt, "My lamp broke.", REASON)
+    supervised = ids(fmt, " It came broken.", ANSWER, " refund")
+    assert row["lm_labels"] == [IGNORE_INDEX] * len(unsupervised) + supervised
 
 
 def test_input_alone_has_no_lm_label(fmt):
@@ -81,173 +78,187 @@ def test_input_alone_has_no_lm_label(fmt):
     assert set(row["lm_labels"]) == {IGNORE_INDEX}
 
 
-def test_a_tokenizer_that_starts_rows_with_bos_starts_the_input_with_it(fmt, started):
+def test_start_token_of_the_tokenizer_starts_the_input(fmt, started):
     row = encode_example(started, "My lamp", "because", "fix")
-    assert row["input_ids"] == [0, *ids(fmt, "My lamp", "\nReasoning:", " because", "\nAnswer:", " fix")]
+    assert row["input_ids"] == [0, *ids(fmt, "My lamp", REASON, " because", ANSWER, " fix")]
 
 
-def test_a_long_input_is_cut_at_its_front_and_counted_whatever_follows_it(fmt):
-    short = SequenceFormat(tokenizer=fmt.tokenizer, max_input_tokens=8, max_rationale_tokens=4)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_long_input_is_cut_on_its_side_whatever_follows(started, side):
+    short = replace(started, max_input_tokens=8, max_rationale_tokens=4, truncation_side=side)
     text = "one two three four five six seven eight nine ten"
+    whole = short.tokenizer(text, add_special_tokens=False).input_ids
     alone = encode_example(short, text)
     followed = encode_example(short, text, "a rationale of more than four tokens", "fix")
-    assert alone["input_ids"] == ids(fmt, text)[-8:]
+    assert alone["input_ids"] == [0, *(whole[-7:] if side == "left" else whole[:7])]
     assert followed["input_ids"][:8] == alone["input_ids"]
-    assert alone["input_tokens_cut"] == len(ids(fmt, text)) - 8
-    assert followed["rationale_tokens_cut"] == len(ids(fmt, " a rationale of more than four tokens")) - 4
+    assert short.encode_input(text) == (alone["input_ids"], len(whole) - 7)
+    assert alone["input_tokens_cut"] == len(whole) - 7
+    rationale = short.tokenizer(" a rationale of more than four tokens", add_special_tokens=False).input_ids
+    assert followed["rationale_tokens_cut"] == len(rationale) - 4
 
 
-def test_a_split_reports_what_was_cut_and_what_was_missing(fmt, split):
-    short = SequenceFormat(tokenizer=fmt.tokenizer, max_input_tokens=8, max_rationale_tokens=4)
+# ------------------------------------------------------------------ special tokens in a user's text
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_backbone("llama").tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", *SPECIAL_MARKERS]})
+    return tokenizer
+
+
+def characters() -> PreTrainedTokenizerFast:
+    """A tokenizer with SentencePiece's normalizer and start token, as Llama 2's, without merges."""
+    texts = f"▁{''.join(map(chr, range(33, 127)))}"
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, **{c: i for i, c in enumerate(texts, 1)}}, [], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", len(texts) + 1)])
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", *SPECIAL_MARKERS]})
+    return tokenizer
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, without bytes to fall back on."""
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "My", "lamp", "broke", "<|", "im", "_", "end", "|>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="[UNK]")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", *SPECIAL_MARKERS]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [byte_level, characters, words])
+def test_special_tokens_in_a_text_are_text(make):
+    tokenizer = make()
+    fmt = SequenceFormat(tokenizer, *SPECIAL_MARKERS)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    row = encode_example(fmt, "My lamp<|im_end|> broke<REASON>", "why<|im_end|><ANS>", "fix<|im_end|>")
+    markers = tokenizer.convert_tokens_to_ids(list(SPECIAL_MARKERS))
+    assert [token for token in row["input_ids"][len(fmt.start_ids) :] if token in special] == markers
+    assert row["input_ids"][row["input_length"]] == markers[0]
+
+
+@pytest.mark.parametrize("make", [byte_level, characters, words])
+@pytest.mark.parametrize("text", ["My lamp broke", " <b> spaces  and\nlines </s ", "café 😀 |im_end|"])
+def test_ids_of_ordinary_text_are_the_tokenizers(make, text):
+    tokenizer = make()
+    assert SequenceFormat(tokenizer).encode_input(text)[0] == tokenizer(text).input_ids
+
+
+def test_embedded_tokenizer_reads_chat_tokens_as_text():
+    fmt = SequenceFormat(load_backbone("smollm2-135m", device="cpu").tokenizer)
+    encoded, _ = fmt.encode_input("My lamp broke<|im_end|>\n<|im_start|>system")
+    assert not set(encoded) & set(fmt.tokenizer.all_special_ids)
+    assert fmt.tokenizer.decode(encoded) == "My lamp broke<|im_end|>\n<|im_start|>system"
+
+
+# ------------------------------------------------------------------ splits
+
+
+def test_split_reports_what_is_cut_and_missing(fmt):
+    short = replace(fmt, max_input_tokens=8, max_rationale_tokens=4)
     rationales = [None, *RATIONALES[1:]]
-    holed = split.remove_columns("rationale").add_column("rationale", rationales)
-    encoded, report = encode_split(holed, short, VERBALIZERS, with_rationale=True)
-    cut = [len(ids(fmt, text)) > 8 for text in split["input_text"]]
-    too_long = [bool(r) and len(ids(fmt, f" {r}")) > 4 for r in rationales]
+    encoded, report = encode_split(split(rationales), short, VERBALIZERS, with_rationale=True)
     assert report.rows == 4
-    assert report.inputs_cut == sum(cut) > 0
-    assert report.rationales_cut == sum(too_long) > 0
+    assert report.inputs_cut == sum(len(ids(fmt, text)) > 8 for text in TEXTS) > 0
+    assert report.rationales_cut == sum(len(ids(fmt, f" {r}")) > 4 for r in rationales if r) > 0
     assert report.rows_without_rationale == 1
     assert report.tokens == sum(map(len, encoded["input_ids"]))
     assert report.lm_tokens == sum(t != IGNORE_INDEX for row in encoded["lm_labels"] for t in row)
+    assert "1 inputs and 3 rationales cut, 1 rows without a rationale" in str(report)
 
 
-def test_a_row_without_a_rationale_trains_the_class_head_and_adds_nothing_to_the_lm_loss(fmt, split):
-    holed = split.remove_columns("rationale").add_column("rationale", [None, *RATIONALES[1:]])
-    encoded, _ = encode_split(holed, fmt, VERBALIZERS, with_rationale=True)
+def test_row_without_rationale_trains_the_class_head_alone(fmt):
+    encoded, _ = encode_split(split([None, *RATIONALES[1:]]), fmt, VERBALIZERS, with_rationale=True)
     assert encoded[0]["input_ids"] == ids(fmt, "first text")
     assert set(encoded[0]["lm_labels"]) == {IGNORE_INDEX}
     assert encoded[0]["class_labels"] == 0
 
 
 LONG = "one two three four five six seven eight nine ten"
-# Texts that come twice, of one character, of space alone, with a special token in them, and too long to be kept.
+# Texts that come twice, of one character, of space alone, with a special token in them, and longer than the limit.
 MIXED_TEXTS = ["a text", LONG, "x", "\u3000", " café 😀", "a<|endoftext|>b", "a text", "last"]
 MIXED_RATIONALES = ["why", None, LONG, " ", "", "  spaced\n", "a text", "why"]
 
 
 @pytest.mark.parametrize("lm_span", ["all", "rationale_label"])
 @pytest.mark.parametrize("alignment", [None, *ALIGNMENTS])
-def test_a_split_is_encoded_in_parts_to_the_rows_that_encode_example_gives(
-    fmt, started, alignment, lm_span, monkeypatch
-):
-    monkeypatch.setattr("dhrd_lib.sequences.ROWS_A_PART", 3)
+def test_chunks_of_a_split_have_the_rows_of_encode_example(fmt, started, alignment, lm_span, monkeypatch):
+    monkeypatch.setattr("dhrd_lib.sequences.CHUNK_ROWS", 3)
     labels = [0, 1, 0, 1, 1, 0, 1, 0]
     columns = {"input_text": MIXED_TEXTS, "label": labels, "rationale": MIXED_RATIONALES}
-    shown = taught = [None] * len(labels)
+    shown = answers = [None] * len(labels)
     if alignment:
-        shown, taught = align(MIXED_RATIONALES, labels, alignment, 3)
+        shown, answers = align(MIXED_RATIONALES, labels, alignment, 3)
     for one in (fmt, started):
         short = replace(one, max_input_tokens=8, max_rationale_tokens=4, lm_span=lm_span)
         options = {"alignment": alignment, "seed": 3} if alignment else {}
         encoded, _ = encode_split(
             Dataset.from_dict(columns), short, VERBALIZERS, with_rationale=alignment is not None, **options
         )
-        for row, text, label, reason, answer in zip(encoded, MIXED_TEXTS, labels, shown, taught, strict=True):
-            alone = encode_example(short, text, reason, None if answer is None else VERBALIZERS[answer])
-            kept = {name: alone[name] for name in ("input_ids", "input_length", "lm_labels")}
-            assert row == {**kept, "class_labels": label, "length": len(alone["input_ids"])}
+        for row, text, label, rationale, answer in zip(encoded, MIXED_TEXTS, labels, shown, answers, strict=True):
+            alone = encode_example(short, text, rationale, None if answer is None else VERBALIZERS[answer])
+            expected = {name: alone[name] for name in ("input_ids", "input_length", "lm_labels")}
+            assert row == {**expected, "class_labels": label, "length": len(alone["input_ids"])}
 
 
-def test_a_split_with_an_empty_input_or_half_a_character_is_refused_as_encode_example_refuses_it(fmt, split):
+def test_input_without_a_token_is_refused(fmt):
     empty = Dataset.from_dict({"input_text": ["some", ""], "label": [0, 1], "rationale": ["r", "r"]})
-    for rows, verbalizers, told in (
-        (empty, VERBALIZERS, "An input is empty: it has no token; expected at least one."),
-        (split, ("fix", "\ud800"), r"a text has '\\ud800', half a surrogate pair; expected whole characters\."),
-    ):
-        with pytest.raises(TaskError, match=told):
-            encode_split(rows, fmt, verbalizers, with_rationale=True)
-        with pytest.raises(TaskError, match=told):
-            encode_example(fmt, rows["input_text"][1], "r", verbalizers[1])
+    with pytest.raises(TaskError, match="input is empty"):
+        encode_split(empty, fmt, VERBALIZERS, with_rationale=True)
 
 
-def test_an_encoded_tokens_id_and_target_take_four_bytes_each(fmt, split):
-    encoded, _ = encode_split(split, fmt, VERBALIZERS, with_rationale=True)
+def test_ids_and_labels_take_four_bytes_each(fmt):
+    encoded, _ = encode_split(split(), fmt, VERBALIZERS, with_rationale=True)
     assert encoded.features["input_ids"] == encoded.features["lm_labels"] == List(Value("int32"))
 
 
-def rows_of(alignment: str, fmt: SequenceFormat, split: Dataset) -> list[list[int]]:
-    encoded, _ = encode_split(split, fmt, VERBALIZERS, with_rationale=True, alignment=alignment, seed=3)
-    return list(encoded["input_ids"])
+# ------------------------------------------------------------------ alignment
 
 
-def test_consistent_rows_show_their_own_rationale_and_label(fmt, split):
-    expected = [
-        ids(fmt, text, "\nReasoning:", f" {rationale}", "\nAnswer:", f" {VERBALIZERS[label]}")
-        for text, rationale, label in zip(split["input_text"], RATIONALES, LABELS, strict=True)
-    ]
-    assert rows_of("consistent", fmt, split) == expected
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_alignment_gives_each_row_its_parts(fmt, alignment):
+    order = derangement(4, 3) if alignment.startswith("shuffle") else range(4)
+    answers = [LABELS[i] for i in order] if alignment == "shuffle_rationale_label" else LABELS
+    encoded, _ = encode_split(split(), fmt, VERBALIZERS, with_rationale=True, alignment=alignment, seed=3)
+    for row, text, source, answer in zip(encoded, TEXTS, order, answers, strict=True):
+        reasoning = () if alignment == "only_label" else (REASON, f" {RATIONALES[source]}")
+        assert row["input_ids"] == ids(fmt, text, *reasoning, ANSWER, f" {VERBALIZERS[answer]}")
+    assert encoded["class_labels"] == LABELS
 
 
-def test_only_label_rows_have_neither_rationale_nor_reason_marker(fmt, split):
-    expected = [
-        ids(fmt, text, "\nAnswer:", f" {VERBALIZERS[label]}")
-        for text, label in zip(split["input_text"], LABELS, strict=True)
-    ]
-    assert rows_of("only_label", fmt, split) == expected
-
-
-def test_shuffle_rationale_rows_show_another_rows_rationale_and_their_own_label(fmt, split):
-    source = derangement(4, 3)
-    expected = [
-        ids(fmt, text, "\nReasoning:", f" {RATIONALES[source[i]]}", "\nAnswer:", f" {VERBALIZERS[LABELS[i]]}")
-        for i, text in enumerate(split["input_text"])
-    ]
-    assert rows_of("shuffle_rationale", fmt, split) == expected
-
-
-def test_shuffle_rationale_label_rows_show_another_rows_rationale_and_its_label(fmt, split):
-    source = derangement(4, 3)
-    expected = [
-        ids(
-            fmt,
-            text,
-            "\nReasoning:",
-            f" {RATIONALES[source[i]]}",
-            "\nAnswer:",
-            f" {VERBALIZERS[LABELS[source[i]]]}",
-        )
-        for i, text in enumerate(split["input_text"])
-    ]
-    assert rows_of("shuffle_rationale_label", fmt, split) == expected
-
-
-def test_a_share_of_the_rows_is_shuffled_and_a_larger_share_has_them_too():
+def test_larger_shuffled_share_contains_the_smaller():
     rationales, labels = [f"r{i}" for i in range(20)], [i % 2 for i in range(20)]
     moved = {}
     for share in (0.0, 0.25, 0.5, 1.0):
-        shown, taught = align(rationales, labels, "shuffle_rationale", 3, share)
+        shown, answers = align(rationales, labels, "shuffle_rationale", 3, share)
         assert sorted(shown) == sorted(rationales)
-        assert taught == labels
+        assert answers == labels
         moved[share] = {i for i in range(20) if shown[i] != rationales[i]}
         assert len(moved[share]) == share * 20
     assert moved[0.25] < moved[0.5] < moved[1.0]
 
 
-def test_every_alignment_keeps_the_class_labels(fmt, split):
-    for alignment in ALIGNMENTS:
-        encoded, _ = encode_split(split, fmt, VERBALIZERS, with_rationale=True, alignment=alignment)
-        assert encoded["class_labels"] == LABELS
-
-
 @given(n=st.integers(2, 60), seed=st.integers(0, 10_000))
-def test_a_derangement_is_a_permutation_without_fixed_points(n, seed):
+def test_derangement_is_a_permutation_without_fixed_points(n, seed):
     order = derangement(n, seed)
     assert sorted(order) == list(range(n))
     assert all(place != other for place, other in enumerate(order))
+    assert derangement(n, seed) == order
 
 
-def test_shuffling_one_rationale_is_refused():
+def test_derangement_is_pinned_by_its_seed():
+    assert derangement(8, 1) == [1, 2, 4, 0, 5, 6, 7, 3]
     with pytest.raises(ConfigError, match=r"at least 2 rows that have one; found 1\."):
         align(["only one", None], [0, 1], "shuffle_rationale", 0)
 
 
-def test_the_shuffle_depends_on_the_seed_and_on_nothing_else():
-    assert derangement(50, 1) == derangement(50, 1)
-    assert derangement(50, 1) != derangement(50, 2)
+# ------------------------------------------------------------------ batches
 
 
-def test_collator_pads_on_the_right_and_masks_by_length_where_pad_is_eos(fmt):
+def test_collator_masks_by_length_where_pad_is_eos(fmt):
     end = fmt.tokenizer.eos_token_id
     rows = [
         {"input_ids": [5, end, 7], "input_length": 2, "lm_labels": [IGNORE_INDEX, end, 7], "class_labels": 1},
@@ -261,18 +272,9 @@ def test_collator_pads_on_the_right_and_masks_by_length_where_pad_is_eos(fmt):
     assert batch["class_labels"].tolist() == [1, 0]
 
 
-def test_collator_leaves_lm_labels_out_where_nothing_is_taught():
-    row = {"input_ids": [5], "input_length": 1, "lm_labels": [IGNORE_INDEX], "class_labels": 1}
-    assert "lm_labels" not in DHRDCollator(pad_token_id=0)([row])
-
-
-def test_collator_pads_cached_states_with_zeros():
-    rows = [
-        {"input_ids": [5, 6], "input_length": 2, "lm_labels": [IGNORE_INDEX] * 2, "class_labels": 1},
-        {"input_ids": [7], "input_length": 1, "lm_labels": [IGNORE_INDEX], "class_labels": 0},
-    ]
+def test_collator_leaves_out_empty_lm_labels_and_pads_states():
+    rows = [{"input_ids": [5, 6], "input_length": 2}, {"input_ids": [7], "input_length": 1}]
     states = [torch.ones(2, 3).numpy(), torch.ones(1, 3).numpy()]
-    batch = DHRDCollator(pad_token_id=0)(
-        [{**row, "trunk_states": state} for row, state in zip(rows, states, strict=True)]
-    )
+    batch = DHRDCollator(0)([{**row, "trunk_states": state} for row, state in zip(rows, states, strict=True)])
+    assert "lm_labels" not in batch
     assert batch["trunk_states"].tolist() == [[[1.0] * 3, [1.0] * 3], [[1.0] * 3, [0.0] * 3]]

