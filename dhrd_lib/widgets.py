@@ -198,8 +198,8 @@ class RationaleExplorer(_Browser):
 
         def card(row: pd.Series) -> dict[str, str]:
             title = f"{row['label']} · idx {row['idx']} · {row['input_words']} words"
-            rationale, flags = _or_none(row["rationale"]), _spelled(row["flags"])
-            return {title: row["input_text"], "Rationale": rationale, "Flags": flags}
+            sections = {title: row["input_text"], "Rationale": _or_none(row["rationale"])}
+            return sections | ({"Flags": _spelled(row["flags"])} if row["flags"] else {})
 
         super().__init__(rows, filters, choose, card, per_page)
 
