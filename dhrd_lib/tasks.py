@@ -143,7 +143,7 @@ def load_rows(data: DataConfig) -> tuple[Task, datasets.DatasetDict]:
         _require(where, train, filter(None, {"label": "label", **named}.values()))
         columns |= named
         class_names = _class_names(where, train, columns["label"], data.label_names)
-        labels = tuple(class_names.values())
+        labels = tuple(dict.fromkeys(class_names.values()))
         task = Task(Path(name).resolve().stem, _template(data), labels, labels, data.metrics or ("accuracy",))
         if data.group is None and "group" in train:
             found = f"{where} has a column 'group', whose rows stay in one split"
@@ -187,15 +187,19 @@ def _class_names(where: str, rows: pd.DataFrame, column: str, given: Mapping[str
 
     Raises `TaskError` on labels that are no classes: several in one, or -1 for a missing one.
     """
-    labels = {*_labels(rows, column).unique()} - {""}
+    cells = _labels(rows, column)
+    labels = {*cells.unique()} - {""}
     where = f"{where}, column {column!r}"
-    if len(labels) < 2:
-        found = f"only the label {min(labels)!r}" if labels else "no label"
+    if len(labels) < 2 or len({*given.values()}) == 1 < len(given):
+        found = f"only the label {min(given.values() or labels)!r}" if labels else "no label"
         raise TaskError(f"{where} has {found}; expected two or more labels.")
     if given:
         return {_WHOLE.sub(r"\1", label): name for label, name in given.items()}
     expected = "expected one class per row, or a name for each label as `label_names`"
+    cases: dict[str, str] = {}
     for label in sorted(labels):
+        if label != (other := cases.setdefault(label.casefold(), label)):
+            raise TaskError(f"{where} has the labels {other!r} and {label!r}, alike but for case; {expected}.")
         parts = [part.strip() for part in re.split("[;,|]", label)]
         if label[0] in "[{" or (len(parts) > 1 and labels.issuperset(parts)):
             raise TaskError(f"{where} has several labels in {label!r}; {expected}.")
@@ -203,10 +207,9 @@ def _class_names(where: str, rows: pd.DataFrame, column: str, given: Mapping[str
         return {label: label for label in sorted(labels)}
     ordered = sorted(labels, key=float)
     if f"{column}_text" in rows:
-        texts = _cells(rows, f"{column}_text")
-        pairs = pd.DataFrame({column: _labels(rows, column), "text": texts}).drop_duplicates()
-        names = dict(pairs[pairs[column] != ""].itertuples(index=False))
-        if not len(pairs) - ("" in {*pairs[column]}) == len(names) == len({*names.values()}):
+        pairs = {*zip(cells, _cells(rows, f"{column}_text"), strict=True)}
+        names = {label: name for label, name in pairs if label}
+        if len({*names.values()}) < len(names) or len(names) < len([label for label, _ in pairs if label]):
             raise TaskError(f"{where} has labels with several values of '{column}_text'; {expected}.")
         return {label: names[label] for label in ordered}
     if ordered[0] == "-1" and float(ordered[1]) >= 0:

@@ -127,7 +127,8 @@ def _lines(path: Path, encoding: str | None) -> Iterator[str]:
         with path.open("rb") as file:
             is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         encoding = "utf-16" if is_utf16 else "utf-8-sig"
-    expected = f"isn't {encoding} text; expected UTF-8, or the file's encoding as `encoding`, such as 'cp1252'"
+    expected = "expected UTF-8, or the file's encoding as `encoding`, such as 'cp1252'"
+    expected = f"isn't {encoding.removesuffix('-sig')} text; {expected}"
     try:
         with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
             for number, line in enumerate(file, 1):

@@ -122,7 +122,7 @@ def test_quoted_line_breaks_are_kept(tmp_path):
 def test_other_encodings_are_read_by_name(tmp_path):
     path = write(tmp_path / "a.csv", "text,label\nplain,a\ncafé,b\n".encode("cp1252"))
     assert records(path, encoding="cp1252")[1]["text"] == "café"
-    with pytest.raises(TaskError, match=r"a\.csv, line 3 isn't utf-8-sig text; .*`encoding`"):
+    with pytest.raises(TaskError, match=r"a\.csv, line 3 isn't utf-8 text; .*`encoding`"):
         read_table(path)
     for encoding in ("nonsense", "base64", "utf-16"):
         with pytest.raises(TaskError, match=f"isn't {encoding} text"):
@@ -142,8 +142,8 @@ def test_file_without_header_is_read_by_column_names(tmp_path):
         ("a.csv", 'text,label\nx,a\n"never closed,a\n', r"line 3 isn't well-formed CSV"),
         ("a.csv", 'text,label\n"Great" thing,a\n', r"line 2 isn't well-formed CSV"),
         ("a.csv", "text,label,text\nx,a,y\n", "2 columns 'text'"),
-        ("a.csv", "text,label\nx,a\ny\0,b\n", "line 3 isn't utf-8-sig text"),
-        ("a.csv", "text,label\nx,a\n".encode("utf-16-le"), "line 1 isn't utf-8-sig text"),
+        ("a.csv", "text,label\nx,a\ny\0,b\n", "line 3 isn't utf-8 text"),
+        ("a.csv", "text,label\nx,a\n".encode("utf-16-le"), "line 1 isn't utf-8 text"),
         ("a.jsonl", '{"a": 1}\n{"a": ', "line 2 isn't one JSON object"),
         ("a.jsonl", '{"a": 1}\n[1]\n', r"line 2 isn't one JSON object \(it is a list\)"),
         ("a.json", "[1]", r"line 1 isn't one JSON object \(it is a int\)"),

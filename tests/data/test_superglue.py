@@ -7,7 +7,7 @@ import datasets
 import pytest
 from data_files import no_outside_data, refusal, write_jsonl  # noqa: F401
 
-from dhrd_lib.data.superglue import FOLDERS
+from dhrd_lib.data.superglue import FOLDERS, SPLIT_BY
 from dhrd_lib.tasks import TASKS, TaskError, load_task
 
 OUR_COLUMNS = {"idx", "input_text", "label", "rationale", "group"}
@@ -156,12 +156,12 @@ def test_multirc_groups_answers_and_keeps_paragraphs_whole(superglue_dir):
     row = data["validation"][3]
     assert (row["idx"], row["group"], row["answer"], row["label"]) == ("100-201-403", "100-201", "Bo", 0)
     assert Counter(data["validation"]["group"]) == {f"{p}-{2 * p + q}": 2 for p in range(100, 106) for q in (0, 1)}
-    assert not set(data["train"]["paragraph"]) & set(data["dev"]["paragraph"])
 
 
-def test_wsc_keeps_texts_whole(superglue_dir):
-    _, data = load_task("wsc", superglue_dir)
-    assert not set(data["train"]["text"]) & set(data["dev"]["text"])
+@pytest.mark.parametrize(("name", "field"), SPLIT_BY.items())
+def test_rows_of_one_passage_stay_in_one_split(name, field, superglue_dir):
+    _, data = load_task(name, superglue_dir)
+    assert not set(data["train"][field]) & set(data["dev"][field])
 
 
 def test_wsc_marks_the_pronoun_nearest_to_its_index(superglue_dir):
@@ -169,11 +169,6 @@ def test_wsc_marks_the_pronoun_nearest_to_its_index(superglue_dir):
     assert row["input_text"] == (
         'Text: Ida told Eva 50 times: "then he left, as *he* should", but he came back.\nDoes *he* stand for Eva?'
     )
-
-
-def test_wic_shows_word_and_sentences(superglue_dir):
-    row = load_task("wic", superglue_dir)[1]["validation"][0]
-    assert all(part in row["input_text"] for part in ("Bank 100 is shut.", "The bank is muddy.", '"bank"'))
 
 
 @pytest.mark.parametrize(

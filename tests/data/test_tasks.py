@@ -172,7 +172,7 @@ def test_missing_rationales_are_none_and_one_text_may_be_empty(tmp_path):
         ({"template": "{review.upper}", "text": ()}, "expected 'review.upper' among them"),
         ({"text": "label", "template": "{label}"}, "'label', a reserved name"),
         ({"label_names": {"good": "fine"}}, "has the label 'poor' in row 2, 4, 6, 8, 10 and 15 more; "),
-        ({"label_names": {"good": "x", "poor": "x"}}, "different names"),
+        ({"label_names": {"good": "x", "poor": "x"}}, "has only the label 'x'"),
         ({"dev_fraction": 0.0}, "dev_fraction is 0.0"),
         ({"dev_fraction": 0.5}, "expected less than 0.5"),
         ({"metrics": ["f1"]}, "metrics is 'f1'"),
@@ -266,6 +266,7 @@ def test_class_labels_of_a_dataset_name_the_classes(tmp_path):
         ([["a"], ["a", "b"]], "has several labels in"),
         (["a", "b", "a, b"], "has several labels in 'a, b'"),
         (["a", "b", "b;a"], "has several labels in 'b;a'"),
+        (["Pos", "neg", "pos"], "has the labels 'Pos' and 'pos', alike but for case"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused_or_named(tmp_path, labels, message):
@@ -274,6 +275,13 @@ def test_labels_that_are_no_classes_are_refused_or_named(tmp_path, labels, messa
     cells = dict.fromkeys(label if isinstance(label, str) else json.dumps(label) for label in labels)
     task, _ = load_task(path, label_names={cell: f"class {n}" for n, cell in enumerate(cells)})
     assert task.label_names[-1] == f"class {len(cells) - 1}"
+
+
+def test_label_names_join_labels(tmp_path):
+    names = {"pos": "positive", "Pos": "positive", "neg": "negative"}
+    task, data = load_task(labeled(tmp_path, ["Pos", "neg", "pos"]), label_names=names)
+    assert task.label_names == ("positive", "negative")
+    assert {row["label"] for row in rows_of(data) if int(row["text"][1:]) % 3 != 1} == {0}
 
 
 def test_labels_with_commas_are_classes(tmp_path):
