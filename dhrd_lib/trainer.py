@@ -12,11 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from dhrd_lib.config import ConfigError, TrainingConfig
@@ -28,18 +24,14 @@ FINITE_WANTED = "expected finite numbers, which a lower learning_rate, alpha or 
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Rows in random order, but with rows of similar length in the same step.
+    """Rows in random order, with rows of similar length in the same step; seed and epoch alone decide the order.
 
-    The order depends on the seed and the epoch alone, so a resumed run sees the rows that an uninterrupted
-    one would. `group_size` is the number of rows in one optimizer step over all devices.
+    `group_size` is the number of rows in one optimizer step over all devices.
     """
 
     def __init__(self, lengths: Sequence[int], group_size: int, seed: int, groups_sorted: int = 16) -> None:
-        self.lengths = lengths
-        self.group_size = group_size
-        self.seed = seed
+        self.lengths, self.group_size, self.seed, self.epoch = lengths, group_size, seed, 0
         self.rows_sorted = group_size * groups_sorted
-        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -64,8 +56,7 @@ class Rows(torch.utils.data.Dataset):
     """Encoded rows for the trainer, each with its cached trunk states where there are any."""
 
     def __init__(self, rows: Dataset, states: TrunkStates | None = None) -> None:
-        self.rows = rows
-        self.states = states
+        self.rows, self.states = rows, states
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,7 +67,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def scheduled_alpha(alpha: float, schedule: str, step: int, total_steps: int) -> float:
-    """Alpha at an optimizer step (0-based): kept, or annealed to 0 at the last step."""
+    """Return alpha at an optimizer step (0-based): kept, or annealed to 0 at the last step."""
     if schedule == "constant":
         return alpha
     progress = min(step / max(total_steps - 1, 1), 1.0)
@@ -105,9 +96,8 @@ class TrainingClock(TrainerCallback, ExportableState):
 class DHRDTrainer(Trainer):
     """transformers' Trainer with the two losses, each divided by its own count over the effective batch.
 
-    The class loss is divided by the examples and the LM loss by the valid target tokens of all micro-batches
-    and all processes of an optimizer step, so neither accumulation nor data parallelism changes the result.
-    Every term is logged.
+    The class loss is divided by the examples and the LM loss by the valid target tokens of all micro-batches and
+    processes of a step, so neither accumulation nor data parallelism changes the result. Every term is logged.
     """
 
     def __init__(
@@ -145,26 +135,18 @@ class DHRDTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Create AdamW with a learning rate for the classifier; biases and norms aren't decayed."""
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            decayed = set(self.get_decay_parameter_names(model))
-            groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    new = "classifier." in name or "pooling_query" in name
-                    groups.setdefault((new, name in decayed), []).append(parameter)
-            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": parameters,
-                        "lr": self.config.classifier_learning_rate if new else self.config.learning_rate,
-                        "weight_decay": self.config.weight_decay if decay else 0.0,
-                    }
-                    for (new, decay), parameters in groups.items()
-                ],
-                **arguments,
-            )
+        config, model = self.config, self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                new = "classifier." in name or "pooling_query" in name
+                rate = config.classifier_learning_rate if new else config.learning_rate
+                decay = config.weight_decay if name in decayed else 0.0
+                group = groups.setdefault((new, name in decayed), {"params": [], "lr": rate, "weight_decay": decay})
+                group["params"].append(parameter)
+        optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = optimizer_class(list(groups.values()), **arguments)
         return self.optimizer
 
     # A private hook: transformers counts target tokens alone, and `num_items_in_batch` has no public twin.
@@ -182,11 +164,8 @@ class DHRDTrainer(Trainer):
         counts = torch.tensor([[examples, tokens]], device=device)
         return self.accelerator.gather(counts).sum(0)
 
-    def current_alpha(self) -> float:
-        """Return alpha of the current optimizer step."""
-        return scheduled_alpha(
-            self.config.alpha, self.config.alpha_schedule, self.state.global_step, self.state.max_steps
-        )
+    def _alpha(self, step: int) -> float:
+        return scheduled_alpha(self.config.alpha, self.config.alpha_schedule, step, self.state.max_steps)
 
     def compute_loss(
         self,
@@ -210,7 +189,7 @@ class DHRDTrainer(Trainer):
                 stack.enter_context(gathered_lm_head(self.model))
             outputs = model(
                 **inputs,
-                alpha=self.current_alpha() if model.training else self.config.alpha,
+                alpha=self._alpha(self.state.global_step) if model.training else self.config.alpha,
                 beta=self.config.beta,
                 num_examples=None if counts is None else counts[0],
                 num_lm_tokens=None if counts is None else counts[1],
@@ -237,12 +216,7 @@ class DHRDTrainer(Trainer):
             logs["class_loss"] = terms[0].item()
             if self.config.alpha:
                 logs["lm_loss"] = terms[1].item()
-            logs["alpha"] = scheduled_alpha(
-                self.config.alpha,
-                self.config.alpha_schedule,
-                self.state.global_step - 1,
-                self.state.max_steps,
-            )
+            logs["alpha"] = self._alpha(self.state.global_step - 1)
             self._terms.zero_()
             self._terms_logged_at = self.state.global_step
         super().log(logs, start_time)

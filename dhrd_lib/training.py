@@ -18,18 +18,12 @@ from datasets import Dataset, DatasetDict
 from filelock import Timeout
 from scipy.special import log_softmax, softmax
 from torch.utils.data import Subset
-from transformers import (
-    EvalPrediction,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from dhrd_lib.backbones import resolve_device
 from dhrd_lib.config import ConfigError, RunConfig, TrainingConfig
-from dhrd_lib.data.splits import groups_of
+from dhrd_lib.data.splits import groups_of, split_overlap
 from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.losses import balanced_class_weights
 from dhrd_lib.modeling import DHRDModel, build_model
@@ -79,10 +73,7 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
 
 
 def rerun(stored: Run, root: str | Path) -> Run:
-    """Train a finished run's configuration again, in another folder of runs.
-
-    A repeat that was stopped resumes. Raises `ConfigError` where `root` holds the run itself, or a finished repeat.
-    """
+    """Train a finished run's configuration again; raises `ConfigError` where `root` holds the run, or a repeat."""
     folder = Path(root) / stored.config.name
     if is_finished(folder):
         raise ConfigError(f"{folder} is finished already; expected another folder for the repeat.")
@@ -146,8 +137,10 @@ def _train(
     )
     _freeze_unused_head(model, training)
     rows, reports = _encode(config, task, splits, model)
+    overlap = split_overlap(splits)
     for split, report in reports.items():
-        print(f"{config.name} · {split}: {report}")
+        also = f"; {overlap[split]} of its inputs are in train, too" if overlap.get(split) else ""
+        print(f"{config.name} · {split}: {report}{also}")
 
     class_weights = None
     if training.class_weights == "balanced":
@@ -205,6 +198,7 @@ def _train(
                 "task_metrics": list(task.metrics),
                 "label_names": model.label_names,
                 "splits": metrics,
+                "overlap": overlap,
                 "steps": state.global_step,
                 "best_step": int(best.rsplit("-", 1)[1]) if best else state.global_step,
                 "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0,

@@ -174,6 +174,14 @@ def test_run_of_version_0_1_loads(finished, tmp_path):
     assert load_run(folder).predictions("test").equals(finished.predictions("test"))
 
 
+def test_overlap_of_train_and_test_is_stored(table, tmp_path):
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    same = tmp_path / "rows.jsonl"
+    same.write_text("".join(json.dumps({**row, "text": "the app crashed"}) + "\n" for row in rows))
+    overlap = train(config(same, training__max_steps=1), tmp_path).metrics["overlap"]
+    assert overlap == {"dev": 8, "test": 8}
+
+
 def test_history_grows_while_the_run_trains(table, tmp_path):
     lines = []
 
@@ -509,6 +517,8 @@ CHANGES = {
     "data__shuffled_share": 0.5,
     "data__max_input_tokens": 8,
     "data__max_rationale_tokens": 4,
+    "data__truncation_side": "right",
+    "data__metrics": ["macro_f1"],
     "data__dev_fraction": 0.3,
     "data__max_train_rows": 16,
     "data__max_eval_rows": 4,
@@ -516,6 +526,7 @@ CHANGES = {
     "data__template": "{text}?",
     "data__rationale": None,
     "data__group": "idx",
+    "training__class_weights": "balanced",
     "training__alpha": 0.5,
     "training__beta": 0.5,
     "training__alpha_schedule": "linear",
@@ -558,6 +569,14 @@ def test_every_field_changes_the_run(table, tmp_path, finished, field, tmp_path_
         with pytest.raises(ValueError, match="nowhere"):
             train(config(table, "changed", data__rationale="nowhere"), tmp_path)
         return
+    if field == "data__truncation_side":
+        finished = train(config(table, "cut", data__max_input_tokens=8), tmp_path)
+        value = {field: value, "data__max_input_tokens": 8}
+    if field == "training__class_weights":  # The table's two classes are equally frequent.
+        rows = [row for i, row in enumerate(table.read_text().splitlines()) if i % 2 or i % 3]
+        table = tmp_path / "imbalanced.jsonl"
+        table.write_text("\n".join(rows))
+        finished = train(config(table, "unweighted"), tmp_path)
     if field == "data__shuffled_share":
         finished = train(config(table, "all", data__alignment="shuffle_rationale"), tmp_path)
         value = {field: value, "data__alignment": "shuffle_rationale"}
@@ -626,7 +645,6 @@ def test_every_field_is_tested():
         *("model__device", "model__lora_r", "model__lora_alpha", "model__lora_dropout"),
         *("training__lm_chunk_tokens", "training__eval_batch_size", "training__early_stopping_patience"),
         "training__report_to",
-        *("data__metrics", "data__truncation_side", "training__class_weights"),
         *("data__label_names", "data__encoding", "data__columns"),  # tests/data
         "training__cache_trunk",  # test_trunk_cache_changes_no_loss
         "training__keep_model",  # test_keep_model_false_keeps_predictions
