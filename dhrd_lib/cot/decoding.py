@@ -67,19 +67,17 @@ class Decoding(Config):
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `lm.generate`; a hub model's own defaults are not the paper's."""
-        chosen = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": 1.0, "do_sample": self.sample}
-        if not self.early_stop:
-            chosen["min_new_tokens"] = self.max_new_tokens
-        drawn = (self.temperature, self.top_p, 0) if self.sample else (None, None, None)
-        return chosen | dict(zip(("temperature", "top_p", "top_k"), drawn, strict=True))
+        temperature, top_p, top_k = (self.temperature, self.top_p, 0) if self.sample else (None, None, None)
+        length = {} if self.early_stop else {"min_new_tokens": self.max_new_tokens}
+        length |= {"max_new_tokens": self.max_new_tokens, "repetition_penalty": 1.0, "do_sample": self.sample}
+        return {**length, "temperature": temperature, "top_p": top_p, "top_k": top_k}
 
 
 @dataclass(frozen=True)
 class Generations:
     """The tokens decoded for N rows: `samples[row][i]` are the ids of one sample, up to its end.
 
-    `inputs` are the rendered input texts, `max_new_tokens` is the budget of a sample, `seconds` the time of the
-    whole decoding.
+    `inputs` are the rendered texts, `max_new_tokens` is a sample's budget, `seconds` the time for all of them.
     """
 
     inputs: list[str]
@@ -106,10 +104,10 @@ class Generations:
 
 @dataclass(frozen=True)
 class CoTPredictions:
-    """Predictions for N rows, read from what was decoded.
+    """Predictions for N rows: `prediction_ids (N,)` are class indices or `NO_ANSWER`.
 
-    `prediction_ids (N,)`: class indices or `NO_ANSWER`; `probabilities (N, K)`: a class's probability (scored) or
-    share of the votes (parsed); `tokens (N,)`: tokens spent on each row, over all its samples.
+    `probabilities (N, K)`: a class's probability (scored) or share of the votes (parsed); `tokens (N,)`: tokens
+    spent on each row, over all its samples.
     """
 
     label_names: tuple[str, ...]
@@ -145,8 +143,6 @@ class CoT:
     answer_marker: str
     encode_prompt: Callable[[str], list[int]]
     encode_bare: Callable[[str], list[int]]
-
-    # ------------------------------------------------------------------ prompts
 
     @classmethod
     def from_model(cls, model: DHRDModel) -> CoT:
@@ -205,8 +201,6 @@ class CoT:
         """The reader of this prompt's answers."""
         return AnswerReader(self.answer_marker, self.label_names, self.verbalizers)
 
-    # ------------------------------------------------------------------ generation
-
     def predict(
         self, inputs: Inputs, *, reading: Literal["parsed", "scored"] = "parsed", **decoding: Any
     ) -> CoTPredictions:
@@ -224,16 +218,14 @@ class CoT:
         prompts = [ids for ids in map(self.encode_prompt, texts) for _ in range(decoding.n_samples)]
         check_context(self.lm, prompts, decoding.max_new_tokens)
         ids: list[list[int]] = [[] for _ in prompts]
-        longest_first = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         started = time.perf_counter()
-        with tqdm(total=len(prompts), desc="CoT", unit="row", delay=2) as bar:
-            for number, first in enumerate(range(0, len(prompts), decoding.batch_size)):
-                places = longest_first[first : first + decoding.batch_size]
-                batch = [prompts[place] for place in places]
-                new = generate(self.lm, self.tokenizer, batch, **self._options(decoding, number))
-                for place, row in zip(places, new, strict=True):
-                    ids[place] = row
-                bar.update(len(places))
+        for number, first in enumerate(tqdm(range(0, len(order), decoding.batch_size), desc="CoT", delay=2)):
+            places = order[first : first + decoding.batch_size]
+            batch = [prompts[place] for place in places]
+            new = generate(self.lm, self.tokenizer, batch, **self._options(decoding, number))
+            for place, row in zip(places, new, strict=True):
+                ids[place] = row
         seconds = time.perf_counter() - started
         samples = [ids[i : i + decoding.n_samples] for i in range(0, len(ids), decoding.n_samples)]
         return Generations(texts, samples, decoding.max_new_tokens, seconds)
@@ -256,16 +248,13 @@ class CoT:
 
     def _options(self, decoding: Decoding, batch: int = 0) -> dict[str, Any]:
         # Each batch has its own seed: its draws must not depend on how long the one before it was.
-        options = {**decoding.arguments(), "seed": decoding.seed * 1_000_003 + batch}
-        return {**options, "is_complete": self.reader.is_settled} if decoding.early_stop else options
-
-    # ------------------------------------------------------------------ reading
+        is_complete = self.reader.is_settled if decoding.early_stop else None
+        return {**decoding.arguments(), "seed": decoding.seed * 1_000_003 + batch, "is_complete": is_complete}
 
     def parse(self, generations: Generations) -> CoTPredictions:
         """Read the answers from the text after the marker; several samples vote (see `vote`)."""
-        read = np.array(
-            [[self.reader.read(self._decode(self._without_end(ids))) for ids in row] for row in generations.samples]
-        )  # (N, samples)
+        texts = [[self._decode(self._without_end(ids)) for ids in row] for row in generations.samples]
+        read = np.array([[self.reader.read(text) for text in row] for row in texts])  # (N, samples)
         shares = (read[:, :, None] == np.arange(len(self.verbalizers))).mean(1)
         return CoTPredictions(self.label_names, vote(read), shares, generations.tokens)
 
@@ -280,12 +269,11 @@ class CoT:
         """
         rationales = [[self._rationale(ids) for ids in row] for row in generations.samples]
         encode = self.encode_prompt if generations.max_new_tokens else self.encode_bare
-        marker = self._encode(self.answer_marker)
-        prompts = [encode(text) for text in generations.inputs]
+        marker, *answers = self._encode(self.answer_marker, *(f" {verbalizer}" for verbalizer in self.verbalizers))
+        prompts = map(encode, generations.inputs)
         prefixes = [
             prompt + ids + marker for prompt, row in zip(prompts, rationales, strict=True) for ids, _ in row
         ]
-        answers = [self._encode(f" {verbalizer}") for verbalizer in self.verbalizers]
         check_context(self.lm, prefixes, max(map(len, answers)))
         scores = score_continuations(
             self.lm, prefixes, answers, self.tokenizer.pad_token_id, mean=mean, max_batch_tokens=max_batch_tokens
@@ -300,8 +288,8 @@ class CoT:
         texts = render_inputs(self.template, inputs)
         return self.score(Generations(texts, [[[]] for _ in texts], 0, 0.0), **options)
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def _encode(self, *texts: str) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False).input_ids
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)  # with special tokens, because markers may be some

@@ -72,6 +72,11 @@ def exports(plain, tmp_path_factory, own_cache):
     return of
 
 
+@pytest.fixture(scope="module")
+def hf(exports) -> tuple[DHRDModel, Path]:
+    return exports("hf", pooling="last", head="linear")
+
+
 def logits(model: DHRDModel | ExportedClassifier, texts: list[str] = TEXTS) -> np.ndarray:
     return model.logits(model.encode(texts))
 
@@ -230,20 +235,14 @@ def test_untrained_classifier_is_refused(plain, tmp_path):
                 use(path)
 
 
-def test_load_classifier_takes_run_and_saved_model(plain, tmp_path):
-    model = saved(plain, tmp_path / "run" / "model")
-    for path in (tmp_path / "run", tmp_path / "run" / "model"):
-        assert load_classifier(path).predict(TEXTS).labels == model.predict(TEXTS).labels
-
-
-def test_predict_takes_one_text_a_row_or_a_frame(exports):
-    for classifier in (
-        exports("hf", pooling="last", head="linear")[0],
-        load_classifier(exports("hf", pooling="last", head="linear")[1]),
-    ):
-        expected = classifier.predict(TEXTS[1:2])
-        for inputs in (TEXTS[1], {"text": TEXTS[1]}, pd.DataFrame({"text": TEXTS[1:2]})):
-            assert classifier.predict(inputs).labels == expected.labels
+def test_load_classifier_takes_run_model_and_export(hf, tmp_path):
+    model, folder = hf
+    expected = model.predict(TEXTS).labels
+    shutil.copytree(folder.parent, tmp_path / "run" / "model")
+    for path in (tmp_path / "run", tmp_path / "run" / "model", folder):
+        assert load_classifier(path).predict(TEXTS).labels == expected
+    for inputs in (TEXTS[1], {"text": TEXTS[1]}, pd.DataFrame({"text": TEXTS[1:2]})):
+        assert model.predict(inputs).labels == load_classifier(folder).predict(inputs).labels == expected[1:2]
 
 
 class Payload:
@@ -257,8 +256,8 @@ class Payload:
 
 
 @pytest.mark.parametrize("content", ["pickle", "index", "code"])
-def test_malicious_export_runs_no_code(exports, tmp_path, content):
-    folder, marker = shutil.copytree(exports("hf", head="linear")[1], tmp_path / "export"), tmp_path / "marker"
+def test_malicious_export_runs_no_code(hf, tmp_path, content):
+    folder, marker = shutil.copytree(hf[1], tmp_path / "export"), tmp_path / "marker"
     weights, payload = folder / "model.safetensors", {"weight": Payload(marker)}
     if content == "pickle":
         torch.save(payload, weights)
@@ -278,10 +277,9 @@ def test_malicious_export_runs_no_code(exports, tmp_path, content):
 
 
 @pytest.mark.parametrize("template", ["{text.__class__}", "{text[0]}", "{text!r}", "{text:>999999999}", "{}"])
-def test_template_reaches_nothing_but_the_texts(exports, tmp_path, template):
-    for source in exports("hf", head="linear"):
-        folder = tmp_path / ("model" if isinstance(source, DHRDModel) else "export")
-        source.save_pretrained(folder) if isinstance(source, DHRDModel) else shutil.copytree(source, folder)
+def test_template_reaches_nothing_but_the_texts(hf, tmp_path, template):
+    for source in (hf[1].parent, hf[1]):
+        folder = shutil.copytree(source, tmp_path / source.name)
         config = json.loads((folder / "config.json").read_text())
         config.get("dhrd_export", config)["template"] = template
         (folder / "config.json").write_text(json.dumps(config))
@@ -302,11 +300,8 @@ def test_export_runs_without_torch(exports):
 
 def compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> openvino.CompiledModel:
     """Return what `load_classifier` compiles."""
-    models = []
-    compile_model = openvino.Core.compile_model
-    monkeypatch.setattr(
-        openvino.Core, "compile_model", lambda *args: models.append(compile_model(*args)) or models[-1]
-    )
+    models, compile_model = [], openvino.Core.compile_model
+    monkeypatch.setattr(openvino.Core, "compile_model", lambda *of: models.append(compile_model(*of)) or models[-1])
     load_classifier(folder)
     return models[-1]
 
@@ -318,6 +313,8 @@ def test_openvino_export_starts_from_the_compile_cache(exports, tmp_path, monkey
     assert compiled(Path(folder.name), monkeypatch).get_property("LOADED_FROM_CACHE")
     moved = shutil.copytree(folder, tmp_path / "moved")
     assert not compiled(moved, monkeypatch).get_property("LOADED_FROM_CACHE")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DHRD_CACHE", str(tmp_path / "file"))  # no cache can be written there
     np.testing.assert_allclose(logits(load_classifier(moved)), logits(model), rtol=0, atol=1e-4)
 
 
@@ -332,13 +329,6 @@ def test_changed_weights_are_compiled_again(exports, tmp_path, monkeypatch):
     weights.write_bytes(content)
     assert not compiled(moved, monkeypatch).get_property("LOADED_FROM_CACHE")
     assert np.abs(logits(load_classifier(moved)) - before).max() > 1e-3
-
-
-def test_openvino_starts_without_a_writable_cache(exports, tmp_path, monkeypatch):
-    model, folder = exports("openvino", pooling="last", head="mlp")
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("DHRD_CACHE", str(tmp_path / "file"))
-    np.testing.assert_allclose(logits(load_classifier(folder)), logits(model), rtol=0, atol=1e-4)
 
 
 def test_commands_export_and_predict(plain, tmp_path):
