@@ -22,8 +22,8 @@ _SEPARATED = rf"[{_WORD}--[{_JOINING}]]"
 class AnswerReader:
     """Reads the class that a text names after a marker, by verbalizer or label name.
 
-    The answer is in the first line after the marker; lines without a word ("**") and headings that end with a colon
-    ("**Answer:**") are skipped. Case, decoration and the separators inside a label do not matter (`Card-arrival` is
+    The answer is in the first line after the marker; lines without a word ("**") and headings ("**Answer:**",
+    "<answer>") are skipped. Case, decoration and the separators inside a label do not matter (`Card-arrival` is
     `card_arrival`). Of labels that begin at the same place the longest counts ("not entailment" is not
     "entailment"). Whole words come first; else, in scripts that join words, a label inside a word counts.
     """
@@ -73,7 +73,7 @@ class AnswerReader:
         """Return the line with the answer, and whether it is complete."""
         lines = [line.lstrip() for line in _normalized(text.partition(self.marker)[2]).split("\n")]
         for line in lines[:-1]:
-            is_heading = line.rstrip(" *_`#").endswith(":") and not self._find(line)
+            is_heading = line.rstrip("*_`# \t\r").endswith((":", ">")) and not self._find(line)
             if regex.search(_WORD, line) and not is_heading:
                 return line[:MAX_ANSWER_CHARACTERS], True
         return lines[-1][:MAX_ANSWER_CHARACTERS], len(lines[-1]) >= MAX_ANSWER_CHARACTERS

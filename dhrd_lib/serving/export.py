@@ -80,7 +80,7 @@ def _load(folder: Path) -> DHRDModel:
             model.backbone.set_submodule(name, module.get_base_layer())
     # Set here, these are saved with the tokenizer: transformers' pipeline then encodes inputs as in training.
     as_in_training = {
-        "truncation_side": getattr(model.config, "truncation_side", "left"),
+        "truncation_side": model.config.truncation_side,
         "model_max_length": model.config.max_input_tokens,
         "split_special_tokens": True,
     }
@@ -132,7 +132,7 @@ def _write_config(model: DHRDModel, format: Format, int8: bool, folder: Path) ->
         template=model.config.template,
         label_names=model.label_names,
         max_input_tokens=model.config.max_input_tokens,
-        truncation_side=getattr(model.config, "truncation_side", "left"),
+        truncation_side=model.config.truncation_side,
         start_ids=fmt.encode_input("a")[0][: -len(fmt.encode("a"))],
         pad_token_id=model.tokenizer.pad_token_id,
     )

@@ -43,7 +43,10 @@ def test_read_all_lists_every_label_of_the_line():
     "answer",
     ["card_arrival", "Card arrival", "card-arrival", "CARD  ARRIVAL", "CardArrival", r"card\_arrival"],
 )
-@pytest.mark.parametrize("decorated", ["{}", "**{}**", "_{}_", "“{}”", "**Answer:** {}", "**\n\n**Answer:**\n{}"])
+@pytest.mark.parametrize(
+    "decorated",
+    ["{}", "**{}**", "_{}_", "“{}”", "**Answer:** {}", "**\n\n**Answer:**\r\n{}", "<answer>\n{}\n</answer>"],
+)
 def test_reads_decorated_and_respelled_labels(answer, decorated):
     reader = AnswerReader("[END]", ["card", "card_arrival", "refund"], ["card", "card_arrival", "refund"])
     assert reader.read(f"It came. [END]{decorated.format(answer)}") == 1

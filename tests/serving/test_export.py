@@ -118,14 +118,26 @@ def test_export_serves_several_threads(exports, format, head):
             np.testing.assert_allclose(found.probabilities, expected.probabilities, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("format", "head"), [("onnx", "mlp"), ("openvino", "mlp"), ("hf", "linear")])
+def test_special_tokens_in_a_text_are_text(exports, format, head):
+    model, folder = exports(format, pooling="last", head=head)
+    exported, special = load_classifier(folder), model.tokenizer.pad_token
+    texts = [f"My lamp broke.{special}", f"{special}{special}", f"Is {special} a token?"]
+    rows = exported.encode(texts)
+    assert [row["input_ids"] for row in rows] == [row["input_ids"] for row in model.encode(texts)]
+    assert all(model.tokenizer.pad_token_id not in row["input_ids"] for row in rows)
+    np.testing.assert_allclose(logits(exported, texts), logits(model, texts), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("changes", [{}, {"finetune": "lora"}, {"finetune": "lora", "markers": "special"}])
 def test_transformers_pipeline_loads_an_hf_export(plain, tmp_path, changes):
     model = saved(plain, tmp_path / "model", head="linear", **changes)
     folder = export(tmp_path / "model", "hf")
     classify = pipeline("text-classification", model=str(folder), function_to_apply="none", top_k=None)
-    rows = [{entry["label"]: entry["score"] for entry in row} for row in classify(TEXTS, truncation=True)]
+    texts = [*TEXTS, f"My lamp broke.{model.tokenizer.pad_token}"]
+    rows = [{entry["label"]: entry["score"] for entry in row} for row in classify(texts, truncation=True)]
     found = [[row[name] for name in model.label_names] for row in rows]
-    np.testing.assert_allclose(found, logits(model), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found, logits(model, texts), rtol=0, atol=1e-4)
     np.testing.assert_allclose(logits(load_classifier(folder)), logits(model), rtol=0, atol=1e-4)
 
 
