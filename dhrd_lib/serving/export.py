@@ -122,7 +122,7 @@ def _write_graph(model: DHRDModel, format: Format, int8: bool, folder: Path) -> 
 
 
 def _write_config(model: DHRDModel, format: Format, int8: bool, folder: Path) -> None:
-    fmt, path = model.sequence_format, folder / "config.json"
+    path = folder / "config.json"
     config = ExportConfig(
         format=format,
         precision="int8" if int8 else "float32",
@@ -133,7 +133,7 @@ def _write_config(model: DHRDModel, format: Format, int8: bool, folder: Path) ->
         label_names=model.label_names,
         max_input_tokens=model.config.max_input_tokens,
         truncation_side=model.config.truncation_side,
-        start_ids=fmt.encode_input("a")[0][: -len(fmt.encode("a"))],
+        start_ids=model.sequence_format.start_ids,
         pad_token_id=model.tokenizer.pad_token_id,
     )
     transformers_own = read_json(path) if path.is_file() else {}
