@@ -233,20 +233,11 @@ class DHRDModel(PreTrainedModel):
 
     def lm_loss_sum(self, hidden: torch.Tensor, lm_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum and the token count of the LM loss; training reads the head's weights here alone."""
-        return lm_cross_entropy_sum(
-            hidden,
-            lm_labels,
-            *self._lm_weights(),
-            chunk_tokens=self.config.lm_chunk_tokens,
-            softcap=logit_softcap(self.backbone),
-        )
-
-    def _lm_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight `(V, H)` and bias of the LM head, with the trained rows of special markers where they are."""
-        adapter = getattr(self.lm_head, "token_adapter", None)
-        if adapter is not None:
-            return adapter.get_merged_weights(adapter.active_adapters), None
-        return self.lm_head.weight, self.lm_head.bias
+        weight, bias = self.lm_head.weight, getattr(self.lm_head, "bias", None)  # (V, H), (V,)
+        if adapter := getattr(self.lm_head, "token_adapter", None):  # the trained rows of special markers
+            weight = adapter.get_merged_weights(adapter.active_adapters)
+        chunk_tokens, softcap = self.config.lm_chunk_tokens, logit_softcap(self.backbone)
+        return lm_cross_entropy_sum(hidden, lm_labels, weight, bias, chunk_tokens=chunk_tokens, softcap=softcap)
 
     # ------------------------------------------------------------------ from text
 
@@ -262,7 +253,7 @@ class DHRDModel(PreTrainedModel):
     def logits(self, rows: Sequence[Mapping[str, Any]], max_batch_tokens: int = 4096) -> np.ndarray:
         """Return class logits `(N, K)`, float32, of encoded inputs, in their order; the LM head isn't computed.
 
-        Inputs of like length share a batch of at most `max_batch_tokens` tokens, padding counted. Raises
+        Inputs of similar length share a batch of at most `max_batch_tokens` tokens, padding counted. Raises
         `ConfigError` where the classifier was never trained.
         """
         if not self.config.classifier_trained:
@@ -284,11 +275,7 @@ class DHRDModel(PreTrainedModel):
         return Predictions.from_logits(logits, self.label_names)
 
     def generate_rationale(
-        self,
-        input: str | Mapping[str, Any],
-        max_new_tokens: int = 128,
-        stream: bool = False,
-        **options: Any,
+        self, input: str | Mapping[str, Any], max_new_tokens: int = 128, stream: bool = False, **options: Any
     ) -> str | Iterator[str]:
         """Generate an explanation after `<REASON>` with the reasoning head; the prediction doesn't depend on it.
 
@@ -299,14 +286,12 @@ class DHRDModel(PreTrainedModel):
         (row,) = self.encode(input)
         prompt = row["input_ids"] + self.sequence_format.encode(self.config.reason_marker)
         generation.check_context(self.backbone, [prompt], max_new_tokens)
-        options = {"do_sample": False, "is_complete": lambda text: self.config.answer_marker in text, **options}
+        defaults = {"do_sample": False, "is_complete": lambda text: self.config.answer_marker in text}
+        options = {"max_new_tokens": max_new_tokens, **defaults, **options}
         self.eval()
         if stream:
-            return self._stream_rationale(prompt, max_new_tokens=max_new_tokens, **options)
-        (ids,) = generation.generate(
-            self.backbone, self.tokenizer, [prompt], max_new_tokens=max_new_tokens, **options
-        )
-        return self._rationale(ids)
+            return self._stream_rationale(prompt, **options)
+        return self._rationale(generation.generate(self.backbone, self.tokenizer, [prompt], **options)[0])
 
     def _stream_rationale(self, prompt: list[int], **options: Any) -> Iterator[str]:
         text, n_shown = "", 0
@@ -393,10 +378,18 @@ def build_model(
         markers = SPECIAL_MARKERS
         tokenizer.add_special_tokens({"additional_special_tokens": list(markers)})
         lm.resize_token_embeddings(max(len(tokenizer), lm.get_input_embeddings().num_embeddings))
-    fmt = SequenceFormat(tokenizer, *markers, max_input_tokens, max_rationale_tokens)
-    _check_context(lm, fmt, task.verbalizers)
+    fmt = SequenceFormat(tokenizer, *markers)
+    # Markers and label need a few positions beyond the two limits, and a label may be a whole sentence.
+    after = len(fmt.encode(markers[0])) + max(len(fmt.encode_label(words)) for words in task.verbalizers)
+    needed = max_input_tokens + max_rationale_tokens + max(after, 32)
+    if needed > (context := generation.context_length(lm)):
+        raise ConfigError(
+            f"max_input_tokens={max_input_tokens} and max_rationale_tokens={max_rationale_tokens} need a context "
+            f"of {needed} tokens with markers and label; the backbone's is {context}."
+        )
+    large = lm.num_parameters() >= FULL_FINETUNE_BELOW and config.freeze_layers == 0
     lora = None
-    if uses_lora(config, lm):
+    if config.finetune == "lora" or (config.finetune == "auto" and large):
         lora = {
             "r": config.lora_r,
             "lora_alpha": config.lora_alpha,
@@ -439,13 +432,6 @@ def build_model(
     return model
 
 
-def uses_lora(config: ModelConfig, lm: PreTrainedModel) -> bool:
-    """Return whether the backbone is trained through LoRA; "auto" decides by its size."""
-    if config.finetune != "auto":
-        return config.finetune == "lora"
-    return lm.num_parameters() >= FULL_FINETUNE_BELOW and config.freeze_layers == 0
-
-
 def freeze(model: DHRDModel, n_layers: int) -> None:
     """Freeze the embeddings and the lowest `n_layers` layers; 0 freezes nothing."""
     if not n_layers:
@@ -456,14 +442,3 @@ def freeze(model: DHRDModel, n_layers: int) -> None:
     embeddings = [m for m in decoder_of(model.backbone).modules() if isinstance(m, nn.Embedding)]
     for module in [*embeddings, *layers[:n_layers]]:
         module.requires_grad_(False)
-
-
-def _check_context(lm: PreTrainedModel, fmt: SequenceFormat, verbalizers: Sequence[str]) -> None:
-    # Markers and label need a few positions beyond the two limits, and a label may be a whole sentence.
-    after = len(fmt.encode(fmt.reason_marker)) + max(len(fmt.encode_label(words)) for words in verbalizers)
-    needed = fmt.max_input_tokens + fmt.max_rationale_tokens + max(after, 32)
-    if needed > generation.context_length(lm):
-        raise ConfigError(
-            f"max_input_tokens={fmt.max_input_tokens} and max_rationale_tokens={fmt.max_rationale_tokens} need a "
-            f"context of {needed} tokens with markers and label; the backbone's is {generation.context_length(lm)}."
-        )

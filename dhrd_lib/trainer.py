@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
@@ -17,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from dhrd_lib.config import ConfigError, TrainingConfig
 from dhrd_lib.scaling.fsdp import gathered_lm_head, prepare_fsdp
-from dhrd_lib.scaling.trunk_cache import TrunkStates, skip_layers
+from dhrd_lib.scaling.trunk_cache import skip_layers
 from dhrd_lib.sequences import IGNORE_INDEX
 
 FINITE_WANTED = "expected finite numbers, which a lower learning_rate, alpha or beta may give"
@@ -55,7 +56,7 @@ class LengthGroupedSampler(Sampler[int]):
 class Rows(torch.utils.data.Dataset):
     """Encoded rows for the trainer, each with its cached trunk states where there are any."""
 
-    def __init__(self, rows: Dataset, states: TrunkStates | None = None) -> None:
+    def __init__(self, rows: Dataset, states: Sequence[np.ndarray] | None = None) -> None:
         self.rows, self.states = rows, states
 
     def __len__(self) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,26 +21,12 @@ from tqdm.auto import tqdm
 
 from dhrd_lib.backbones import decoder_of, layers_of
 from dhrd_lib.config import cache_dir
+from dhrd_lib.data.embedded import new_folder
 from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, length_sorted_batches
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.sequences import DHRDCollator
 
 Rows = Sequence[Mapping[str, Any]]
-
-
-class TrunkStates:
-    """The cached states of a list of rows: item i is a float32 array `(S_i, H)`, read from disk."""
-
-    def __init__(self, places: Sequence[tuple[Path, int, int]]) -> None:
-        self._states = {path: np.load(path, mmap_mode="r") for path, _, _ in places}
-        self._places = places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        path, start, length = self._places[row]
-        return self._states[path][start : start + length]
 
 
 class _SkippedLayer(nn.Module):
@@ -95,12 +80,12 @@ def trunk_states(
     return recorded[0]
 
 
-def cached_trunk_states(model: DHRDModel, splits: Mapping[str, Rows], n_layers: int) -> dict[str, TrunkStates]:
-    """Return the states that leave the lowest `n_layers` layers for each split's rows, computed once and kept.
+def cached_trunk_states(model: DHRDModel, splits: Mapping[str, Rows], n_layers: int) -> dict[str, list[np.ndarray]]:
+    """Return, for each split's rows, the float32 states `(S_i, H)` that leave the lowest `n_layers` layers.
 
-    They are kept by a hash of the frozen weights, and within it by the row's `input_ids`, so a changed backbone,
-    template or row never meets old states. Attention is causal: a row also serves for its input alone. Layers are
-    run in evaluation mode: dropout in them is off.
+    They are computed once and kept by a hash of the frozen weights, and within it by the row's `input_ids`, so a
+    changed backbone, template or row never meets old states. Attention is causal: a row also serves for its input
+    alone. Layers are run in evaluation mode: dropout in them is off.
     """
     folder, cached = cache_dir() / "trunk" / _hash_weights(model, n_layers), {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +96,9 @@ def cached_trunk_states(model: DHRDModel, splits: Mapping[str, Rows], n_layers: 
             if missing:
                 _compute(model, list(missing.values()), n_layers, folder)
                 index = _read_index(folder)
-            cached[split] = TrunkStates([index[name] for name in names])
+            files = {path: np.load(path, mmap_mode="r") for path, _, _ in index.values()}
+            places = [index[name] for name in names]
+            cached[split] = [files[path][start : start + length] for path, start, length in places]
     return cached
 
 
@@ -146,30 +133,29 @@ def _compute(model: DHRDModel, rows: Rows, n_layers: int, folder: Path) -> None:
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
     shape = (sum(lengths), model.config.backbone_config.get_text_config().hidden_size)
     collate = DHRDCollator(model.tokenizer.pad_token_id)
-    was_training = model.training
     model.eval()
-    with tempfile.TemporaryDirectory(dir=folder, prefix="part-", ignore_cleanup_errors=True) as name:
-        part, index = Path(name, "part"), {}
-        part.mkdir()
-        states = np.lib.format.open_memmap(part / "states.npy", "w+", dtype=np.float32, shape=shape)
-        with tqdm(total=len(rows), desc=f"states of {n_layers} frozen layers", unit="row") as bar:
-            for places in length_sorted_batches(lengths, MAX_TOKENS_PER_CPU_BATCH):
-                batch = collate([rows[place] for place in places])
-                ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-                computed = trunk_states(model, ids, mask, n_layers).float().cpu().numpy()  # (B, S, H)
-                for place, row in zip(places, computed, strict=True):
-                    states[starts[place] : starts[place] + lengths[place]] = row[: lengths[place]]
-                bar.update(len(places))
-        states.flush()
+    target = folder / _hash_ids([token for row in rows for token in row["input_ids"]])
+    bar = tqdm(total=len(rows), desc=f"states of {n_layers} frozen layers", unit="row")
+    # Written, and not mapped: on a full disk a write raises, where a mapped page would end the process.
+    with new_folder(target) as part, (part / "states.npy").open("wb") as file, bar:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        origin = file.tell()
+        for places in length_sorted_batches(lengths, MAX_TOKENS_PER_CPU_BATCH):
+            batch = collate([rows[place] for place in places])
+            ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+            states = trunk_states(model, ids, mask, n_layers).float().cpu().numpy()  # (B, S, H)
+            for place, row in zip(places, states, strict=True):
+                file.seek(origin + starts[place] * row[0].nbytes)
+                file.write(row[: lengths[place]].tobytes())
+            bar.update(len(places))
+        index = {}
         for row, start in zip(rows, starts, strict=True):
             for ids in (row["input_ids"][: row["input_length"]], row["input_ids"]):
                 index[_hash_ids(ids)] = (start, len(ids))
         (part / "index.json").write_text(json.dumps(index))
-        part.rename(folder / _hash_ids([token for row in rows for token in row["input_ids"]]))
-    model.train(was_training)
 
 
-def logits_from_states(model: DHRDModel, rows: Rows, states: TrunkStates, n_layers: int) -> np.ndarray:
+def logits_from_states(model: DHRDModel, rows: Rows, states: Sequence[np.ndarray], n_layers: int) -> np.ndarray:
     """Return class logits `(N, K)`, float32, of encoded inputs whose trunk states are known, in their order."""
     logits = np.zeros((len(rows), model.config.num_labels), dtype=np.float32)
     for places in length_sorted_batches([len(row["input_ids"]) for row in rows], MAX_TOKENS_PER_CPU_BATCH):

@@ -37,7 +37,7 @@ def rows(model: DHRDModel, rationale: str | None = "money is owed") -> list[dict
     return encode_examples(model.sequence_format, TEXTS, [rationale] * 3, [label] * 3)
 
 
-def cached(model: DHRDModel, rows: list[dict], n_layers: int = 2) -> trunk_cache.TrunkStates:
+def cached(model: DHRDModel, rows: list[dict], n_layers: int = 2) -> list[np.ndarray]:
     return cached_trunk_states(model, {"train": rows}, n_layers)["train"]
 
 
