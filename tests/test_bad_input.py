@@ -435,36 +435,14 @@ def small_run_config(folder: Path) -> None:
     run_config(write(folder / "a.csv", csv_rows())).save(folder / "run.json")
 
 
-def small_grid(folder: Path) -> None:
-    write(folder / "grid.json", json.dumps({"name": "grid", "grid": {"training.seed": [0]}}))
-
-
 A_FILE = "{path} is a file; expected a folder;"
 GOES_ON = "what is stored stays, and the same call goes on from it."
 OUTS = [
-    Case(
-        "an-ablations-results-below-a-file",
-        file("taken", "x"),
-        command("ablate", "pooling", "--runs", "{folder}/runs", "--out", "{path}/new/x.json"),
-        f"{A_FILE} --out may name another file.",
-    ),
-    Case(
-        "an-ablations-results-in-a-folders-place",
-        lambda folder: folder,
-        command("ablate", "pooling", "--runs", "{path}/runs", "--out", "{path}"),
-        "{path} is a folder; expected a file, such as {path}/results.json.",
-    ),
     Case(
         "runs-below-a-file",
         beside_a_file(small_run_config),
         command("train", "{folder}/run.json", "--runs", "{path}/runs"),
         f"{A_FILE} {GOES_ON}",
-    ),
-    Case(
-        "a-grids-runs-in-a-files-place",
-        beside_a_file(small_grid),
-        command("sweep", "{folder}/grid.json", "--runs", "{path}"),
-        f"{A_FILE} another folder of runs may be named.",
     ),
 ]
 

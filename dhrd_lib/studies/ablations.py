@@ -15,7 +15,7 @@ from dhrd_lib.config import HEADS, POOLING_MODES, ConfigError, RunConfig
 from dhrd_lib.cot import CoT, Decoding
 from dhrd_lib.runs import Run, load_run, write_json
 from dhrd_lib.studies import plots, takeaways
-from dhrd_lib.studies.sweeps import Grid, digest, sweep
+from dhrd_lib.studies.sweeps import DEFAULTS, Grid, digest, sweep
 from dhrd_lib.studies.tables import (
     ResultsError,
     by_seed,
@@ -60,8 +60,7 @@ _BASE = {
 # The pooled baseline stayed at chance with 208 and 480 rows, and with a rate of 5e-4 for two seeds of three.
 _SIZES = {"everyday_nli": {"freeze_layers": 20, "max_train_rows": 960, "epochs": 1, "learning_rate": 2e-4}}
 _SIZE_FIELDS = ["backbone", "freeze_layers", "max_train_rows", "epochs", "learning_rate"]
-_SECTIONS = {name: of for name, of in RunConfig().to_dict().items() if isinstance(of, dict)}
-_DEFAULTS = {name: value for of in _SECTIONS.values() for name, value in of.items()}
+_KEYS = {key.split(".")[1]: key for key in DEFAULTS}
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,8 @@ class AblationResult:
         A factor that isn't named has its default in the reference, or its most frequent value if that wasn't run.
         """
         for name in factors(self.table):
-            values = self.table[name]
-            default = _DEFAULTS[name] if _DEFAULTS[name] in set(values) else values.mode()[0]
-            reference.setdefault(name, default)
+            values, default = self.table[name], DEFAULTS[_KEYS[name]]
+            reference.setdefault(name, default if default in set(values) else values.mode()[0])
         compared = compare(self.table, list(reference), reference)
         return compared.drop(columns=["test", "n_rows", "a_only_right", "b_only_right"])
 
@@ -132,9 +130,9 @@ def task_base(task: str = "support_triage", **fields: Any) -> dict[str, Any]:
     """Return the `RunConfig` sections that an ablation's cells share: the task's sizes, with fields set by name."""
     base = {section: dict(of) for section, of in _BASE.items()}
     for name, value in {"task": task, **_SIZES.get(task, {}), **fields}.items():
-        if name not in _DEFAULTS:
-            raise ConfigError(f"{name} is not a field; expected one of {', '.join(_DEFAULTS)}.")
-        base[next(section for section, of in _SECTIONS.items() if name in of)][name] = value
+        if name not in _KEYS:
+            raise ConfigError(f"{name} is not a field; expected one of {', '.join(_KEYS)}.")
+        base[_KEYS[name].split(".")[0]][name] = value
     return base
 
 

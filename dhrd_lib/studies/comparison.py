@@ -47,21 +47,16 @@ def with_baselines(config: RunConfig, seeds: Iterable[int]) -> list[RunConfig]:
 
     Raises `ConfigError` where alpha or beta is 0.
     """
-    weights = config.training.alpha, config.training.beta
-    if 0 in weights:
-        raise ConfigError(f"alpha and beta are {weights[0]} and {weights[1]}; expected both above 0, as in DHRD.")
-    values = config.to_dict()
+    alpha, beta = config.training.alpha, config.training.beta
+    if alpha == 0 or beta == 0:
+        raise ConfigError(f"alpha and beta are {alpha} and {beta}; expected both above 0, as in DHRD.")
     return [
-        RunConfig.from_dict(
-            {
-                **values,
-                "name": f"{config.name}-{setting}-seed{seed}",
-                "training": {**values["training"], "alpha": alpha, "seed": seed},
-            }
+        config.replace(
+            {"name": f"{config.name}-{setting}-seed{seed}", "training.alpha": weight, "training.seed": seed}
         )
         for seed in seeds
         # DHRD first: the cached states of its rows serve the baseline too, whose rows are the inputs alone.
-        for setting, alpha in (("dhrd", weights[0]), ("baseline", 0.0))
+        for setting, weight in (("dhrd", alpha), ("baseline", 0.0))
     ]
 
 
@@ -88,7 +83,7 @@ class Comparison:
         interval), std (over seeds), difference, diff_low, diff_high, p_value (setting minus baseline, seed by seed
         on the same rows; NaN for the baseline).
         """
-        from dhrd_lib.studies.ablations import collect, compare, summarize
+        from dhrd_lib.studies.tables import collect, compare, summarize
 
         keys = ["task", "split", "setting", "n_seeds"]
         rows = collect(self.runs)

@@ -35,6 +35,7 @@ Value = str | bool | int | float | None
 Values = Annotated[
     tuple[Value, ...], Field(min_length=1), BeforeValidator(lambda of: tuple(of) if isinstance(of, list) else of)
 ]
+_DONE = ("finished", "failed")
 _SECTIONS = ("model", "data", "training")
 DEFAULTS = {f"{section}.{k}": v for section in _SECTIONS for k, v in RunConfig().to_dict()[section].items()}
 
@@ -104,6 +105,9 @@ def sweep(
     for run in grid.cells if again else ():
         (root / run / "error.txt").unlink(missing_ok=True)
     run_workers(workers, _train_cells, grid, root, storage)
+    for run in grid.cells:
+        if is_finished(root / run):
+            drop_checkpoints(root / run)  # Those of a process that was killed right after the run's last file.
     return cells(grid, root)
 
 
@@ -163,23 +167,24 @@ def _train_cells(grid: Grid, root: Path, storage: str | None) -> None:
 
 def _train_cell(grid: Grid, root: Path, run: str, storage: str | None) -> bool:
     """Train a cell unless it is finished or failed; return False where another process holds it."""
-    folder = root / run
+    if _state(grid, root, run)[0] in _DONE:
+        return True
     try:
-        if _state(grid, root, run)[0] not in ("finished", "failed"):
-            with run_lock(folder).acquire(timeout=0):
-                if _state(grid, root, run)[0] not in ("finished", "failed"):  # Another process was faster.
-                    try:
-                        train(grid.config(run), root)
-                    except Exception as error:
-                        print(f"{run} failed: {reason_of(error)}")
-                        (folder / "error.txt").write_text(f"{reason_of(error)}\n\n{traceback.format_exc()}")
-                    if storage:
-                        _record(grid, root, storage)
-            gc.collect()  # Else a GPU would hold the last model beside the next one.
+        lock = run_lock(root / run).acquire(timeout=0)
     except Timeout:
         return False
-    if is_finished(folder):
-        drop_checkpoints(folder)  # Those of a process that was killed right after the run's last file.
+    with lock:
+        if _state(grid, root, run)[0] in _DONE:  # Another process was faster.
+            return True
+        try:
+            train(grid.config(run), root)
+        except Exception as error:
+            reason = reason_of(error)
+            print(f"{run} failed: {reason}")
+            (root / run / "error.txt").write_text(f"{reason}\n\n{traceback.format_exc()}", encoding="utf-8")
+        if storage:
+            _record(grid, root, storage)
+    gc.collect()  # Else a GPU would hold the last model beside the next one.
     return True
 
 
