@@ -148,6 +148,8 @@ def _state(grid: Grid, root: Path, run: str) -> tuple[str, str | None]:
 
 def is_free(folder: Path) -> bool:
     """Return whether no process holds the lock of a run's folder."""
+    if not folder.is_dir():
+        return True
     try:
         with run_lock(folder).acquire(timeout=0):
             return True

@@ -170,12 +170,15 @@ def _next_trial(
     """Take the next trial and the lock of its run; one whose process was killed comes first."""
     # Under a lock of the search, a trial is never seen before its run is locked.
     with FileLock(root / f"{search.name}.lock"):
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        free = {run for run in (trial.user_attrs["run"] for trial in running) if is_free(root / run)}
+        # Read after the locks: a process stores its result before it frees its lock.
         trials = study.get_trials(deepcopy=False)
         runs = {trial.user_attrs["run"] for trial in trials}
         queued = {trial.user_attrs["run"] for trial in trials if trial.state == TrialState.WAITING}
         for trial in trials:
             run = trial.user_attrs["run"]
-            if trial.state == TrialState.RUNNING and is_free(root / run):
+            if trial.state == TrialState.RUNNING and run in free:
                 if run not in queued:
                     study.enqueue_trial(trial.params, {"run": run})
                     queued.add(run)
