@@ -106,7 +106,9 @@ def ablate(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
     workers: WORKERS = 1,
     runs: RUNS = Path("runs"),
-    out: Annotated[Path | None, typer.Option(help="File of the results; by default in the folder of runs.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="File of the results; by default in the folder of runs.")
+    ] = None,
 ) -> None:
     """Train the missing cells of an ablation, and store the results for the notebooks.
 

@@ -17,10 +17,8 @@ from typing import Any
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from typer.testing import CliRunner
 
 from dhrd_lib import training
-from dhrd_lib.__main__ import app
 from dhrd_lib.config import (
     DataConfig,
     ModelConfig,
@@ -408,49 +406,10 @@ RUNS = [
     ),
 ]
 
-# --- where results go --------------------------------------------------------------------------------------
-
-
-def command(*arguments: str) -> Callable[[Path], Any]:
-    """The command, with `{path}` for what `build` gave and `{folder}` for where it stands."""
-
-    def call(path: Path) -> Any:
-        given = [argument.format(path=path, folder=path.parent) for argument in arguments]
-        return CliRunner().invoke(app, given, catch_exceptions=False)
-
-    return call
-
-
-def beside_a_file(build: Callable[[Path], Any]) -> Callable[[Path], Path]:
-    """A file where a folder should be, and what `build` makes beside it."""
-
-    def both(folder: Path) -> Path:
-        build(folder)
-        return write(folder / "taken", "x")
-
-    return both
-
-
-def small_run_config(folder: Path) -> None:
-    run_config(write(folder / "a.csv", csv_rows())).save(folder / "run.json")
-
-
-A_FILE = "{path} is a file; expected a folder;"
-GOES_ON = "what is stored stays, and the same call goes on from it."
-OUTS = [
-    Case(
-        "runs-below-a-file",
-        beside_a_file(small_run_config),
-        command("train", "{folder}/run.json", "--runs", "{path}/runs"),
-        f"{A_FILE} {GOES_ON}",
-    ),
-]
-
 REFUSED = {
     "text": TEXTS,
     "rationales": RATIONALES,
     "run": RUNS,
-    "out": OUTS,
 }
 
 
@@ -494,13 +453,6 @@ def copied_checkpoint(folder: Path) -> Path:
 def train_again(runs: Path) -> int:
     return train(RunConfig.load(runs / "run" / "config.json"), runs).metrics["resumed_from_step"]
 
-
-def told_by_the_command(path: Path) -> str:
-    told = CliRunner().invoke(app, ["predict", str(path), "x", "lamp " * 50])
-    return told.stderr.splitlines()[-1]  # after the bar of the weights that are loaded
-
-
-MARKED = b"\xef\xbb\xbf"
 
 ACCEPTED = [
     Case("a-long-text", given_value(["x", "x y " * 99]), lengths, [(1, 0), (16, 280)]),
