@@ -93,8 +93,8 @@ class Api:
         """
         with _plain_errors():
             if beside is not None and run != ZERO_SHOT:
-                found = f"beside is {beside!r}, and run {run!r} has labels of its own"
-                raise ConfigError(f"{found}; expected {ZERO_SHOT!r} as run, or no beside.")
+                problem = f"beside is {beside!r}, and run {run!r} has labels of its own"
+                raise ConfigError(f"{problem}; expected {ZERO_SHOT!r} as run, or no beside.")
             if beside is not None and (other := stored.find_run(self.root, beside).config.data.task) != task:
                 raise ConfigError(f"Run {beside!r} was trained on {other!r}; expected one on {task!r}.")
             for step in self.backend.cot(task, run, texts, max_new_tokens, lambda: False, [beside]):

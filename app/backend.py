@@ -159,8 +159,8 @@ class Backend:
 
     def _classifier(self, name: str) -> DHRDModel:
         if runs.find_run(self.settings.runs, name).config.training.beta == 0:
-            found = f"Run {name!r} was trained without the class loss (beta = 0), so its classifier is untrained"
-            raise ConfigError(f"{found}; expected CoT decoding for it, or another run.")
+            problem = f"Run {name!r} was trained without the class loss (beta = 0), so its classifier is untrained"
+            raise ConfigError(f"{problem}; expected CoT decoding for it, or another run.")
         return self._model(name)
 
     def _model(self, name: str) -> DHRDModel:

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.html import Asked
+from app.html import Comparison
 from app.settings import MAX_WAITING
 
 # One queue for every computation, of the page and of the endpoints; one runs at a time.
@@ -23,7 +23,7 @@ QUEUE_NOTE = f"One computation runs at a time; {MAX_WAITING} more may wait, furt
 class Session:
     """What the page remembers of one visitor: the inputs so far, and whether Stop was pressed."""
 
-    asked: list[Asked] = field(default_factory=list)
+    history: list[Comparison] = field(default_factory=list)
     stopped: Event = field(default_factory=Event)
 
 

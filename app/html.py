@@ -40,7 +40,7 @@ class Card:
         return timed.latency_ms if timed else None
 
 
-class Asked(NamedTuple):
+class Comparison(NamedTuple):
     """One input of the session: the answers by system, and the gold label if known."""
 
     answers: dict[str, Answer]
@@ -187,22 +187,22 @@ def latency_ratio(cards: Mapping[str, Card]) -> list[str]:
     return sentences
 
 
-def tally(asked: Sequence[Asked]) -> str:
+def tally(history: Sequence[Comparison]) -> str:
     """Return the session so far: median latency, accuracy and agreement of the systems."""
-    if not asked:
+    if not history:
         return notice("No input in this session yet.", "empty")
     rows, pairs = [], []
     for name in SYSTEMS:
-        answers = [(one.answers[name], one.gold) for one in asked if name in one.answers]
+        answers = [(entry.answers[name], entry.gold) for entry in history if name in entry.answers]
         known = [answer.label == gold for answer, gold in answers if gold is not None]
         if answers:
             median = duration(statistics.median(answer.latency_ms for answer, _ in answers))
             row = {"system": name, "inputs": len(answers), "median latency": median}
             rows.append({**row, "correct": f"{sum(known)} of {len(known)}" if known else "—"})
     for a, b in combinations(SYSTEMS, 2):
-        labels = [(one.answers[a].label, one.answers[b].label) for one in asked if {a, b} <= set(one.answers)]
-        if labels:
-            same = sum(one == other and one is not None for one, other in labels)
-            pairs.append(f"<li>{text(f'{a} and {b} agree on {same} of {len(labels)}')}</li>")
+        both = [entry.answers for entry in history if {a, b} <= set(entry.answers)]
+        if both:
+            same = sum(answers[a].label == answers[b].label is not None for answers in both)
+            pairs.append(f"<li>{text(f'{a} and {b} agree on {same} of {len(both)}')}</li>")
     note = "Correct predictions are counted where the gold label is known"
     return f'{table(rows, note)}<ul class="agreement">{"".join(pairs)}</ul>'

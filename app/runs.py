@@ -106,8 +106,8 @@ def check_comparable(root: Path, picked: Iterable[str | None]) -> None:
         ):
             if of_first != of_second:
                 one, other = (", ".join(map(repr, names)) for names in (of_first, of_second))
-                found = f"Run {first!r} has the {kind} {one}, and run {second!r} {other}"
-                raise ConfigError(f"{found}; expected runs with the same {kind}, to compare them.")
+                problem = f"Run {first!r} has the {kind} {one}, and run {second!r} {other}"
+                raise ConfigError(f"{problem}; expected runs with the same {kind}, to compare them.")
 
 
 def examples(root: Path, task: str, picked: Sequence[str | None] = ()) -> list[Example]:
@@ -151,19 +151,19 @@ def runs_table(root: Path) -> pd.DataFrame:
 
 def metrics_by_split(run: Run) -> list[dict[str, str]]:
     """Return one row per split: rows and metric with its 95% bootstrap interval."""
-    metrics, rows = run.metrics["task_metrics"], []
+    metrics, table = run.metrics["task_metrics"], []
     for split in run.metrics["splits"]:
-        found, interval = run.predictions(split).sort_values("idx"), "none: answers by CoT decoding"
+        rows, interval = run.predictions(split).sort_values("idx"), "none: answers by CoT decoding"
         if run.config.training.beta > 0:
-            groups = found["group"] if found["group"].notna().all() else None
-            interval = str(bootstrap_interval(metrics, found["label_id"], found["prediction_id"], groups))
+            groups = rows["group"] if rows["group"].notna().all() else None
+            interval = str(bootstrap_interval(metrics, rows["label_id"], rows["prediction_id"], groups))
         name = f"{' and '.join(metrics)} [95% interval]"
-        rows.append({"split": split, "rows": f"{len(found):,}", name: interval})
-    return rows
+        table.append({"split": split, "rows": f"{len(rows):,}", name: interval})
+    return table
 
 
 def loss_figure(picked: Run, runs: Iterable[Run]) -> go.Figure:
-    """Return the loss curves of a run beside those of its task and seed, one run per other setting."""
+    """Return the loss curves of a run and of one run per other setting, of the same task and seed."""
     by_setting = {picked.config.training.setting: picked}
     for run in runs:
         if (run.config.data.task, run.config.training.seed) == (
@@ -189,8 +189,8 @@ def ablation(results: Path, name: str) -> AblationResult:
 
 def ablation_table(result: AblationResult) -> pd.DataFrame:
     """Return one row per setting and split: its factors, mean over seeds and 95% interval, in percent."""
-    found = result.summary()
+    rows = result.summary()
     percent = {"value": "metric (%)", "low": "low (%)", "high": "high (%)", "std": "std (points)"}
     for column in percent:
-        found[column] = (100 * found[column]).round(1)
-    return found.rename(columns=percent)
+        rows[column] = (100 * rows[column]).round(1)
+    return rows.rename(columns=percent)

@@ -31,8 +31,8 @@ def never() -> bool:
 
 def last(steps: Iterable) -> Any:
     """Return the last of some steps."""
-    *_, found = steps
-    return found
+    *_, step = steps
+    return step
 
 
 def store_runs(root: Path, *names: str) -> Path:

@@ -50,7 +50,7 @@ class Result:
     @property
     def class_ids(self) -> dict[str, np.ndarray]:
         """The predicted class indices (N,) by system."""
-        return {name: found.predictions.probabilities.argmax(1) for name, found in self.predictions.items()}
+        return {name: rows.predictions.probabilities.argmax(1) for name, rows in self.predictions.items()}
 
 
 def read_table(path: str | Path) -> Table:
@@ -79,8 +79,8 @@ def gold_of(table: Table, task: Task, column: str) -> np.ndarray:
     gold = pd.Index(task.label_names).get_indexer(labels)
     if (gold < 0).any():
         row = int((gold < 0).argmax())
-        found = f"{table.name}, row {row + 1} has the label {labels.iloc[row]!r}"
-        raise TaskError(f"{found}; expected one of {', '.join(map(repr, task.label_names))}.")
+        problem = f"{table.name}, row {row + 1} has the label {labels.iloc[row]!r}"
+        raise TaskError(f"{problem}; expected one of {', '.join(map(repr, task.label_names))}.")
     return gold
 
 
@@ -98,16 +98,16 @@ def frame(result: Result, every_label: bool = False) -> pd.DataFrame:
     table = pd.DataFrame({"row": range(1, len(result.texts) + 1)})
     if result.gold is not None:
         table["gold"] = np.array(result.task.label_names)[result.gold]
-    for system, found in result.predictions.items():
-        table[system] = found.predictions.labels
-        table[f"{system} p"] = found.predictions.probabilities.max(1).round(4)
+    for system, rows in result.predictions.items():
+        table[system] = rows.predictions.labels
+        table[f"{system} p"] = rows.predictions.probabilities.max(1).round(4)
     if len(result.predictions) == 2:
         a, b = (table[system] for system in result.predictions)
         table["agree"] = np.where(a == b, "yes", "no")
-    # The texts come last: they are long, and the predictions are to be seen beside them.
+    # The texts come last: they are long, and the predictions stay in view next to the row number.
     table = table.assign(**result.texts.reset_index(drop=True))
-    for system, found in result.predictions.items() if every_label else ():
-        for label, probabilities in zip(result.task.label_names, found.predictions.probabilities.T, strict=True):
+    for system, rows in result.predictions.items() if every_label else ():
+        for label, probabilities in zip(result.task.label_names, rows.predictions.probabilities.T, strict=True):
             table[f"{system} p({label})"] = probabilities.round(6)
     return table
 
@@ -127,16 +127,16 @@ def _metrics(task: Task) -> tuple[str, ...]:
 
 def summary(result: Result) -> list[dict[str, str]]:
     """Return one row per system: metric with 95% interval (if gold is known), throughput, truncations."""
-    metrics, rows = _metrics(result.task), []
+    metrics, table = _metrics(result.task), []
     name = metrics[0] if len(metrics) == 1 else f"mean of {' and '.join(metrics)}"
-    for system, found in result.predictions.items():
+    for system, rows in result.predictions.items():
         row = {"system": system}
         if result.gold is not None:
             row[f"{name} [95% interval]"] = str(bootstrap_interval(metrics, result.gold, result.class_ids[system]))
-        row["rows per second"] = f"{len(result.texts) / found.seconds:,.1f}"
-        row["truncated inputs"] = f"{found.inputs_cut:,}"
-        rows.append(row)
-    return rows
+        row["rows per second"] = f"{len(result.texts) / rows.seconds:,.1f}"
+        row["truncated inputs"] = f"{rows.inputs_cut:,}"
+        table.append(row)
+    return table
 
 
 def difference(result: Result) -> str:
@@ -147,9 +147,9 @@ def difference(result: Result) -> str:
     disagreement = f"The two systems disagree on {(a != b).sum():,} of {len(a):,} rows."
     if result.gold is None:
         return disagreement
-    found = paired_comparison(_metrics(result.task), result.gold, a, b)
-    test = f"p = {found.p_value:.3f} ({found.test})"
-    return f"{disagreement} DHRD minus pooled baseline: {found} points, {test}; one run each."
+    comparison = paired_comparison(_metrics(result.task), result.gold, a, b)
+    test = f"p = {comparison.p_value:.3f} ({comparison.test})"
+    return f"{disagreement} DHRD minus pooled baseline: {comparison} points, {test}; one run each."
 
 
 def confusion_figures(result: Result) -> list[go.Figure]:
@@ -185,7 +185,7 @@ class BatchTab:
             self.stop = gr.Button("Stop", variant="stop", interactive=False, min_width=100)
             self.run = gr.Button("Classify", variant="primary", interactive=False, min_width=150)
         self.status = gr.HTML(html.notice("No file yet.", "empty"), elem_id="batch-status")
-        with gr.Column(visible=False) as self.found:
+        with gr.Column(visible=False) as self.outcome:
             self.figures = gr.HTML(elem_id="batch-figures")
             self.only = gr.Checkbox(label="Only disagreements")
             self.rows = gr.Dataframe(
@@ -200,12 +200,12 @@ class BatchTab:
 
     def _connect(self) -> None:
         mapping = [self.fields, *self.columns, self.label]
-        shown = [self.table, self.status, self.found, self.run, *mapping]
+        shown = [self.table, self.status, self.outcome, self.run, *mapping]
         self.file.change(self._on_file, [self.file, self.task, *self.picked], shown, **QUIET)
         known = [self.table, self.fields, self.task, *self.picked]
         changes = [self.task.change, *(run.change for run in self.picked)]
         gr.on(changes, self._on_picked, known, mapping, **QUIET)
-        outputs = [self.status, self.found, self.result, self.figures, self.csv, self.jsonl, *self.confusion]
+        outputs = [self.status, self.outcome, self.result, self.figures, self.csv, self.jsonl, *self.confusion]
         inputs = [self.table, self.task, *self.picked, *self.columns, self.label]
         buttons = (self.run, self.stop)
         ran = connect_computation([self.run.click], self._on_run, inputs, outputs, buttons, self.status)
@@ -258,7 +258,7 @@ class BatchTab:
         figures = html.table(summary(result)) + f"<p>{html.text(difference(result))}</p>"
         plots = [gr.Plot(figure, visible=True) for figure in confusion_figures(result)]
         plots += [gr.Plot(visible=False)] * (2 - len(plots))
-        # Gradio copies the files to its own cache, which it clears, before it asks for what comes after them.
+        # Gradio copies the files to its own cache, which it clears, before it takes the generator's next item.
         with tempfile.TemporaryDirectory(prefix="dhrd-app-") as folder:
             files = map(str, save(result, Path(folder)))
             status = html.notice(f"{len(texts):,} rows classified.")

@@ -14,7 +14,7 @@ from app import html
 from app import runs as stored
 from app.backend import ZERO_SHOT, Backend, Stream
 from app.events import QUIET, Session, connect_computation
-from app.html import SYSTEMS, Asked, Card
+from app.html import SYSTEMS, Card, Comparison
 from app.settings import MAX_CHARACTERS, MAX_FIELDS, MAX_NEW_TOKENS
 from dhrd_lib.config import WorkbenchError
 from dhrd_lib.runs import Run
@@ -23,7 +23,7 @@ from dhrd_lib.tasks import Task
 NO_RUN = "No trained run for this task yet."
 _SETTINGS = {"pooled baseline": "pooled baseline", "DHRD": "DHRD", "CoT": "reasoning only"}
 _UPDATE_SECONDS = 0.05  # A faster decoder shows several tokens at once.
-_KEPT_ASKED = 500
+_MAX_HISTORY = 500
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def compare(backend: Backend, question: Question, session: Session) -> Iterator[
             card.state, card.note = "failed", str(error)
         yield cards
     answers = {name: card.answer for name, card in cards.items() if card.answer}
-    session.asked = [*session.asked, Asked(answers, question.gold)][-_KEPT_ASKED:]
+    session.history = [*session.history, Comparison(answers, question.gold)][-_MAX_HISTORY:]
     yield cards
 
 
@@ -166,17 +166,17 @@ class CompareTab:
 
     def _on_picked(self, task: str, index: int | None, gold: str | None, *picked: str | None) -> list[Any]:
         """Another run may read other texts and labels; what was typed stays."""
-        found = stored.examples(self.root, task, picked)
-        if index is None or index >= len(found) or found[index].gold != gold:
+        examples = stored.examples(self.root, task, picked)
+        if index is None or index >= len(examples) or examples[index].gold != gold:
             index = gold = None
         boxes = [gr.Textbox(**box) for box in _boxes(stored.task_for(self.root, task, picked))]
         return [gr.Dropdown(**{**self._examples(task, picked), "value": index}), gold, *boxes]
 
     def _on_example(self, task: str, index: int | None, *picked: str | None) -> list[Any]:
-        found = stored.examples(self.root, task, picked)
-        if index is None or index >= len(found):  # The data may have changed since the page was made.
+        examples = stored.examples(self.root, task, picked)
+        if index is None or index >= len(examples):  # The data may have changed since the page was made.
             return [gr.skip()] * (1 + MAX_FIELDS)
-        return [found[index].gold, *[*found[index].texts.values(), *[""] * MAX_FIELDS][:MAX_FIELDS]]
+        return [examples[index].gold, *[*examples[index].texts.values(), *[""] * MAX_FIELDS][:MAX_FIELDS]]
 
     def _on_compare(
         self, session: Session, task: str, gold: str | None, rationale: bool, budget: float, *picked_and_texts: Any
@@ -192,7 +192,7 @@ class CompareTab:
         question = Question(task, by_field, gold, runs, int(budget), rationale)
         for cards in compare(self.backend, question, session):
             yield html.comparison(cards, gold), gr.skip()
-        yield gr.skip(), html.tally(session.asked)
+        yield gr.skip(), html.tally(session.history)
 
     def _examples(self, task: str, picked: Sequence[str | None]) -> dict[str, Any]:
         titles = [(one.title, index) for index, one in enumerate(stored.examples(self.root, task, picked))]

@@ -52,22 +52,22 @@ def test_runs_lists_stored_runs(client):
 
 
 def test_classify_matches_backend(client, settings):
-    found = client.predict(DHRD, TEXTS, api_name="/classify")
+    actual = client.predict(DHRD, TEXTS, api_name="/classify")
     expected = Backend(settings).classify(DHRD, TEXTS)
-    assert found["label"] == expected.label
-    assert found["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
-    assert found["latency_ms"] > 0
-    assert (found["tokens_read"], found["tokens_written"], found["tokens_cut"]) == (expected.tokens_read, 0, 0)
+    assert actual["label"] == expected.label
+    assert actual["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
+    assert actual["latency_ms"] > 0
+    assert (actual["tokens_read"], actual["tokens_written"], actual["tokens_cut"]) == (expected.tokens_read, 0, 0)
     assert client.predict(DHRD, TEXTS["text"], api_name="/classify")["label"] == expected.label
 
 
 def test_rows_keep_their_order(client):
     rows = [{"text": f"{TEXTS['text']} {n}"} for n in range(20)]
-    found = client.predict(DHRD, rows, api_name="/classify_rows")
+    actual = client.predict(DHRD, rows, api_name="/classify_rows")
     alone = [client.predict(DHRD, row, api_name="/classify")["label"] for row in rows[:3]]
-    assert found["labels"][:3] == alone
-    assert len(found["probabilities"]) == 20
-    assert set(found) == {"labels", "probabilities", "seconds", "inputs_cut"}
+    assert actual["labels"][:3] == alone
+    assert len(actual["probabilities"]) == 20
+    assert set(actual) == {"labels", "probabilities", "seconds", "inputs_cut"}
 
 
 def test_cot_streams_and_ends_with_answer(client):

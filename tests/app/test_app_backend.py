@@ -32,19 +32,19 @@ def backend(root) -> Backend:
 def test_classify_matches_model(backend, root):
     model = DHRDModel.from_pretrained(root / DHRD / "model")
     expected = model.predict([TEXTS])
-    found = backend.classify(DHRD, TEXTS)
-    assert found.label == expected.labels[0]
-    np.testing.assert_allclose(list(found.probabilities.values()), expected.probabilities[0], atol=1e-6)
-    assert list(found.probabilities) == model.label_names
-    assert (found.tokens_read > 10, found.tokens_cut, found.tokens_written) == (True, 0, 0)
-    assert found.latency_ms > 0
-    assert backend.classify(DHRD, TEXTS["text"]).probabilities == found.probabilities
+    actual = backend.classify(DHRD, TEXTS)
+    assert actual.label == expected.labels[0]
+    np.testing.assert_allclose(list(actual.probabilities.values()), expected.probabilities[0], atol=1e-6)
+    assert list(actual.probabilities) == model.label_names
+    assert (actual.tokens_read > 10, actual.tokens_cut, actual.tokens_written) == (True, 0, 0)
+    assert actual.latency_ms > 0
+    assert backend.classify(DHRD, TEXTS["text"]).probabilities == actual.probabilities
 
 
 def test_truncated_tokens_are_counted(backend):
-    found = backend.classify(DHRD, {"text": "lamp " * 200})
-    assert found.tokens_read == 64
-    assert found.tokens_cut > 0
+    actual = backend.classify(DHRD, {"text": "lamp " * 200})
+    assert actual.tokens_read == 64
+    assert actual.tokens_cut > 0
 
 
 def test_rows_match_single_inputs(backend):
@@ -82,10 +82,10 @@ def test_retrained_run_replaces_model_in_memory(tmp_path):
     with pytest.raises(ConfigError, match="There is no finished run"):
         backend.classify(DHRD, TEXTS)
     store_runs(root, BASELINE, DHRD)  # of another seed
-    found = backend.classify(DHRD, TEXTS).probabilities
+    actual = backend.classify(DHRD, TEXTS).probabilities
     expected = DHRDModel.from_pretrained(root / DHRD / "model").predict([TEXTS]).probabilities[0]
-    np.testing.assert_allclose(list(found.values()), expected, atol=1e-6)
-    assert found != before
+    np.testing.assert_allclose(list(actual.values()), expected, atol=1e-6)
+    assert actual != before
     gc.collect()
     assert old() is None
 

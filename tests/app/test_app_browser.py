@@ -161,10 +161,10 @@ def test_file_is_classified_filtered_and_downloaded(page, tmp_path):
     assert "[95% interval]" in page.inner_text("#batch-figures")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download as JSONL").click()
-    download.value.save_as(tmp_path / "found.jsonl")
-    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
-    differ = sum(row["agree"] == "no" for row in found)
-    assert len(found) == 30
+    download.value.save_as(tmp_path / "actual.jsonl")
+    actual = [json.loads(line) for line in (tmp_path / "actual.jsonl").read_text().splitlines()]
+    differ = sum(row["agree"] == "no" for row in actual)
+    assert len(actual) == 30
     assert 0 < differ < 30
     page.get_by_label("Only disagreements").check()
     page.get_by_text(f"{differ} rows", exact=True).first.wait_for()

@@ -10,7 +10,7 @@ from app import html
 from app import runs as stored
 from app.backend import ZERO_SHOT, Answer, Backend, Stream
 from app.events import Session
-from app.html import SYSTEMS, Asked, Card
+from app.html import SYSTEMS, Card, Comparison
 from app.settings import MAX_FIELDS, Settings
 from app.tabs.compare import NO_RUN, CompareTab, Question, compare
 
@@ -42,7 +42,7 @@ def test_three_systems_answer_and_session_counts_them(backend):
     session = Session()
     cards = last(compare(backend, question(), session))
     assert states(cards) == dict.fromkeys(SYSTEMS, "done")
-    assert set(session.asked[0].answers) == set(SYSTEMS)
+    assert set(session.history[0].answers) == set(SYSTEMS)
     assert cards["DHRD"].stream is None
 
 
@@ -81,7 +81,7 @@ def test_stop_ends_cot_at_next_token(backend):
             seen.append(cards["CoT"].stream.tokens)
     assert cards["CoT"].state == "stopped"
     assert max(seen) < 200
-    assert "CoT" not in session.asked[0].answers
+    assert "CoT" not in session.history[0].answers
 
 
 def test_stop_while_waiting_skips_cot(backend):
@@ -112,9 +112,9 @@ def test_tally_has_medians_accuracy_and_agreement():
         return Answer(label, {}, ms, 9)
 
     asked = [
-        Asked({"DHRD": answer("fix", 10), "CoT": answer("fix", 1000)}, "fix"),
-        Asked({"DHRD": answer("fix", 30), "CoT": answer(None, 3000)}, "refund"),
-        Asked({"DHRD": answer("fix", 20)}, None),
+        Comparison({"DHRD": answer("fix", 10), "CoT": answer("fix", 1000)}, "fix"),
+        Comparison({"DHRD": answer("fix", 30), "CoT": answer(None, 3000)}, "refund"),
+        Comparison({"DHRD": answer("fix", 20)}, None),
     ]
     page = html.tally(asked)
     assert "<td>DHRD</td><td>3</td><td>20 ms</td><td>1 of 2</td>" in page

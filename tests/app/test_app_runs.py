@@ -50,12 +50,12 @@ class TestStoredRuns:
         backend = Backend(Settings(runs=root, backbone="tiny"))
         for name in ("first", DHRD):
             expected = DHRDModel.from_pretrained(root / name / "model").predict([TEXTS]).probabilities[0]
-            found = list(backend.classify(name, TEXTS).probabilities.values())
-            np.testing.assert_allclose(found, expected, atol=1e-6)
+            actual = list(backend.classify(name, TEXTS).probabilities.values())
+            np.testing.assert_allclose(actual, expected, atol=1e-6)
 
     def test_examples_take_labels_in_turn(self, root):
-        found = stored.examples(root, "support_triage")
-        assert {example.gold for example in found[:5]} == set(TASK.label_names)
+        actual = stored.examples(root, "support_triage")
+        assert {example.gold for example in actual[:5]} == set(TASK.label_names)
 
     def test_examples_follow_their_data(self, tmp_path):
         path, rows = tmp_path / "rows.csv", {"text": ["old one", "old two"] * 20, "label": ["a", "b"] * 20}

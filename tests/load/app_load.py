@@ -50,7 +50,13 @@ async def call(client: httpx.AsyncClient, name: str, data: list) -> str:
 
 
 async def user(
-    number: int, client: httpx.AsyncClient, run: dict, until: float, tokens: int, pause: float, found: Measurements
+    number: int,
+    client: httpx.AsyncClient,
+    run: dict,
+    until: float,
+    tokens: int,
+    pause: float,
+    measured: Measurements,
 ) -> None:
     """Call until the time is up, with a pause after each call, and half a second after a rejected one."""
     calls = number
@@ -64,23 +70,23 @@ async def user(
             outcome = await call(client, name, data)
         except httpx.HTTPError as error:
             outcome = type(error).__name__
-        found.outcomes[outcome] += 1
+        measured.outcomes[outcome] += 1
         if outcome == "answered":
-            found.seconds[name].append(time.perf_counter() - started)
+            measured.seconds[name].append(time.perf_counter() - started)
         await asyncio.sleep(0.5 if outcome == "busy" else pause)
 
 
-async def watch(pid: int, until: float, found: Measurements) -> None:
+async def watch(pid: int, until: float, measured: Measurements) -> None:
     """Record the server's memory twice a second."""
     process = psutil.Process(pid)
     while time.perf_counter() < until:
-        found.memory_mib.append(process.memory_info().rss / 2**20)
+        measured.memory_mib.append(process.memory_info().rss / 2**20)
         await asyncio.sleep(0.5)
 
 
 async def load(address: str, users: int, seconds: float, tokens: int, pause: float, pid: int) -> dict:
     """Warm up, let the users call, and summarize."""
-    found, limits = Measurements(), httpx.Limits(max_connections=2 * users)
+    measured, limits = Measurements(), httpx.Limits(max_connections=2 * users)
     async with httpx.AsyncClient(base_url=address, timeout=300, limits=limits) as client:
         joined = await client.post("/gradio_api/call/runs", json={"data": []})
         answer = await client.get(f"/gradio_api/call/runs/{joined.json()['event_id']}")
@@ -91,24 +97,24 @@ async def load(address: str, users: int, seconds: float, tokens: int, pause: flo
         ):
             assert await call(client, name, data) == "answered"
         until = time.perf_counter() + seconds
-        calling = [user(number, client, run, until, tokens, pause, found) for number in range(users)]
-        await asyncio.gather(watch(pid, until, found), *calling)
-    return summary(found)
+        calling = [user(number, client, run, until, tokens, pause, measured) for number in range(users)]
+        await asyncio.gather(watch(pid, until, measured), *calling)
+    return summary(measured)
 
 
-def summary(found: Measurements) -> dict:
+def summary(measured: Measurements) -> dict:
     """Return outcomes, latency percentiles and memory of a load."""
     latencies = {
         f"{name}_{part}_ms": round(1000 * float(np.percentile(seconds, percent)))
-        for name, seconds in found.seconds.items()
+        for name, seconds in measured.seconds.items()
         if seconds
         for part, percent in (("p50", 50), ("p95", 95))
     }
-    memory = found.memory_mib
+    memory = measured.memory_mib
     third = len(memory) // 3
     growth = np.mean(memory[-third:]) - np.mean(memory[third : 2 * third])
     return {
-        "outcomes": dict(found.outcomes),
+        "outcomes": dict(measured.outcomes),
         **latencies,
         "memory_mib": {"start": round(memory[0]), "end": round(memory[-1]), "most": round(max(memory))},
         "memory_by_tenth_mib": [round(float(part.mean()), 1) for part in np.array_split(memory, 10)],
