@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from conftest import tiny_backbone
@@ -64,20 +62,15 @@ def store_run(
     config.save(folder / "config.json")
     write_json(folder / "environment.json", environment(torch.device("cpu")))
     pd.DataFrame(_HISTORY).to_json(folder / "history.jsonl", orient="records", lines=True)
+    names = known.label_names
+    labels = [names[n % len(names)] for n in range(20)]
+    predicted = [label if n < 10 + seed else names[0] for n, label in enumerate(labels)]
+    columns = {"idx": map(str, range(20)), "input_text": "x", "label": labels, "prediction": predicted}
+    uniform = [[1 / len(names)] * len(names)] * 20
+    rows = pd.DataFrame({**columns, "probabilities": uniform, "group": None, "rationale": None})
     for split in ("dev", "test"):
-        _predictions(seed, known.label_names).to_json(
-            folder / f"predictions_{split}.jsonl", orient="records", lines=True
-        )
+        rows.to_json(folder / f"predictions_{split}.jsonl", orient="records", lines=True)
     splits = {split: {"accuracy": 0.5, "primary": 0.5} for split in ("dev", "test")}
     totals = {"steps": 2, "best_step": 2, "train_seconds": 1.0, "train_tokens": 10, "tokens_per_second": 10.0}
-    sequences = {"train": {"rows": 8}}
-    facts = {"task_metrics": ["accuracy"], "label_names": list(known.label_names), "splits": splits}
-    (folder / "metrics.json").write_text(json.dumps({**facts, **totals, "sequences": sequences}))
-
-
-def _predictions(seed: int, label_names: tuple[str, ...]) -> pd.DataFrame:
-    labels = np.array(label_names)[np.arange(20) % len(label_names)]
-    predicted = np.where(np.arange(20) < 10 + seed, labels, label_names[0])
-    columns = {"idx": map(str, range(20)), "input_text": "x", "label": labels, "prediction": predicted}
-    uniform = [1 / len(label_names)] * len(label_names)
-    return pd.DataFrame({**columns, "probabilities": [uniform] * 20, "group": None, "rationale": None})
+    facts = {"task_metrics": ["accuracy"], "label_names": names, "sequences": {"train": {"rows": 8}}}
+    write_json(folder / "metrics.json", {**facts, "splits": splits, **totals})

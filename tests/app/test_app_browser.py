@@ -80,25 +80,23 @@ def upload(page, name: str, content: str) -> None:
     page.locator("input[type=file]").set_input_files(file)
 
 
-def test_compare_shows_answers_latencies_and_tally(page):
-    compare(page, "My lamp broke.")
+def test_compare_by_keyboard_shows_answers_latencies_and_tally(page):
+    page.get_by_label("text", exact=True).focus()
+    page.keyboard.type("My lamp broke.")
+    page.keyboard.press("Shift+Enter")
     page.wait_for_function(THREE_ANSWERS)
     assert "Speed-up of DHRD over CoT" in page.inner_text("#comparison .words")
     page.wait_for_selector("#tally table")
     assert page.locator("#comparison .latency .bar-row").count() == 4
 
 
-def test_example_sets_text_and_gold(page):
+def test_example_has_gold_and_rationale_streams(page):
     page.get_by_label("Test example (gold label: text)").click()
     page.locator("ul[role=listbox] li").nth(2).click()
     page.wait_for_function("document.querySelector('textarea').value.length > 10")
+    page.get_by_label("Show the reasoning head's rationale").check()
     page.get_by_role("button", name="Compare", exact=True).click()
     page.wait_for_selector("#comparison .mark")
-
-
-def test_rationale_streams_on_dhrd_card(page):
-    page.get_by_label("Show the reasoning head's rationale").check()
-    compare(page, "My lamp broke.")
     card = page.get_by_label("DHRD", exact=True)
     card.locator(".stream").wait_for()
     assert "does not depend on it" in card.inner_text()
@@ -127,13 +125,6 @@ def test_stop_ends_cot_and_enables_compare(page, slow_cot):
     page.get_by_text("Stopped: no prediction.").wait_for()
     page.wait_for_function("!document.querySelector('#comparison .cursor')")
     sync_api.expect(page.get_by_role("button", name="Compare", exact=True)).to_be_enabled()
-
-
-def test_keyboard_alone_is_enough(page):
-    page.get_by_label("text", exact=True).focus()
-    page.keyboard.type("My lamp broke.")
-    page.keyboard.press("Shift+Enter")
-    page.wait_for_function(THREE_ANSWERS)
 
 
 def test_script_tags_stay_text(page):
@@ -171,25 +162,13 @@ def test_file_is_classified_filtered_and_downloaded(page, tmp_path):
     page.wait_for_selector(".js-plotly-plot")
 
 
-def test_bad_file_is_one_sentence(page):
-    upload(page, "rows.csv", "text,label\nx\n")
-    page.wait_for_selector("#batch-status .error")
-    assert "rows.csv, line 2" in page.inner_text("#batch-status")
-
-
-def test_runs_tab_shows_table_card_and_curves(page):
+def test_runs_tab_shows_table_card_and_curves_from_this_server_alone(page, address):
     page.get_by_role("tab", name="Runs").click()
     page.wait_for_selector("#model-card .model-card")
     page.wait_for_selector(".js-plotly-plot")
     assert "tiny-dhrd" in page.inner_text("#runs-table")
     assert "No ablation's results" in page.inner_text("#ablation-status")
-
-
-def test_nothing_is_requested_from_another_server(page, address):
-    page.get_by_role("tab", name="Runs").click()
-    page.wait_for_selector(".js-plotly-plot")
-    local = (address, "data:", "blob:")
-    assert [url for url in page.asked if not url.startswith(local)] == []
+    assert [url for url in page.asked if not url.startswith((address, "data:", "blob:"))] == []
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -72,9 +72,6 @@ def test_path_that_was_not_uploaded_is_not_read(page, address, settings):
         assert answer.status_code == 500
         assert "was not uploaded" in answer.text
         assert "secret" not in answer.text
-
-
-def test_no_file_but_an_upload_is_served(address, settings):
     for path in (settings.runs / BASELINE / "config.json", "/etc/passwd", "README.md"):
         assert httpx.get(f"{address}/gradio_api/file={path}").status_code in (403, 404)
 
