@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dhrd_lib.studies import plots, tables
+from dhrd_lib.studies import tables
 from dhrd_lib.studies.statistics import bootstrap_interval
 from dhrd_lib.studies.tables import ResultsError, compare, one_factor, summarize
 from dhrd_lib.widgets import AblationDashboard
@@ -128,25 +128,3 @@ def test_dashboard_shows_the_chosen_runs():
     assert set(runs.customdata[:, 0]) == {"a1.0-s0", "a1.0-s1", "a1.0-s0-mean", "a1.0-s1-mean"}
     dashboard.controls["metric"].value = "macro_f1"
     assert list(dashboard.drawn().data[0].y) == [100, pytest.approx(100 / 3)]
-
-
-def test_numeric_factor_has_line_and_band():
-    table = two_factors().assign(series="all")
-    last = table[table["pooling"] == "last"]
-    summary = summarize(last, ["alpha", "series"]).assign(low=0.8, high=0.9)
-    band, means, _ = plots.factor_effect(summary, tables.by_seed(last), "alpha").data
-    assert list(band.y) == [90, 90, 80, 80]
-    assert means.mode == "lines+markers"
-    assert list(means.x) == [0, 1]
-
-
-def test_heat_map_has_mean_of_each_pair_of_weights():
-    rows = [(0.0, 0.5, 0.4), (1.0, 0.5, 0.5), (0.0, 1.0, 0.6), (1.0, 1.0, 0.7)]
-    summary = pd.DataFrame(rows, columns=["alpha", "beta", "value"]).assign(low=0.1, high=0.9)
-    figure = plots.weight_heat_map(summary)
-    (cells,) = figure.data
-    assert cells.z.tolist() == [[40, 50], [60, 70]]
-    assert cells.text[1][1] == "70.0%<br>[10.0, 90.0]"
-    assert (list(cells.x), list(cells.y)) == (["0", "1"], ["0.5", "1"])
-    assert figure.layout.xaxis.title.text
-    assert figure.layout.yaxis.title.text

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import time
 from typing import Any
 
 import optuna
 import pytest
-from conftest import ROOT
 from typer.testing import CliRunner
+from workers import finish, launch
 
 from dhrd_lib.__main__ import app
 from dhrd_lib.config import ConfigError, WorkbenchError
@@ -40,31 +37,6 @@ def record_trained(monkeypatch) -> list[str]:
     return begun
 
 
-WORKER = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from dhrd_lib import trainer
-from dhrd_lib.studies.tuning import Search, tune
-step = trainer.DHRDTrainer.training_step
-def dies(self, *args, **kwargs):
-    if self.state.global_step == 2 and os.environ.get("DIES"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *args, **kwargs)
-trainer.DHRDTrainer.training_step = dies
-print("READY", flush=True)
-tune(Search.load(sys.argv[1]), sys.argv[2])
-"""
-
-
-def launch(folder: Path, search: Search, **environment: str) -> subprocess.Popen:
-    (folder / "worker.py").write_text(WORKER)
-    search.save(folder / "search.json")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, folder / "worker.py", folder / "search.json", folder / "runs"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def test_resumed_search_samples_as_an_uninterrupted_one(tmp_path, monkeypatch):
     whole = tune(a_search(n_trials=3), tmp_path / "whole").table()
     begun = record_trained(monkeypatch)
@@ -88,9 +60,7 @@ def test_resumed_search_samples_as_an_uninterrupted_one(tmp_path, monkeypatch):
 @pytest.mark.timeout(120)
 def test_killed_trial_resumes(tmp_path):
     search = a_search()
-    killed = launch(tmp_path, search, DIES="1")
-    killed.communicate(timeout=100)
-    assert killed.returncode == -signal.SIGKILL
+    finish(launch(tmp_path, search, DIES="1"), -signal.SIGKILL)
     result = tune(search, tmp_path / "runs")
     table = result.table()
     assert table["state"].tolist() == ["finished"] * 2
@@ -106,13 +76,13 @@ def test_killed_trial_resumes(tmp_path):
 def test_processes_share_a_search(tmp_path, monkeypatch):
     search = a_search(n_trials=8)
     other = launch(tmp_path, search)
-    other.stdout.readline()
+    while not list(tmp_path.glob("runs/*/config.json")):
+        time.sleep(0.1)
     begun = record_trained(monkeypatch)
     table = tune(search, tmp_path / "runs").table()
-    assert other.wait(timeout=60) == 0, other.stderr.read()
     assert table["state"].tolist() == ["finished"] * 8
     assert table["learning_rate"].is_unique
-    assert len(begun) < 8
+    assert sorted(begun + finish(other)) == table["run"].tolist()
 
 
 def test_trial_that_falls_behind_is_pruned(tmp_path, monkeypatch):
