@@ -57,10 +57,6 @@ def superglue_row(name, n):
             "sentence2": "The bank is muddy.",
             "idx": n,
             "label": truth,
-            "start1": 0,
-            "start2": 4,
-            "end1": 4,
-            "end2": 8,
             "version": 1.1,
         },
         "wsc": {
@@ -145,12 +141,6 @@ def test_hub_and_files_have_the_same_rows(name, superglue_dir, monkeypatch):
         assert from_hub[split].to_list() == from_files[split].to_list()
 
 
-def test_data_folder_comes_from_the_environment(superglue_dir, monkeypatch):
-    monkeypatch.setenv("DHRD_DATA_DIR", str(superglue_dir))
-    monkeypatch.chdir(superglue_dir / "CB")
-    assert len(load_task("rte")[1]["validation"]) == 6
-
-
 def test_multirc_groups_answers_and_keeps_paragraphs_whole(superglue_dir):
     _, data = load_task("multirc", superglue_dir)
     row = data["validation"][3]
@@ -175,11 +165,7 @@ def test_wsc_marks_the_pronoun_nearest_to_its_index(superglue_dir):
     ("name", "row", "message"),
     [
         ("rte", {"premise": "x", "hypothesis": "y", "idx": 1}, "row 2 .*'label'"),
-        (
-            "rte",
-            {"premise": "x", "hypothesis": "y", "idx": 1, "label": "maybe"},
-            "has the label 'maybe' in row 2",
-        ),
+        ("cb", {"premise": "x", "hypothesis": "y", "idx": 1, "label": "?"}, "has the label '[?]' in row 2"),
         ("boolq", {"question": "x", "passage": "y", "idx": 1, "label": -1}, "has the label '-1' in row 2"),
         ("multirc", {"idx": 1, "passage": "flat"}, "row 2 isn't in SuperGLUE's format"),
         ("wsc", {**superglue_row("wsc", 1), "text": "No pronoun."}, "row 2 isn't in SuperGLUE's format"),
@@ -191,8 +177,10 @@ def test_row_of_another_format_is_named(name, row, message, superglue_dir):
         load_task(name, superglue_dir)
 
 
-def test_missing_file_is_named(tmp_path):
-    assert "CB" in refusal("cb", data_dir=tmp_path)
+def test_data_folder_comes_from_the_environment(superglue_dir, monkeypatch):
+    monkeypatch.setenv("DHRD_DATA_DIR", str(superglue_dir))
+    assert len(load_task("rte")[1]["validation"]) == 6
+    assert "none/CB" in refusal("cb", data_dir=superglue_dir / "none")
 
 
 def test_without_network_other_sources_are_named(monkeypatch):

@@ -54,14 +54,8 @@ def test_task_ends_its_input_in_words_and_has_distinct_verbalizers(task):
     words = dict.fromkeys(task.fields, "word")
     assert task.render(words) == task.template.format(**words)
     assert len(set(task.verbalizers)) == len(task.label_names) == len(task.verbalizers)
+    assert task.metrics == {"cb": ("macro_f1", "accuracy"), "multirc": ("f1a", "em")}.get(task.name, ("accuracy",))
     assert "\nAnswer:" not in task.template
-
-
-def test_cb_and_multirc_have_two_metrics_and_others_accuracy():
-    metrics = {name: task.metrics for name, task in TASKS.items()}
-    assert metrics.pop("cb") == ("macro_f1", "accuracy")
-    assert metrics.pop("multirc") == ("f1a", "em")
-    assert set(metrics.values()) == {("accuracy",)}
 
 
 @pytest.mark.parametrize(
@@ -82,19 +76,11 @@ def test_embedded_sets_are_balanced_with_rationales_and_no_overlap(name, sizes, 
         assert all(text and text.strip() for text in rows["rationale"])
         assert len(set(rows["idx"])) == len(rows) == len({text.casefold() for text in rows["input_text"]})
         assert set(rows["group"]) == {None}
+        if name == "everyday_nli":  # each premise with every label
+            assert set(Counter(rows["premise"]).values()) == {3}
+            assert len({*zip(rows["premise"], rows["label"], strict=True)}) == len(rows)
     seen = Counter(text for rows in data.values() for text in {text.casefold() for text in rows[column]})
     assert max(seen.values()) == 1
-
-
-def test_everyday_nli_has_every_label_once_per_premise():
-    for rows in load_task("everyday_nli")[1].values():
-        assert set(Counter(rows["premise"]).values()) == {3}
-        assert len(set(zip(rows["premise"], rows["label"], strict=True))) == len(rows)
-
-
-def test_new_domain_of_support_triage_is_new():
-    _, data = load_task("support_triage")
-    assert not set(data["test_new_domain"]["domain"]) & {*data["train"]["domain"], *data["dev"]["domain"]}
 
 
 def test_file_options_are_refused_for_a_named_task():
@@ -135,20 +121,13 @@ def test_columns_of_our_names_need_no_naming(tmp_path):
 
 
 def test_several_text_columns_are_labeled_lines(tmp_path):
-    path = str(write_jsonl(tmp_path / "a.jsonl", reviews()))
-    options = {"text": ("review", "shop"), "label": "stars"}
-    assert load_task(path, **options)[0].template == "Review: {review}\nShop: {shop}"
-    task, data = load_task(path, **options, template="{shop} writes: {review}")
-    assert data["train"][0]["input_text"] == "s0 writes: Kettle 0 boils."
-    assert task.fields == ("shop", "review")
-
-
-def test_column_names_with_dots_and_spaces_are_templates(tmp_path):
     rows = [{"review.text": f"t{n}", "the title": f"u{n}", "label": "ab"[n % 2]} for n in range(20)]
-    task, data = load_task(str(write_jsonl(tmp_path / "a.jsonl", rows)), text=("review.text", "the title"))
-    assert task.fields == ("review.text", "the title")
-    row = data["train"][0]
-    assert row["input_text"] == f"Review.text: {row['review.text']}\nThe title: {row['the title']}"
+    path, text = str(write_jsonl(tmp_path / "a.jsonl", rows)), ("review.text", "the title")
+    task, data = load_task(path, text=text)
+    assert task.fields == text
+    assert data["train"][0]["input_text"] == "Review.text: t0\nThe title: u0"
+    task, data = load_task(path, text=text, template="{the title}: {review.text}")
+    assert (task.fields, data["train"][0]["input_text"]) == (text[::-1], "u0: t0")
 
 
 def test_missing_rationales_are_none_and_one_text_may_be_empty(tmp_path):
