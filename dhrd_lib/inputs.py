@@ -18,8 +18,6 @@ from dhrd_lib.config import WorkbenchError
 
 # What a prompt asks for between rationale and answer.
 SENTINEL = "[END OF REASONING]"
-# As Python objects, rows and tokens take several times their place in Arrow: so many at once are held as such.
-ROWS_A_PART = 1000
 # With more, the activations of a layer of SmolLM2's size leave the cache; 16 x 80 tokens at once were 8% slower.
 MAX_TOKENS_PER_CPU_BATCH = 512
 
