@@ -97,19 +97,19 @@ def test_every_command_has_an_example_in_its_help():
         assert command.rich_help_panel
 
 
-def test_readme_commands_work_on_the_readme_run(tmp_path, monkeypatch):
+def test_train_predict_and_export_from_the_shell(tmp_path, monkeypatch):
     config = tiny(RunConfig(name="mine"))
-    config = config.replace({"data.task": "my.csv", "data.text": ("title", "body"), "data.label": "queue"})
+    columns = {"data.text": ("title", "body"), "data.label": "queue", "data.rationale": "why"}
     rows = [f"Lamp {i},It {('broke', 'is late')[i % 2]}.,{('fix', 'send')[i % 2]},why {i}" for i in range(80)]
     monkeypatch.chdir(tmp_path)
     Path("my.csv").write_text("\n".join(["title,body,queue,why", *rows]))
-    train(config.replace({"data.rationale": "why"}))
+    config.replace({"data.task": "my.csv", **columns}).save("config.json")
+    assert "test accuracy" in invoke("train", "config.json")
     output = invoke("predict", "runs/mine", "--row", '{"title": "Lamp", "body": "It came broken."}')
     assert re.fullmatch(r"title,body,prediction,probability\nLamp,It came broken.,(fix|send),0\.\d+\n", output)
     invoke("export", "runs/mine", "--format", "openvino")
-    exported = invoke("predict", "runs/mine/export-openvino", "my.csv")
-    assert exported.splitlines()[0] == "title,body,queue,why,prediction,probability"
-    assert len(exported.splitlines()) == 81
+    exported = invoke("predict", "runs/mine/export-openvino", "my.csv").splitlines()
+    assert (exported[0], len(exported)) == ("title,body,queue,why,prediction,probability", 81)
     with pytest.raises(ConfigError, match="expected 'last' and 'linear'"):
         invoke("export", "runs/mine", "--format", "hf")
 
@@ -131,15 +131,11 @@ class TestPredict:
     @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
     @pytest.mark.parametrize("option", [(), ("--file",)], ids=["positional", "option"])
     def test_files_are_read_as_files(self, saved, tmp_path, suffix, option):
-        table, path, out = (
-            pd.DataFrame({"id": range(3), "text": AWKWARD}),
-            tmp_path / f"rows{suffix}",
-            tmp_path / "o.csv",
-        )
+        table, path = pd.DataFrame({"id": range(3), "text": AWKWARD}), tmp_path / f"rows{suffix}"
         write = {".csv": table.to_csv, ".parquet": table.to_parquet}.get(suffix)
         write(path, index=False) if write else table.to_json(path, orient="records", lines=True)
-        assert invoke("predict", saved, *option, path, "--out", out) == ""
-        written = pd.read_csv(out)
+        assert invoke("predict", saved, *option, path, "--out", tmp_path / "labels.csv") == ""
+        written = pd.read_csv(tmp_path / "labels.csv")
         assert list(written) == ["id", "text", "prediction", "probability"]
         assert written["text"].tolist() == AWKWARD
 
@@ -164,10 +160,7 @@ class TestPredict:
             (["--row", '{"text": "x"}', "--row", "[1]"], "--row 2 is [1]; expected an object of fields."),
             (["--row", '{"body": "x"}'], "input 1 lacks 'text'"),
             (["nowhere.csv"], "nowhere.csv: no such file"),
-            (
-                ["--file", ROOT / "dhrd_lib" / "data" / "everyday_nli" / "test.jsonl"],
-                "test.jsonl lacks text; expected",
-            ),
+            (["--file", ROOT / "dhrd_lib/data/everyday_nli/test.jsonl"], "test.jsonl lacks text; expected"),
         ],
     )
     def test_invalid_inputs_are_refused(self, saved, given, sentence):
@@ -185,15 +178,6 @@ class TestPredict:
             invoke("predict", run.folder, "Why?")
 
 
-def test_train_and_predict_from_a_config_file(tmp_path):
-    tiny(comparison.comparison("quick")[0]).replace({"name": "mine"}).save(tmp_path / "config.json")
-    assert "test accuracy" in invoke("train", tmp_path / "config.json", "--runs", tmp_path / "runs")
-    output = invoke("predict", tmp_path / "runs" / "mine", "My lamp came broken.")
-    assert re.search(r"\nMy lamp came broken\.,(refund|replace|fix|explain|escalate),0\.\d+\n", output)
-
-
 def test_help_imports_neither_torch_nor_datasets():
-    script = (
-        "import sys; from dhrd_lib import __main__; print([n for n in ('torch', 'datasets') if n in sys.modules])"
-    )
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
+    script = "import dhrd_lib.__main__, sys; print({'torch', 'datasets'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"

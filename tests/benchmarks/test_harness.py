@@ -79,17 +79,14 @@ class TestMeasure:
         assert [setting for _, setting, _ in fakes.log[-2:]] == [4, 1]  # latency has batches of 1
         assert result.row()["queries_per_second"] == pytest.approx(4.0)
 
-    def test_slow_system_joins_few_rounds(self, fakes):
+    def test_slow_systems_take_part_as_limited(self, fakes):
         slow = fakes.system("slow", {1: 10.0}, rounds=2, queries_per_round=1)
-        results = measure([fakes.system("a"), slow], TEXTS, rounds=4, latency_queries=2)
-        assert results[1].queries == [1, 1]
+        batched = fakes.system("batched", rounds=1, latency_queries=1)
+        results = measure([fakes.system("a"), slow, batched], TEXTS, rounds=4, latency_queries=2)
+        assert [result.queries for result in results] == [[3] * 4, [1, 1], [3]]
         assert results[1].latency_seconds == [10.0, 10.0]  # from the rounds
         assert [name for name, *_ in fakes.log].count("slow") == 1 + 2
-
-    def test_latency_queries_can_be_limited(self, fakes):
-        slow = fakes.system("slow", latency_queries=1)
-        results = measure([fakes.system("a"), slow], TEXTS, rounds=1, latency_queries=3)
-        assert [len(result.latency_seconds) for result in results] == [3, 1]
+        assert len(results[2].latency_seconds) == 1
 
     def test_probe_replaces_answer_until_the_rounds(self, fakes):
         probe = fakes.system("probe", {1: 1.0, 2: 0.5}).answer
@@ -185,12 +182,6 @@ class TestSystems:
         lengths = [len(cot.encode_prompt(text)) for text in TEXTS[:3]]
         assert tokens == (sum(lengths), 3 * max(lengths), 60)
         assert [len(row[0]) for row in system.probe(TEXTS[:3], 3)[0].samples] == [8] * 3
-
-    def test_lm_head_alone_generates_nothing(self, model):
-        system = harness.lm_head_system("LM head", CoT.from_model(model))
-        answers = system.answer(TEXTS[:3], 1)
-        assert answers.prediction_ids.shape == (3,)
-        assert system.count(TEXTS[:3], 1, answers).written == 0
 
     def test_mixed_texts_are_seeded_and_balanced(self, monkeypatch):
         monkeypatch.delenv("DHRD_DATA_DIR", raising=False)

@@ -1,4 +1,4 @@
-"""The widgets in a real JupyterLab: what is drawn anew is seen, and stays in the saved notebook."""
+"""The widgets in a real JupyterLab: figures are redrawn, and stay in the saved notebook."""
 
 from __future__ import annotations
 
@@ -25,28 +25,21 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine (set CHROMIUM to its path)"),
 ]
 PLOTLY = "application/vnd.plotly.v1+json"
-CURVES = f"""
-import json, sys
-sys.path.insert(0, {str(ROOT)!r})
+CURVES = """
+import json
 from pathlib import Path
-from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from dhrd_lib.training import train
+from dhrd_lib import RunConfig, train
 from dhrd_lib.widgets import LiveLossCurves
-rows = [{{"text": f"case {{i}}", "label": "ab"[i % 2], "rationale": f"why {{i}}"}} for i in range(40)]
+rows = [{"text": f"case {i}", "label": "ab"[i % 2], "rationale": f"why {i}"} for i in range(40)]
 Path("rows.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
-config = RunConfig(
-    name="tiny",
-    model=ModelConfig(backbone="tiny", device="cpu"),
-    data=DataConfig(task="rows.jsonl", dev_fraction=0.3),
-    training=TrainingConfig(epochs=1, batch_size=4, logging_steps=1),
-)
+data, training = {"task": "rows.jsonl", "dev_fraction": 0.3}, {"epochs": 1, "batch_size": 4, "logging_steps": 1}
+config = RunConfig(name="tiny", model={"backbone": "tiny", "device": "cpu"}, data=data, training=training)
 run = train(config, "runs", callbacks=[LiveLossCurves(seconds_between=0)])
 """
 DASHBOARD = f"""
-from dhrd_lib.studies import tables
+from dhrd_lib import run_ablation
 from dhrd_lib.widgets import AblationDashboard
-stored = tables.load_results({str(ROOT / "notebooks" / "results" / "ablation_pooling_support_triage.json")!r})
-AblationDashboard(stored)
+AblationDashboard(run_ablation("pooling", stored={str(ROOT / "notebooks" / "results")!r}).table)
 """
 DRAWN_POINTS = """
 expected => [...document.querySelector('.jp-CodeCell').querySelectorAll('.js-plotly-plot')].some(
@@ -57,10 +50,11 @@ expected => [...document.querySelector('.jp-CodeCell').querySelectorAll('.js-plo
 
 @contextmanager
 def jupyterlab(folder: Path) -> Iterator[str]:
-    """The address of a JupyterLab over a folder."""
+    """Yield the address of a JupyterLab on a folder."""
     options = ["--no-browser", "--allow-root", "--port=0", "--IdentityProvider.token=", f"--notebook-dir={folder}"]
     options += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(folder / ".config"), "DHRD_CACHE": str(folder / ".cache")}
+    env["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "jupyter", "lab", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=folder) as server:
         try:
@@ -74,7 +68,7 @@ def saved_figures(path: Path) -> list[dict]:
     return [output["data"][PLOTLY] for output in outputs if PLOTLY in output.get("data", {})]
 
 
-def test_jupyterlab_draws_live_curves_and_the_dashboard_anew_and_saves_them_as_they_were_last(tmp_path):
+def test_jupyterlab_redraws_and_saves_figures(tmp_path):
     path = tmp_path / "widgets.ipynb"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in (CURVES, DASHBOARD)])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
