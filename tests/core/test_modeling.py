@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dhrd_lib import generation
 from dhrd_lib.backbones import decoder_of, layers_of, load_backbone
 from dhrd_lib.config import POOLING_MODES, ConfigError, ModelConfig
-from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, TaskError, length_sorted_batches
+from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, TaskError
 from dhrd_lib.modeling import DHRDModel, build_model, pool
 from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, encode_example
 
@@ -48,16 +48,12 @@ def model(request, task) -> DHRDModel:
     return tiny_model(task, request.param)
 
 
-def test_class_logits_ignore_an_appended_rationale(model):
+def test_class_logits_ignore_rationale_padding_and_batch(model):
     alone, followed = forward(model, rows(model, False)), forward(model, rows(model, True))
     torch.testing.assert_close(followed.logits, alone.logits, **EXACT)
     assert alone.logits.std(0).max() > 1e-4  # The texts do give different logits.
-
-
-def test_class_logits_ignore_padding_and_batch(model):
-    together = forward(model, rows(model, False)).logits
     one_by_one = torch.cat([forward(model, [row]).logits for row in rows(model, False)])
-    torch.testing.assert_close(together, one_by_one, **EXACT)
+    torch.testing.assert_close(one_by_one, alone.logits, **EXACT)
 
 
 @pytest.mark.parametrize("pooling", POOLING_MODES)
@@ -71,15 +67,11 @@ def test_pooling_sees_the_input_span_alone(task, pooling):
 
 def test_predict_keeps_logits_of_training_and_order(model):
     expected = forward(model, rows(model, True)).logits.softmax(-1)
+    hook = model.lm_head.register_forward_hook(lambda *_: pytest.fail("the LM head ran"))
     labels, probabilities = model.predict(TEXTS, max_batch_tokens=64)
+    hook.remove()
     torch.testing.assert_close(torch.from_numpy(probabilities), expected, **EXACT)
     assert labels == [model.label_names[i] for i in expected.argmax(-1)]
-
-
-def test_predict_names_an_empty_input(model):
-    with pytest.raises(TaskError, match="input 3 has no text"):
-        model.predict([*TEXTS[:2], " "])
-    assert model.predict([]).probabilities.shape == (0, 3)
 
 
 def test_predict_takes_one_input_or_a_frame(task):
@@ -90,6 +82,12 @@ def test_predict_takes_one_input_or_a_frame(task):
         assert model.predict(inputs).labels == labels
     for one in (TEXTS[0], {"text": TEXTS[0]}):
         np.testing.assert_allclose(model.predict(one).probabilities, probabilities[:1], **EXACT)
+    assert model.predict([]).probabilities.shape == (0, 3)
+    with pytest.raises(TaskError, match="input 3 has no text"):
+        model.predict([*TEXTS[:2], " "])
+    model.config.classifier_trained = False
+    with pytest.raises(ConfigError, match="classifier is untrained"):
+        model.predict(TEXTS)
 
 
 def test_saved_truncation_side_cuts_as_in_training(task, tmp_path):
@@ -111,19 +109,6 @@ def test_class_weights_weigh_rows_by_their_label(task):
     torch.testing.assert_close(weighted, (weights * one_by_one).sum() / 3)
 
 
-def test_untrained_classifier_does_not_predict(task):
-    model = tiny_model(task)
-    model.config.classifier_trained = False
-    with pytest.raises(ConfigError, match="classifier is untrained"):
-        model.predict(TEXTS)
-
-
-def test_predict_does_not_run_the_lm_head(task):
-    model = tiny_model(task)
-    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the LM head ran"))
-    assert len(model.predict(TEXTS).labels) == 3
-
-
 def test_lm_loss_equals_the_backbones_loss(model):
     batch = DHRDCollator(model.tokenizer.pad_token_id)(rows(model, True))
     own = model.backbone(
@@ -142,11 +127,7 @@ def test_any_texts_give_a_finite_loss_and_gradient(task, drawn):
     fmt, made = model.sequence_format, []
     for text, rationale, label in drawn:
         verbalizer = None if rationale is None else task.verbalizers[label]
-        row = encode_example(fmt, f"Customer: {text}", rationale, verbalizer)
-        assert row["input_length"] + row["input_tokens_cut"] == len(
-            fmt.encode_texts([f"Customer: {text}"]).popitem()[1]
-        )
-        made.append({**row, "class_labels": label})
+        made.append({**encode_example(fmt, f"Customer: {text}", rationale, verbalizer), "class_labels": label})
     loss = model(**DHRDCollator(model.tokenizer.pad_token_id)(made)).loss
     model.zero_grad()
     loss.backward()
@@ -233,11 +214,6 @@ def test_build_model_keeps_pretrained_weights(task):
     assert all(torch.equal(kept[name], tensor) for name, tensor in own.items())
 
 
-def test_heads_have_two_layers_or_one(task):
-    assert [type(layer).__name__ for layer in tiny_model(task).classifier] == ["Linear", "GELU", "Linear"]
-    assert type(tiny_model(task, head="linear").classifier) is torch.nn.Linear
-
-
 def test_lora_trains_seven_projections_and_classifier(task):
     model = tiny_model(task, finetune="lora", lora_r=2)
     trained = {name.split(".lora_")[0].rsplit(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
@@ -257,19 +233,11 @@ def test_special_markers_have_trainable_rows_with_lora(task):
     assert row["input_ids"][row["input_length"]] == marker
     batch = DHRDCollator(model.tokenizer.pad_token_id)([{**row, "class_labels": 0}])
     model(**batch).loss.backward()
-    (gradient,) = [p.grad for n, p in model.named_parameters() if "trainable_tokens" in n]
-    assert (gradient.abs().sum(1) > 0).all()
-
-
-def test_trained_marker_rows_reach_the_lm_loss(task):
-    model = tiny_model(task, finetune="lora", markers="special")
-    row = {**encode_example(model.sequence_format, "text", "why", "fix"), "class_labels": 0}
-    for name, parameter in model.named_parameters():
-        if "trainable_tokens" in name:
-            torch.nn.init.normal_(parameter)
-    batch = DHRDCollator(model.tokenizer.pad_token_id)([row])
+    (rows,) = [p for n, p in model.named_parameters() if "trainable_tokens" in n]
+    assert (rows.grad.abs().sum(1) > 0).all()
+    torch.nn.init.normal_(rows)
     own = model.backbone(input_ids=batch["input_ids"], labels=batch["lm_labels"]).loss
-    torch.testing.assert_close(forward(model, [row]).lm_loss, own.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(**batch).lm_loss, own, rtol=1e-5, atol=1e-5)
 
 
 def test_freeze_layers_freezes_embedding_and_lowest_layers(model, task, request):
@@ -305,6 +273,8 @@ def test_rationale_continues_from_the_reason_marker(task):
     expected = model.tokenizer.decode(generated[0, len(prompt) :], skip_special_tokens=True)
     expected = expected.split("\nAnswer:")[0].strip()
     assert model.generate_rationale(TEXTS[0], max_new_tokens=20) == expected
+    with pytest.raises(ConfigError, match="backbone's context is 2048"):
+        model.generate_rationale(TEXTS[0], max_new_tokens=2048)
     assert "".join(model.generate_rationale(TEXTS[0], max_new_tokens=20, stream=True)) == expected
 
 
@@ -317,25 +287,6 @@ def test_rationale_ends_before_the_answer_marker(task, monkeypatch):
     pieces = list(model.generate_rationale(TEXTS[0], stream=True))
     assert "".join(pieces) == "money is owed"
     assert len(pieces) > 1
-
-
-def test_rationale_beyond_the_context_is_refused(task):
-    with pytest.raises(ConfigError, match="backbone's context is 2048"):
-        tiny_model(task).generate_rationale(TEXTS[0], max_new_tokens=2048)
-
-
-def test_length_sorted_batches_keep_the_token_budget():
-    lengths = [5, 40, 7, 7, 100, 1, 12]
-    batches = list(length_sorted_batches(lengths, 50))
-    assert sorted(place for batch in batches for place in batch) == list(range(7))
-    assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= 50 for b in batches)
-    assert batches[0] == [4]
-
-
-def test_batch_size_changes_no_probability(task):
-    model = tiny_model(task)
-    small, large = model.predict(TEXTS, max_batch_tokens=1), model.predict(TEXTS, max_batch_tokens=10_000)
-    np.testing.assert_allclose(small.probabilities, large.probabilities, atol=1e-5)
 
 
 def test_logits_splits_cpu_batches_by_tokens(task):

@@ -63,19 +63,12 @@ def test_row_is_input_reason_rationale_answer_label(fmt):
     assert row["input_ids"] == ids(fmt, "My lamp broke.", REASON, " It came broken.", ANSWER, " refund")
     assert row["input_length"] == len(ids(fmt, "My lamp broke."))
     assert row["lm_labels"] == [IGNORE_INDEX, *row["input_ids"][1:]]
-
-
-def test_lm_span_leaves_out_input_and_reason_marker(fmt):
-    row = encode_example(replace(fmt, lm_span="rationale_label"), "My lamp broke.", "It came broken.", "refund")
+    narrow = encode_example(replace(fmt, lm_span="rationale_label"), "My lamp broke.", "It came broken.", "refund")
     unsupervised = ids(fmt, "My lamp broke.", REASON)
-    supervised = ids(fmt, " It came broken.", ANSWER, " refund")
-    assert row["lm_labels"] == [IGNORE_INDEX] * len(unsupervised) + supervised
-
-
-def test_input_alone_has_no_lm_label(fmt):
-    row = encode_example(fmt, "My lamp broke.")
-    assert row["input_ids"] == ids(fmt, "My lamp broke.")
-    assert set(row["lm_labels"]) == {IGNORE_INDEX}
+    assert narrow["lm_labels"] == [IGNORE_INDEX] * len(unsupervised) + row["input_ids"][len(unsupervised) :]
+    alone = encode_example(fmt, "My lamp broke.")
+    assert alone["input_ids"] == ids(fmt, "My lamp broke.")
+    assert set(alone["lm_labels"]) == {IGNORE_INDEX}
 
 
 def test_start_token_of_the_tokenizer_starts_the_input(fmt, started):
@@ -168,13 +161,9 @@ def test_split_reports_what_is_cut_and_missing(fmt):
     assert report.tokens == sum(map(len, encoded["input_ids"]))
     assert report.lm_tokens == sum(t != IGNORE_INDEX for row in encoded["lm_labels"] for t in row)
     assert "1 inputs and 3 rationales cut, 1 rows without a rationale" in str(report)
-
-
-def test_row_without_rationale_trains_the_class_head_alone(fmt):
-    encoded, _ = encode_split(split([None, *RATIONALES[1:]]), fmt, VERBALIZERS, with_rationale=True)
-    assert encoded[0]["input_ids"] == ids(fmt, "first text")
-    assert set(encoded[0]["lm_labels"]) == {IGNORE_INDEX}
-    assert encoded[0]["class_labels"] == 0
+    assert encoded.features["input_ids"] == encoded.features["lm_labels"] == List(Value("int32"))
+    assert encoded[0]["input_length"] == len(encoded[0]["input_ids"])  # It has no rationale,
+    assert set(encoded[0]["lm_labels"]) == {IGNORE_INDEX}  # and trains the classifier alone.
 
 
 LONG = "one two three four five six seven eight nine ten"
@@ -208,11 +197,6 @@ def test_input_without_a_token_is_refused(fmt):
     empty = Dataset.from_dict({"input_text": ["some", ""], "label": [0, 1], "rationale": ["r", "r"]})
     with pytest.raises(TaskError, match="input is empty"):
         encode_split(empty, fmt, VERBALIZERS, with_rationale=True)
-
-
-def test_ids_and_labels_take_four_bytes_each(fmt):
-    encoded, _ = encode_split(split(), fmt, VERBALIZERS, with_rationale=True)
-    assert encoded.features["input_ids"] == encoded.features["lm_labels"] == List(Value("int32"))
 
 
 # ------------------------------------------------------------------ alignment
