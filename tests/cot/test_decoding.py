@@ -58,22 +58,17 @@ class TestPrompts:
         rest = [token for part in (" Because.", "\nAnswer:", " fix") for token in ids(model, part)]
         assert row["input_ids"] == cot.encode_prompt(text) + rest
 
-    def test_zero_shot_prompt_names_labels_and_sentinel(self, task):
-        zero = CoT.from_backbone(tiny_backbone("llama"), task)
-        text = zero.tokenizer.decode(zero.encode_prompt("Customer: Why?"))
-        assert all(part in text for part in ("fix, refund, explain", SENTINEL, "Customer: Why?"))
-        assert zero.name == "zero-shot"
-
     def test_examples_are_earlier_turns_of_the_chat(self, task):
         backbone = tiny_backbone("llama")
         backbone.tokenizer.chat_template = "{% for m in messages %}({{ m.role }}){{ m.content }}{% endfor %}"
         example = {"input_text": "It broke.", "rationale": "It can be repaired.", "label": 0}
-        shots = CoT.from_backbone(backbone, task, [example])
-        text = shots.tokenizer.decode(shots.encode_prompt("Why?"))
-        for part in ("(user)", "It broke.", f"(assistant)It can be repaired. {SENTINEL} fix", "(user)", "Why?"):
-            assert part in text
-            text = text.partition(part)[2]
-        assert shots.name == "1-shot"
+        zero, one = (CoT.from_backbone(backbone, task, examples) for examples in ([], [example]))
+        turn = f"It broke.\n\nLet's think step by step.(assistant)It can be repaired. {SENTINEL} fix(user)"
+        text = one.tokenizer.decode(one.encode_prompt("Why?"))
+        assert turn in text
+        assert "one of: fix, refund, explain." in text
+        assert text.endswith(zero.tokenizer.decode(zero.encode_prompt("Why?")))
+        assert (zero.name, one.name) == ("zero-shot", "1-shot")
 
     def test_examples_are_seeded_and_alternate_labels(self):
         train = Dataset.from_list(
@@ -140,10 +135,6 @@ class TestDecoding:
         assert [len(step.samples[0][0]) for step in steps] == list(range(1, 25))
         with pytest.raises(ConfigError, match="n_samples is 2"):
             next(cot.stream(TEXTS[0], SHORT.replace({"n_samples": 2})))
-
-    def test_prompt_beyond_the_context_is_refused(self, cot):
-        with pytest.raises(ConfigError, match="context is 2048"):
-            cot.generate(TEXTS, Decoding(max_new_tokens=2040))
 
 
 class TestReading:
@@ -213,13 +204,3 @@ def test_scores_equal_a_whole_forward(task, architecture):
         np.testing.assert_allclose(scores, expected, atol=1e-4)
     means = score_continuations(model.backbone, prefixes, labels, 0, mean=True)
     np.testing.assert_allclose(means, expected / [len(label) for label in labels], atol=1e-4)
-
-
-@pytest.mark.slow
-def test_embedded_backbone_answers_after_examples():
-    from dhrd_lib.backbones import load_backbone
-    from dhrd_lib.tasks import load_task
-
-    task, splits = load_task("support_triage")
-    cot = CoT.from_backbone(load_backbone(), task, pick_examples(splits["train"], 5))
-    assert cot.predict(splits["test"].select(range(4)), max_new_tokens=120).unanswered < 4
