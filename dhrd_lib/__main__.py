@@ -227,7 +227,7 @@ def _read_inputs(template: str, words: list[str], files: list[str], rows: list[s
 
     fields, records = template_fields(template), []
     for word in words:
-        if os.path.isfile(word):
+        if word == "-" or os.path.isfile(word):
             records += _read_file(word, fields)
         elif Path(word).suffix.lower() in SUFFIXES and len(word.split()) == 1:
             raise ConfigError(f"{word}: no such file; expected a data file or a text.")
@@ -245,6 +245,8 @@ def _read_inputs(template: str, words: list[str], files: list[str], rows: list[s
         if not isinstance(record, dict):
             raise ConfigError(f"--row {number} is {text}; expected an object of fields.")
         records.append(record)
+    if not records:
+        raise ConfigError(f"{' and '.join(files) or 'the input'} has no rows; expected one or more.")
     return records
 
 

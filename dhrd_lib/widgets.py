@@ -139,24 +139,28 @@ class _Panel:
 class _Browser(_Panel):
     """The rows that pass filters, as cards, one page at a time.
 
-    `choose` returns the rows that pass the filters' values; `card` maps a row to titles and texts.
+    `filters` maps the name of each filter to a column, whose cells hold a value or a tuple of values; `card` maps a
+    row to titles and texts.
     """
 
     def __init__(
         self,
         rows: pd.DataFrame,
-        filters: Mapping[str, widgets.Widget],
-        choose: Callable[..., pd.DataFrame],
+        filters: Mapping[str, str],
         card: Callable[[pd.Series], Mapping[str, str]],
         per_page: int,
     ) -> None:
         self.rows = rows
         page = widgets.BoundedIntText(value=1, min=1, description="Page:", layout={"width": "11em"})
-        for control in filters.values():
+        controls = {column: _dropdown(name, ["all", *_values(rows[column])]) for name, column in filters.items()}
+        for control in controls.values():
             control.observe(lambda _: setattr(page, "value", 1), names="value")
 
-        def draw(page_number: int, **values: Any) -> str:
-            chosen = choose(**values)
+        def draw(page_number: int, **values: str) -> str:
+            chosen = rows
+            for column, value in values.items():
+                if value != "all":
+                    chosen = chosen[chosen[column].map(lambda cell, value=value: value in _as_tuple(cell))]
             page.max = max(-(-len(chosen) // per_page), 1)
             first = (min(page_number, page.max) - 1) * per_page
             shown = chosen.iloc[first : first + per_page]
@@ -164,7 +168,7 @@ class _Browser(_Panel):
             head = f"<p>{place}{len(chosen)} rows ({len(rows)} without a filter)</p>"
             return head + "".join(_boxed(_sections(card(row))) for _, row in shown.iterrows())
 
-        super().__init__({**filters, "page_number": page}, draw)
+        super().__init__({**controls, "page_number": page}, draw)
 
 
 class RationaleExplorer(_Browser):
@@ -177,31 +181,19 @@ class RationaleExplorer(_Browser):
         self, task: Task, dataset: Dataset, records: Sequence[Record | None] | None = None, per_page: int = 5
     ) -> None:
         rows = quality_report(task, dataset, records).rows
-        rows["input_words"] = rows["input_text"].str.split().str.len()
-        low, high = int(rows["input_words"].min()), int(rows["input_words"].max())
-        names = sorted({name for of in rows["flags"] for name in of})
-        filters = {
-            "label": _dropdown("Label:", ["all", *sorted(rows["label"].unique())]),
-            "flag": _dropdown("Rationale:", ["all", "not flagged", "none", "flagged", *names]),
-            "words": widgets.IntRangeSlider(value=(low, high), min=low, max=high, description="Words:"),
-        }
-
-        def choose(label: str, flag: str, words: tuple[int, int]) -> pd.DataFrame:
-            present, flagged = rows["rationale"].notna(), rows["flags"].map(bool)
-            kinds = {"none": ~present, "flagged": flagged, "not flagged": present & ~flagged}
-            passes = rows["input_words"].between(*words)
-            if label != "all":
-                passes &= rows["label"] == label
-            if flag != "all":
-                passes &= kinds[flag] if flag in kinds else rows["flags"].map(lambda of: flag in of)
-            return rows[passes]
+        words = rows["input_text"].str.split().str.len()
+        edges = {words.min() - 1, *words.quantile([0.25, 0.5, 0.75, 1]).astype(int)}
+        quarters = pd.cut(words, sorted(edges))
+        rows["length"] = quarters.cat.rename_categories(lambda of: f"{of.left + 1} to {of.right} words")
+        kind = rows["rationale"].notna().map({True: "not flagged", False: "none"})
+        rows["kind"] = [("flagged", *of) if of else name for of, name in zip(rows["flags"], kind, strict=True)]
 
         def card(row: pd.Series) -> dict[str, str]:
-            title = f"{row['label']} · idx {row['idx']} · {row['input_words']} words"
+            title = f"{row['label']} · idx {row['idx']} · {words[row.name]} words"
             sections = {title: row["input_text"], "Rationale": _or_none(row["rationale"])}
             return sections | ({"Flags": _spelled(row["flags"])} if row["flags"] else {})
 
-        super().__init__(rows, filters, choose, card, per_page)
+        super().__init__(rows, {"Label:": "label", "Rationale:": "kind", "Length:": "length"}, card, per_page)
 
 
 class DisagreementBrowser(_Browser):
@@ -220,23 +212,14 @@ class DisagreementBrowser(_Browser):
             both = f"{baseline.name!r} and {other.name!r}"
             raise ConfigError(f"{both} differ in the rows of {split!r}; expected the same rows.")
         rows = rows[rows["prediction_a"] != rows["prediction_b"]].rename(columns={"label_a": "gold"})
-        rows["correct"] = "none"
-        for side in "ab":
-            rows.loc[rows[f"prediction_{side}"] == rows["gold"], "correct"] = side
-        kinds = {"all": "all", f"only {names[1]} is right": "b", f"only {names[0]} is right": "a"}
-        filters = {
-            "correct": _dropdown("Show:", [*kinds.items(), ("both are wrong", "none")]),
-            "gold": _dropdown("Gold:", ["all", *sorted(rows["gold"].unique())]),
-        }
-
-        def choose(**values: str) -> pd.DataFrame:
-            chosen = {column: value for column, value in values.items() if value != "all"}
-            return rows[(rows[list(chosen)] == pd.Series(chosen, dtype=object)).all(axis=1)]
+        rows["correct"] = "both are wrong"
+        for side, name in zip("ab", names, strict=True):
+            rows.loc[rows[f"prediction_{side}"] == rows["gold"], "correct"] = f"only {name} is right"
 
         def card(row: pd.Series) -> dict[str, str]:
             predictions = [
                 f"{name}: {row[f'prediction_{side}']} ({max(row[f'probabilities_{side}']):.0%})"
-                for name, side in zip(names, "ab", strict=True)
+                for side, name in zip("ab", names, strict=True)
             ]
             return {
                 f"Gold: {row['gold']} · idx {row['idx']}": row["input_text"],
@@ -244,7 +227,7 @@ class DisagreementBrowser(_Browser):
                 "Rationale of the data, seen by neither": _or_none(row["rationale_b"]),
             }
 
-        super().__init__(rows, filters, choose, card, per_page)
+        super().__init__(rows, {"Show:": "correct", "Gold:": "gold"}, card, per_page)
 
 
 class AblationDashboard(_Panel):
@@ -361,6 +344,18 @@ def _button(label: str, action: Callable[[], None], **look: str) -> widgets.Butt
 
 def _dropdown(label: str, options: list) -> widgets.Dropdown:
     return widgets.Dropdown(options=options, description=label)
+
+
+def _values(column: pd.Series) -> list[str]:
+    """Return the values in a column's cells, in the order of its categories or sorted."""
+    ordered = isinstance(column.dtype, pd.CategoricalDtype)
+    return (
+        list(column.cat.categories) if ordered else sorted({value for cell in column for value in _as_tuple(cell)})
+    )
+
+
+def _as_tuple(cell: Any) -> tuple:
+    return cell if isinstance(cell, tuple) else (cell,)
 
 
 def _toolbar(*controls: widgets.Widget) -> widgets.HBox:
