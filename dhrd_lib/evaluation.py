@@ -1,11 +1,8 @@
 """Task metrics, the per-class table and the confusion matrix.
 
-Every metric is a function of counts summed over rows, so that a resample of the rows is a weighted sum of the
-same counts (`dhrd_lib.studies.statistics`). The unit of a count is the group where there are groups (a MultiRC
-question with all its answers), else the row.
-
-Labels and predictions are class indices, int arrays of shape (N,). A prediction of `NO_ANSWER` is wrong whatever
-the label and belongs to no class. Metrics are fractions from 0 to 1; `mcc` reaches down to -1.
+Every metric is a function of counts summed over rows, so a resample of the rows is a weighted sum of the same
+counts (`dhrd_lib.studies.statistics`), by group where there are groups (a MultiRC question), else by row. Labels and
+predictions are class indices (N,); a prediction of `NO_ANSWER` is wrong and of no class. Metrics are fractions.
 """
 
 from __future__ import annotations
@@ -23,18 +20,11 @@ NO_ANSWER = -1
 def task_metrics(
     metrics: Sequence[str], labels: ArrayLike, predictions: ArrayLike, groups: ArrayLike | None = None
 ) -> dict[str, float]:
-    """Return the named metrics and "primary", their mean, which is how the paper counts a task with two.
+    """Return the named `METRICS` and "primary", their mean, which is how the paper counts a task with two.
 
-    Args:
-        metrics: names out of `METRICS`: "accuracy", "macro_f1" (scikit-learn's macro average over the classes
-            that labels or predictions hold; CB), "balanced_accuracy" (mean recall of the classes that labels
-            hold), "mcc" (Matthews correlation for any number of classes), "f1a" (F1 of class 1 over all answers;
-            MultiRC) and "em" (the share of groups whose rows are all right; MultiRC).
-        groups: (N,), any hashable values; the question that each row belongs to.
-
-    Raises:
-        ValueError: unequal lengths, no rows, an unknown metric, "em" without groups, or a label or prediction
-            that is no class index.
+    "macro_f1" is over the classes that labels or predictions hold, "balanced_accuracy" the mean recall of those
+    that labels hold, "f1a" the F1 of class 1, "em" the share of groups whose rows are all right. Raises
+    `ValueError` for a negative label, and for "em" without `groups` (N,).
     """
     counts = unit_counts(metrics, labels, [predictions], groups).sum(axis=0)[0]
     values = {name: float(METRICS[name](counts)) for name in metrics}
@@ -56,45 +46,26 @@ def confusion(labels: ArrayLike, predictions: ArrayLike, n_labels: int) -> np.nd
 def unit_counts(
     metrics: Sequence[str], labels: ArrayLike, predictions: Sequence[ArrayLike], groups: ArrayLike | None
 ) -> np.ndarray:
-    """Return the counts of each unit and run: floats of shape (units, runs, 3K + 2) for K classes.
+    """Return the counts of each unit and run, from one (N,) array of predictions per run: (units, runs, 3K + 2).
 
-    The last axis holds K of right rows by class, K of rows by gold label, K of rows by prediction, the groups
-    that are all right, and the groups. `predictions` is one (N,) array per run. Raises as `task_metrics`.
+    The last axis holds, for K classes, K of right rows by class, K of rows by gold label, K of rows by prediction,
+    the groups that are all right, and the groups. Raises as `task_metrics`.
     """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(f"metrics has {unknown or 'no name'}; expected some of {', '.join(METRICS)}.")
     if "em" in metrics and groups is None:
         raise ValueError("the metric 'em' is a share of groups; expected groups, one per row.")
-    gold = class_indices("labels", labels)
-    predicted = [class_indices("predictions", one, minimum=NO_ANSWER) for one in predictions]
-    lengths = {len(gold), *map(len, predicted), *([] if groups is None else [len(groups)])}
-    if len(lengths) > 1:
-        raise ValueError(f"labels, predictions and groups differ in length: {sorted(lengths)}.")
-    if not predicted or len(gold) == 0:
-        raise ValueError("there are no rows; expected at least one.")
-    classes = np.arange(max(2, gold.max() + 1, *(one.max() + 1 for one in predicted)))
-    is_gold = np.repeat((gold[:, None] == classes)[:, None], len(predicted), axis=1)  # (N, runs, K)
-    is_predicted = np.stack(predicted, axis=1)[:, :, None] == classes  # (N, runs, K)
+    gold, predicted = np.asarray(labels), np.stack(predictions, axis=1)
+    if gold.min() < 0:
+        raise ValueError(f"labels holds {gold.min()}; expected class indices, 0 or more.")
+    classes = np.arange(max(2, gold.max() + 1, predicted.max() + 1))
+    is_gold = np.repeat((gold[:, None] == classes)[:, None], predicted.shape[1], axis=1)  # (N, runs, K)
+    is_predicted = predicted[:, :, None] == classes  # (N, runs, K)
     units = np.concatenate([is_gold & is_predicted, is_gold, is_predicted], axis=-1).astype(float)
     if groups is not None:
         codes, names = pd.factorize(np.asarray(groups))
-        if codes.min() < 0:
-            raise ValueError("groups has a missing value; expected one group per row.")
         rows, units = units, np.zeros((len(names), *units.shape[1:]))
         np.add.at(units, codes, rows)
-    right, of_gold = (units[..., i * len(classes) : (i + 1) * len(classes)].sum(axis=-1) for i in (0, 1))
+    right, of_gold = (part.sum(axis=-1) for part in np.split(units, 3, axis=-1)[:2])
     return np.concatenate([units, (right == of_gold)[..., None], np.ones((*right.shape, 1))], axis=-1)
-
-
-def class_indices(name: str, values: ArrayLike, minimum: int = 0) -> np.ndarray:
-    """Return `values` as an int array; raises `ValueError` where they are no class indices."""
-    indices = np.asarray(values)
-    if indices.size and indices.dtype.kind not in "iub":
-        raise ValueError(f"{name} holds {indices.dtype} values; expected whole numbers.")
-    if indices.size and indices.min() < minimum:
-        raise ValueError(f"{name} holds {indices.min()}; expected class indices, {minimum} or more.")
-    return indices.astype(int)
 
 
 def _by_class(counts: np.ndarray) -> list[np.ndarray]:

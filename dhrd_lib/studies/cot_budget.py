@@ -14,7 +14,6 @@ from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.studies.statistics import bootstrap_interval
 
 BUDGETS = (0, 16, 32, 64, 128, 256, 500)
-READINGS = ("parsed", "scored")
 
 
 def accuracy_by_budget(
@@ -23,36 +22,23 @@ def accuracy_by_budget(
     labels: ArrayLike,
     *,
     budgets: Sequence[int] = BUDGETS,
-    readings: Sequence[str] = READINGS,
     metrics: Sequence[str] = ("accuracy",),
     groups: ArrayLike | None = None,
 ) -> pd.DataFrame:
-    """Return the primary metric at every budget and by both readings, from one decoding.
+    """Return the primary metric at every budget and by both readings (parsed, scored), from one decoding.
 
-    Columns: cot, reading, budget (tokens), tokens (mean of the rows), value, low, high (the primary metric and its
-    95% bootstrap interval, fractions), unanswered (rows), rows, and `predictions`, the `CoTPredictions`. Budget 0
-    is the LM head alone and has no parsed reading. Raises `ConfigError` where a budget exceeds what was decoded.
+    Columns: cot, reading, budget (tokens), tokens (mean of the rows), value, low, high (fractions, with the 95%
+    bootstrap interval), unanswered (rows), rows, and `predictions`, the `CoTPredictions`. Budget 0 is the LM head
+    alone and has no parsed reading. Raises `ConfigError` where a budget exceeds what was decoded.
     """
     table = []
-    for reading in readings:
+    for reading, read in (("parsed", cot.parse), ("scored", cot.score)):
         for budget in sorted(set(budgets) - ({0} if reading == "parsed" else set())):
-            truncated = generations.truncated(budget)
-            predictions = cot.parse(truncated) if reading == "parsed" else cot.score(truncated)
+            predictions = read(generations.truncated(budget))
             interval = bootstrap_interval(metrics, labels, predictions.prediction_ids, groups)
-            table.append(
-                {
-                    "cot": cot.name,
-                    "reading": reading,
-                    "budget": budget,
-                    "tokens": float(predictions.tokens.mean()),
-                    "value": interval.value,
-                    "low": interval.low,
-                    "high": interval.high,
-                    "unanswered": predictions.unanswered,
-                    "rows": len(predictions.prediction_ids),
-                    "predictions": predictions,
-                }
-            )
+            row = {"cot": cot.name, "reading": reading, "budget": budget, "tokens": predictions.tokens.mean()}
+            row |= {**vars(interval), "unanswered": predictions.unanswered, "rows": len(predictions.tokens)}
+            table.append(row | {"predictions": predictions})
     return pd.DataFrame(table)
 
 
@@ -68,15 +54,10 @@ def cascade(
 ) -> pd.DataFrame:
     """Let DHRD predict, and CoT the rows below a confidence threshold: return one row per threshold.
 
-    Args:
-        probabilities: `(N, K)`, the classifier's.
-        cot_predictions: `(N,)`, class indices or `NO_ANSWER`.
-        classifier_seconds: measured cost of one row with the classifier.
-        cot_seconds: measured cost of a row with CoT; one figure, or `(N,)`.
-
-    Columns: threshold, share_to_cot, value (the primary metric), queries_per_second. The first row is the
-    classifier alone (threshold 0). The last is CoT alone (threshold infinity), which does not run the classifier;
-    in between, every row pays for it.
+    The classifier has `probabilities` (N, K) and costs `classifier_seconds` per row; `cot_predictions` (N,) are
+    class indices or `NO_ANSWER`, `cot_seconds` one figure or (N,). Columns: threshold, share_to_cot, value (the
+    primary metric), queries_per_second. The first row is the classifier alone (threshold 0), the last CoT alone
+    (infinity), which does not run the classifier; in between, every row pays for it.
     """
     probabilities = np.asarray(probabilities, dtype=float)
     confidence, predictions = probabilities.max(1), probabilities.argmax(1)
@@ -86,12 +67,6 @@ def cascade(
         to_cot = confidence < threshold
         final = np.where(to_cot, cot_predictions, predictions)
         seconds = cost[to_cot].sum() + (0.0 if threshold == math.inf else classifier_seconds * len(final))
-        table.append(
-            {
-                "threshold": threshold,
-                "share_to_cot": float(to_cot.mean()),
-                "value": task_metrics(metrics, labels, final, groups)["primary"],
-                "queries_per_second": len(final) / seconds,
-            }
-        )
-    return pd.DataFrame(table)
+        value = task_metrics(metrics, labels, final, groups)["primary"]
+        table.append((threshold, to_cot.mean(), value, len(final) / seconds))
+    return pd.DataFrame(table, columns=["threshold", "share_to_cot", "value", "queries_per_second"])

@@ -7,7 +7,6 @@ groups, else the row; thousands of resamples of the units' counts are one matrix
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,17 +54,6 @@ class PairedComparison:
         return points_interval(self.difference, self.low, self.high)
 
 
-@dataclass(frozen=True)
-class SeedSummary:
-    """The mean of a figure over seeds; with one seed `low`, `high` and `std` are None."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    n_seeds: int
-    std: float | None
-
-
 def points_interval(difference: float, low: float, high: float) -> str:
     """Return a difference of fractions and its interval in percentage points: "+0.6 [-2.9, +4.6]"."""
     return f"{100 * difference:+.1f} [{100 * low:+.1f},{_NBSP}{100 * high:+.1f}]"
@@ -77,11 +65,9 @@ def bootstrap_interval(
     predictions: ArrayLike | Sequence[ArrayLike],
     groups: ArrayLike | None = None,
     *,
-    confidence: float = 0.95,
     n_resamples: int = 2000,
-    seed: int = 0,
 ) -> Interval:
-    """Return the primary metric (its mean over seeds) with its percentile bootstrap interval.
+    """Return the primary metric (its mean over seeds) with its 95% percentile bootstrap interval.
 
     Resamples rows (or groups), and with several seeds the seeds together with them. Percentile and not BCa: BCa
     is undefined where every row is right, which small test sets do reach, and its jackknife costs N^2, for no
@@ -89,10 +75,10 @@ def bootstrap_interval(
     read it as "no error in N rows". Raises `ValueError` as `task_metrics`.
     """
     counts = unit_counts(metrics, labels, _by_seed(predictions), groups)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     means = _seed_means(_resample(metrics, counts, n_resamples, rng), rng)
     value = primary_metric(metrics, counts.sum(axis=0)).mean()
-    return Interval(float(value), *_percentiles(means, confidence))
+    return Interval(float(value), *_percentiles(means))
 
 
 def paired_comparison(
@@ -102,32 +88,26 @@ def paired_comparison(
     predictions_b: ArrayLike | Sequence[ArrayLike],
     groups: ArrayLike | None = None,
     *,
-    confidence: float = 0.95,
     n_resamples: int = 2000,
-    seed: int = 0,
 ) -> PairedComparison:
     """Compare two runs, or two settings over several seeds, on the same rows; the i-th runs share a seed.
 
     The interval is a paired percentile bootstrap: each resample draws rows (or groups) and seed pairs, the same
-    ones for a and b, and averages the difference over the drawn seeds, so that it covers the choice of test rows
-    and that of the seed. With one seed the p-value is McNemar's exact test for plain accuracy on rows, else a
+    ones for a and b. With one seed the p-value is McNemar's exact test for plain accuracy on rows, else a
     permutation test that swaps a and b unit by unit. With several it is twice the smaller share of resamples on
-    either side of zero (each share with one added to its count), so that it falls under 1 - confidence where
-    the interval excludes zero.
+    either side of zero (each share with one added to its count), so that it falls under 5% where the interval
+    excludes zero.
 
     With several seeds, both err on the careful side where seeds differ little, because drawing rows and seeds at
     once counts their joint noise more than once (Owen's pigeonhole bootstrap); with two seeds that differ much
-    they are still too narrow.
-
-    Raises:
-        ValueError: as `task_metrics`, or unequal numbers of seeds.
+    they are still too narrow. Raises `ValueError` for unequal numbers of seeds.
     """
     a, b = _by_seed(predictions_a), _by_seed(predictions_b)
     n_seeds = len(a)
     if len(b) != n_seeds:
         raise ValueError(f"a has {n_seeds} runs and b has {len(b)}; expected one pair per seed.")
     counts = unit_counts(metrics, labels, [*a, *b], groups)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     values = _resample(metrics, counts, n_resamples, rng)
     differences = _seed_means(values[:, n_seeds:] - values[:, :n_seeds], rng)
     point = primary_metric(metrics, counts.sum(axis=0))
@@ -136,39 +116,16 @@ def paired_comparison(
     b_only = int((right[n_seeds:] & ~right[:n_seeds]).sum())
     unit = "rows" if groups is None else "groups"
     if n_seeds > 1:
-        p_value, test = _bootstrap_p(differences), f"bootstrap over seeds and {unit}"
+        tail = min((differences <= 0).sum(), (differences >= 0).sum()) + 1
+        p_value, test = min(1.0, 2 * float(tail) / (n_resamples + 1)), f"bootstrap over seeds and {unit}"
     elif groups is None and list(metrics) == ["accuracy"]:
-        p_value, test = _mcnemar_p(a_only, b_only), "exact McNemar test"
+        n_differ, test = a_only + b_only, "exact McNemar test"
+        p_value = float(scipy.stats.binomtest(a_only, n_differ).pvalue) if n_differ else 1.0
     else:
-        p_value = _permutation_p(metrics, counts[:, 0], counts[:, 1], n_resamples, seed)
+        p_value = _permutation_p(metrics, counts[:, 0], counts[:, 1], n_resamples)
         test = f"paired permutation test over {unit}"
-    return PairedComparison(
-        float((point[n_seeds:] - point[:n_seeds]).mean()),
-        *_percentiles(differences, confidence),
-        p_value=p_value,
-        test=test,
-        n_rows=right.shape[1],
-        n_seeds=n_seeds,
-        a_only_right=a_only,
-        b_only_right=b_only,
-    )
-
-
-def over_seeds(values: Sequence[float], *, confidence: float = 0.95) -> SeedSummary:
-    """Return the mean of one figure per seed, its sample standard deviation and its t interval.
-
-    The interval bounds the mean over further seeds on the same rows; the chance in the rows themselves is
-    `bootstrap_interval`'s part. Raises `ValueError` where there are no values.
-    """
-    numbers = np.asarray(values, dtype=float)
-    if numbers.size == 0:
-        raise ValueError("values is empty; expected one figure per seed.")
-    mean = float(numbers.mean())
-    if numbers.size == 1:
-        return SeedSummary(mean, None, None, 1, None)
-    std = float(numbers.std(ddof=1))
-    half = float(scipy.stats.t.ppf((1 + confidence) / 2, numbers.size - 1)) * std / math.sqrt(numbers.size)
-    return SeedSummary(mean, mean - half, mean + half, numbers.size, std)
+    difference, interval = float((point[n_seeds:] - point[:n_seeds]).mean()), _percentiles(differences)
+    return PairedComparison(difference, *interval, p_value, test, right.shape[1], n_seeds, a_only, b_only)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -212,24 +169,13 @@ def _seed_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.take_along_axis(values, drawn, axis=1).mean(axis=1)
 
 
-def _percentiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    # As (1 - 0.95) / 2, so that stored intervals stay equal to the last bit.
+    low, high = np.quantile(values, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return float(low), float(high)
 
 
-def _mcnemar_p(a_only: int, b_only: int) -> float:
-    disagreements = a_only + b_only
-    return float(scipy.stats.binomtest(a_only, disagreements).pvalue) if disagreements else 1.0
-
-
-def _bootstrap_p(differences: np.ndarray) -> float:
-    tail = min((differences <= 0).sum(), (differences >= 0).sum()) + 1
-    return min(1.0, 2 * float(tail) / (len(differences) + 1))
-
-
-def _permutation_p(
-    metrics: Sequence[str], counts_a: np.ndarray, counts_b: np.ndarray, n_resamples: int, seed: int
-) -> float:
+def _permutation_p(metrics: Sequence[str], counts_a: np.ndarray, counts_b: np.ndarray, n_resamples: int) -> float:
     """Return the two-sided p-value under swaps of a and b within units; counts are (units, 3K + 2)."""
     if len(counts_a) < 2:
         return 1.0  # One unit and its swap are equally far apart; scipy needs two or more.
@@ -247,6 +193,6 @@ def _permutation_p(
         vectorized=True,
         n_resamples=n_resamples,
         batch=max(1, _BATCH_NUMBERS // len(gain)),
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     )
     return float(result.pvalue)
