@@ -1,8 +1,8 @@
 """Task metrics, the per-class table and the confusion matrix.
 
 Every metric is a function of counts summed over rows, so a resample of the rows is a weighted sum of the same
-counts (`dhrd_lib.studies.statistics`), by group where there are groups (a MultiRC question), else by row. Labels and
-predictions are class indices (N,); a prediction of `NO_ANSWER` is wrong and of no class. Metrics are fractions.
+counts (`dhrd_lib.studies.statistics`), by group where there are groups (a MultiRC question), else by row. Labels
+and predictions are class indices (N,); a prediction of `NO_ANSWER` is wrong and of no class. Metrics are fractions.
 """
 
 from __future__ import annotations

@@ -26,9 +26,7 @@ def test_metric_has_value_and_both_arms():
     assert list(dhrd.y) == pytest.approx([80, 65])
     assert list(dhrd.error_y.array) == pytest.approx([3, 6])
     assert list(dhrd.error_y.arrayminus) == pytest.approx([4, 5])
-    assert [each.marker.color for each in (baseline, dhrd)] == [
-        plots.COLORS[name] for name in ("pooled baseline", "DHRD")
-    ]
+    assert [each.line.color for each in (baseline, dhrd)] == [plots.COLORS[each.name] for each in (baseline, dhrd)]
     assert dhrd.customdata[0].tolist() == [76, 83, "run"]
     assert figure.layout.yaxis.title.text == "accuracy (%)"
 
@@ -101,13 +99,13 @@ def test_accuracy_by_tokens_has_reference_in_every_panel():
     rows = rows.assign(budget=[9, 99, 9], tokens=[9.0, 99.0, 9.0], value=[0.2, 0.6, 0.4])
     rows = rows.assign(low=rows["value"] - 0.1, high=rows["value"] + 0.1, unanswered=0, rows=10)
     figure = plots.accuracy_by_tokens(rows, {"DHRD": 0.8})
-    line, level, other, again = figure.data
+    line, other, level, again = figure.data
     assert (list(line.x), list(line.y)) == (pytest.approx([1, 2]), pytest.approx([20, 60]))  # log10(1 + tokens)
     assert list(line.error_y.arrayminus) == pytest.approx([10, 10])
     assert list(other.y) == pytest.approx([40])
     assert set(level.y) == set(again.y) == {80}
-    assert [trace.xaxis for trace in figure.data] == ["x", "x", "x2", "x2"]
-    assert [trace.showlegend for trace in figure.data] == [True, True, False, False]
+    assert [trace.xaxis for trace in figure.data] == ["x", "x2", "x", "x2"]
+    assert [trace.showlegend for trace in figure.data] == [True, False, True, False]
 
 
 def test_cascade_marks_both_ends():
@@ -120,8 +118,9 @@ def test_cascade_marks_both_ends():
 
 def test_reliability_is_drawn_against_diagonal():
     table = pd.DataFrame({"confidence": [0.6, 0.9], "accuracy": [0.0, 1.0], "rows": 1})
-    diagonal, line = plots.reliability_diagram({"DHRD": table}, "test").data
-    assert diagonal.x == diagonal.y
+    figure = plots.reliability_diagram({"DHRD": table}, "test")
+    (line,), (diagonal,) = figure.data, figure.layout.shapes
+    assert (diagonal.x0, diagonal.x1) == (diagonal.y0, diagonal.y1)
     assert (list(line.x), list(line.y)) == (pytest.approx([60, 90]), [0, 100])
 
 
@@ -131,11 +130,11 @@ def test_throughput_has_bar_per_system():
     rows = pd.DataFrame([{**row, "system": n, "queries_per_second": q} for n, q in (("DHRD", 50), ("CoT", 0.2))])
     figure = plots.throughput_bars(rows)
     assert figure.layout.xaxis.type == "log"
-    assert (list(figure.data[0].y), list(figure.data[0].x)) == (["DHRD", "CoT"], [50, 0.2])
+    assert [(bar.y[0], bar.x[0]) for bar in figure.data] == [("DHRD", 50), ("CoT", 0.2)]
 
 
 def test_variants_share_color_and_differ_in_symbol():
-    half, full, other = plots.styles(["DHRD (alpha=0.5)", "DHRD (alpha=1.0)", "mlp"]).values()
+    half, full, other = plots.styles(["DHRD (alpha=0.5)", "DHRD (alpha=1.0)", "mlp"]).itertuples()
     assert half.color == full.color == plots.COLORS["DHRD"] != other.color
     assert len({half.symbol, full.symbol}) == len({half.hatch, full.hatch}) == 2
 
