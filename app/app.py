@@ -14,7 +14,6 @@ from dhrd_lib.config import WorkbenchError
 if TYPE_CHECKING:
     import gradio as gr
 
-TITLE = "DHRD Workbench"
 _HEAD = """# DHRD Workbench
 **Dual-Head Reasoning Distillation** compared with its pooled baseline and chain-of-thought: predictions and
 inference cost.
@@ -37,7 +36,9 @@ def build(settings: Settings) -> gr.Blocks:
 
     backend = Backend(settings)
     # Every hour, uploads and downloads that are an hour old are deleted.
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600), fill_width=False) as page:
+    with gr.Blocks(
+        title="DHRD Workbench", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=False
+    ) as page:
         gr.Markdown(_HEAD)
         panel = TrainingPanel(settings)
         with gr.Tab("Compare"):

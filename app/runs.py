@@ -189,7 +189,7 @@ def ablation(results: Path, name: str) -> AblationResult:
 
 def ablation_table(result: AblationResult) -> pd.DataFrame:
     """Return one row per setting and split: its factors, mean over seeds and 95% interval, in percent."""
-    rows = result.summary()
+    rows = result.summary().drop(columns="task")  # which is in the ablation's name
     percent = {"value": "metric (%)", "low": "low (%)", "high": "high (%)", "std": "std (points)"}
     for column in percent:
         rows[column] = (100 * rows[column]).round(1)

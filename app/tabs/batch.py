@@ -27,8 +27,7 @@ from dhrd_lib.studies import plots
 from dhrd_lib.studies.statistics import bootstrap_interval, paired_comparison
 from dhrd_lib.tasks import Task, TaskError
 
-_SHOWN_ROWS = 300
-_NO_LABEL = "(none)"
+_SHOWN_ROWS, _NO_LABEL = 300, "(none)"
 
 
 class Table(NamedTuple):

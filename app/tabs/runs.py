@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
+import plotly.graph_objects as go
 
 from app import html
 from app import runs as stored
@@ -67,10 +68,10 @@ class RunsTab:
             with gr.Column(min_width=320):
                 self.card = gr.HTML(elem_id="model-card")
             with gr.Column(min_width=320):
-                self.curves = gr.Plot(label="Loss curves of the run and of the other settings", visible=False)
+                self.curves = gr.Plot(label="Loss: lines training, marks dev", visible=False)
         self.ablation = gr.Dropdown([], label="Stored ablation", filterable=False)
         self.ablation_status = gr.HTML(elem_id="ablation-status")
-        self.ablation_figure = gr.Plot(label="Effect of the first factor", visible=False)
+        self.ablation_figure = gr.Plot(label="Means with 95% intervals, a mark per run", visible=False)
         self.ablation_table = gr.Dataframe(interactive=False, visible=False, label="Settings", max_height=420)
         listed = [self.status, self.table, self.run, self.ablation, self.ablation_status]
         gr.on([tab.select, self.refresh.click], self._read, self.run, listed, **QUIET)
@@ -98,11 +99,16 @@ class RunsTab:
         runs = {run.name: run for run in find_runs(self.settings.runs)}
         if name not in runs:
             return "", gr.Plot(visible=False)
-        return model_card(runs[name]), gr.Plot(stored.loss_figure(runs[name], runs.values()), visible=True)
+        return model_card(runs[name]), _plot(stored.loss_figure(runs[name], runs.values()))
 
     def _on_ablation(self, name: str | None) -> tuple[gr.Plot, gr.Dataframe]:
         if not name:
             return gr.Plot(visible=False), gr.Dataframe(visible=False)
         result = stored.ablation(self.settings.results, name)
         figure, table = result.plot(*factors(result.table)[:2]), stored.ablation_table(result)
-        return gr.Plot(figure, visible=True), gr.Dataframe(table, visible=True)
+        return _plot(figure), gr.Dataframe(table, visible=True)
+
+
+def _plot(figure: go.Figure) -> gr.Plot:
+    """Return a figure without its title, which a phone cuts off; the component's label takes its place."""
+    return gr.Plot(figure.update_layout(title_text=None, margin_t=100), visible=True)

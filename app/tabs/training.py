@@ -33,8 +33,7 @@ _NO_RUNS = (
     "There is no trained run here yet, so the pooled baseline and DHRD can't predict. Train both on support_triage "
     "(about 25 minutes on two CPU cores), or name another folder in DHRD_RUNS. Zero-shot CoT answers meanwhile."
 )
-_POLL_SECONDS = 1.0
-_STOP_SECONDS = 10
+_POLL_SECONDS, _STOP_SECONDS = 1.0, 10
 
 
 def read_progress(root: Path, configs: Sequence[RunConfig]) -> tuple[float, str]:

@@ -47,7 +47,7 @@ async def user(number: int, client: httpx.AsyncClient, run: dict, until: float, 
         name = "cot" if number % 4 == 0 else "classify"
         started = time.perf_counter()
         try:
-            data = [run["task"], texts, "zero-shot", tokens] if name == "cot" else [run["run"], texts]
+            data = [run["task"], texts, "zero-shot", tokens, None] if name == "cot" else [run["run"], texts]
             outcome, _ = await call(client, name, data)
         except httpx.HTTPError as error:
             outcome = type(error).__name__
@@ -72,7 +72,7 @@ async def load(address: str, users: int, seconds: float, tokens: int, pause: flo
         runs = json.loads((await call(client, "runs", []))[1])[0]
         run = next(run for run in runs if run["setting"] == "DHRD")
         await call(client, "classify", [run["run"], {"text": "x"}])
-        await call(client, "cot", [run["task"], {"text": "x"}, "zero-shot", 4])
+        await call(client, "cot", [run["task"], {"text": "x"}, "zero-shot", 4, None])
         until = time.perf_counter() + seconds
         calling = (user(number, client, run, until, tokens, pause) for number in range(users))
         await asyncio.gather(watch(pid, until), *calling)
