@@ -36,9 +36,7 @@ def build(settings: Settings) -> gr.Blocks:
 
     backend = Backend(settings)
     # Every hour, uploads and downloads that are an hour old are deleted.
-    with gr.Blocks(
-        title="DHRD Workbench", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=False
-    ) as page:
+    with gr.Blocks(title="DHRD Workbench", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(_HEAD)
         panel = TrainingPanel(settings)
         with gr.Tab("Compare"):
