@@ -212,6 +212,8 @@ def predict(
     if n_cut := sum(input["input_tokens_cut"] > 0 for input in encoded):
         print(f"{n_cut} of {len(encoded)} inputs were too long and were truncated.", file=sys.stderr)
     table = pd.DataFrame(records).assign(prediction=labels)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
     if format == "csv":
         table["probability"] = probabilities.max(axis=1).round(6)
         table.to_csv(out or sys.stdout, index=False, lineterminator="\n")
@@ -246,7 +248,7 @@ def _read_inputs(template: str, words: list[str], files: list[str], rows: list[s
             raise ConfigError(f"--row {number} is {text}; expected an object of fields.")
         records.append(record)
     if not records:
-        raise ConfigError(f"{' and '.join(files) or 'the input'} has no rows; expected one or more.")
+        raise ConfigError(f"{' and '.join([*words, *files])} has no rows; expected one or more.")
     return records
 
 
