@@ -325,7 +325,7 @@ def rationales(
     if split not in splits:
         raise typer.BadParameter(f"split is {split!r}; expected one of {', '.join(splits)}.")
     generation = generate(loaded, splits[split], teacher, folder)
-    report = quality_report(loaded, splits[split], generation.records, failed=generation.failed)
+    report = quality_report(loaded, splits[split], generation.records)
     print(generation, report.table().to_string(), report.by_label().to_string(), sep="\n\n")
     for idx, reason in generation.failed.items():
         print(f"Row {idx} failed: {reason}")

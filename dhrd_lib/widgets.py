@@ -18,7 +18,7 @@ from IPython.display import HTML, DisplayHandle, display
 from transformers import TrainerCallback, TrainerState
 
 from dhrd_lib.config import ConfigError, WorkbenchError
-from dhrd_lib.rationales import FLAGS, Filters, Record, TeacherConfig, flags, quality_report, select, store_for
+from dhrd_lib.rationales import FLAGS, Record, TeacherConfig, flags, quality_report, select, store_for
 from dhrd_lib.runs import Run
 from dhrd_lib.sequences import IGNORE_INDEX, SequenceFormat
 from dhrd_lib.studies import plots, tables
@@ -265,14 +265,9 @@ class ReviewPanel(widgets.VBox):
     """
 
     def __init__(
-        self,
-        task: Task,
-        dataset: Dataset,
-        config: TeacherConfig,
-        folder: str | Path = "rationales",
-        filters: Filters | None = None,
+        self, task: Task, dataset: Dataset, config: TeacherConfig, folder: str | Path = "rationales"
     ) -> None:
-        self._task, self._dataset, self._filters = task, dataset, filters
+        self._task, self._dataset = task, dataset
         self._store, self._records = store_for(task, config, folder), select(task, dataset, config, folder)
         self._places: list[int] = []
         self._page = 0
@@ -302,7 +297,7 @@ class ReviewPanel(widgets.VBox):
     def _flags(self, place: int) -> tuple[str, ...]:
         row = self._dataset[place]
         gold = self._task.verbalizers[row["label"]]
-        return flags(self._records[place], row["input_text"], gold, self._filters)
+        return flags(self._records[place], row["input_text"], gold)
 
     def _review(self, verdict: str) -> None:
         place, text = self._places[self._page], self.words.value

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from dhrd_lib.backbones import EMBEDDED
@@ -19,27 +18,22 @@ from dhrd_lib.config import ConfigError
 from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.inputs import SENTINEL
 from dhrd_lib.rationales.replies import read_reply
-from dhrd_lib.rationales.store import Key, RationaleStore, Record
+from dhrd_lib.rationales.store import RationaleStore, Record
 from dhrd_lib.rationales.teachers import LocalTeacher, OpenAITeacher, TeacherConfig, make_prompt, teacher_parameters
 from dhrd_lib.tasks import Task
 
 
 @dataclass
 class Generation:
-    """The outcome of `generate`: every row is stored, was stored before, or failed with a reason.
-
-    `records` are the rows' records as `select` returns them. Tokens, `usd` and `seconds` are of this call alone.
-    """
+    """The outcome of `generate`; tokens and `usd` are of this call alone, `records` those of `select`."""
 
     rows: int
     stored_before: int = 0
     replies: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # reasons by idx
     tokens_in: int = 0
     tokens_out: int = 0
-    replies_without_usage: int = 0
-    usd: float | None = None
-    seconds: float = 0.0
+    usd: float = 0.0
     records: list[Record | None] = field(default_factory=list, repr=False)
 
     @property
@@ -48,48 +42,49 @@ class Generation:
         return self.rows - self.stored_before - len(self.failed)
 
     def __str__(self) -> str:
-        unknown = f" ({self.replies_without_usage} replies without)" if self.replies_without_usage else ""
-        return (
-            f"{self.rows} rows: {self.stored_before} stored before, {self.stored} stored now, "
-            f"{len(self.failed)} failed; {self.replies} replies, {self.tokens_in} tokens in, "
-            f"{self.tokens_out} tokens out{unknown}{'' if self.usd is None else f', {self.usd:.4f} USD'}; "
-            f"{60 * self.replies / max(self.seconds, 1e-9):.1f} replies per minute"
+        rows = f"{self.rows} rows: {self.stored_before} stored before, {self.stored} stored now"
+        cost = f"{self.tokens_in} tokens in, {self.tokens_out} tokens out" + f", {self.usd:.4f} USD" * bool(
+            self.usd
         )
+        return f"{rows}, {len(self.failed)} failed; {self.replies} replies, {cost}"
 
 
-def store_for(task: Task, config: TeacherConfig, folder: str | Path = "rationales") -> RationaleStore:
+def store_for(task: Task, config: TeacherConfig, folder: str | Path) -> RationaleStore:
     """Return the store of a task and teacher: FOLDER/TASK/TEACHER.jsonl."""
     slug = re.sub(r"[^a-z0-9.]+", "-", (config.model or EMBEDDED).lower()).strip("-.")[-80:]
     return RationaleStore(Path(folder) / task.name / f"{slug or 'teacher'}.jsonl")
 
 
-def row_keys(task: Task, dataset: Dataset, config: TeacherConfig) -> list[tuple[Key, str]]:
-    """Return each row's key and prompt, in the order of the dataset (a split that `load_task` gave)."""
-    parameters = json.dumps(teacher_parameters(config), sort_keys=True)
-    keys = []
-    for row in dataset:
-        prompt = make_prompt(task, row, config)
-        digest = hashlib.sha256(prompt.encode()).hexdigest()[:16]
-        keys.append((Key(row["idx"], digest, config.model or EMBEDDED, parameters), prompt))
-    return keys
+def blank_records(task: Task, dataset: Dataset, config: TeacherConfig) -> tuple[list[Record], list[str]]:
+    """Return the rows' records, still without a rationale, and their prompts."""
+    common = {"teacher": config.model or EMBEDDED, "parameters": teacher_parameters(config), "rationale": ""}
+    prompts = [make_prompt(task, row, config) for row in dataset]
+    hashes = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts]
+    pairs = zip(dataset["idx"], hashes, strict=True)
+    return [Record(idx=idx, prompt_hash=prompt_hash, **common) for idx, prompt_hash in pairs], prompts
 
 
-def generate(
-    task: Task, dataset: Dataset, config: TeacherConfig, folder: str | Path = "rationales", progress: bool = True
-) -> Generation:
+def _stored(task: Task, config: TeacherConfig, folder: str | Path) -> list[Record]:
+    """Return the store's records that have the teacher's limit, or were complete under a lower one."""
+    records, limit = store_for(task, config, folder).read(), config.max_tokens
+    pairs = [(record, record.parameters.get("max_tokens", 0)) for record in records]
+    return [record for record, n in pairs if n == limit or (n < limit and record.finish_reason != "length")]
+
+
+def generate(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | Path = "rationales") -> Generation:
     """Ask the teacher for the rows that have no rationale in the store yet, and store each reply as it comes.
 
-    A kill loses the requests under way and nothing else; a second call asks for what is missing. What failed isn't
-    stored, so it is asked again too. Waits for another process that fills the same store. Raises `TeacherError` and
-    `ConfigError` where the teacher cannot be asked at all.
+    A kill loses the requests under way and nothing else; the next call asks for what is missing or failed. Waits
+    for another process that fills the same store. Raises `ConfigError` where the teacher cannot be asked at all.
     """
-    store, keys = store_for(task, config, folder), row_keys(task, dataset, config)
+    store, (blanks, prompts) = store_for(task, config, folder), blank_records(task, dataset, config)
     tries = config.tries if config.protocol == "rejection" else 1
     reader = AnswerReader(SENTINEL, task.label_names, task.verbalizers)
-    agreed: dict[Key, list[bool | None]] = {key: [] for key, _ in keys}  # of each row's replies
-    outcome, started, teacher = Generation(len(keys)), time.monotonic(), None
-    with store.exclusive():
-        for record in store.read():
+    agreed: dict[tuple, list[bool | None]] = {blank.key: [] for blank in blanks}  # of each row's replies
+    outcome, teacher = Generation(len(blanks)), None
+    store.path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{store.path}.run"):
+        for record in _stored(task, config, folder):
             if record.key in agreed and record.review is None and record.rationale.strip():
                 agreed[record.key].append(record.agreed)
         outcome.stored_before = sum(len(made) >= tries or True in made for made in agreed.values())
@@ -99,53 +94,41 @@ def generate(
                 continue
             if teacher is None:
                 teacher = LocalTeacher(config, reader) if config.kind == "local" else OpenAITeacher(config)
-            replies = teacher.ask([keys[i][1] for i in waiting], attempt)
-            for n, reply in tqdm(replies, total=len(waiting), desc="rationales", disable=not progress):
-                key, gold = keys[waiting[n]][0], dataset[waiting[n]]["label"]
+            replies = teacher.ask([prompts[i] for i in waiting], attempt)
+            for n, reply in tqdm(replies, total=len(waiting), desc="rationales"):
+                blank, gold = blanks[waiting[n]], dataset[waiting[n]]["label"]
                 outcome.replies += not reply.failure
-                outcome.tokens_in += reply.tokens_in or 0
-                outcome.tokens_out += reply.tokens_out or 0
-                outcome.replies_without_usage += not reply.failure and None in (reply.tokens_in, reply.tokens_out)
+                outcome.tokens_in += reply.tokens_in
+                outcome.tokens_out += reply.tokens_out
                 try:
                     rationale, answer, label = read_reply(reply, reader, config.use_reasoning)
                 except ValueError as error:
-                    outcome.failed[key.idx] = str(error)
+                    outcome.failed[blank.idx] = str(error)
                     continue
-                agreed[key].append(None if label is None else label == gold)
-                record = Record(
-                    **{**key._asdict(), "parameters": json.loads(key.parameters)},
-                    rationale=rationale,
-                    answer=answer,
-                    agreed=agreed[key][-1],
-                    finish_reason=reply.finish_reason,
-                    tokens_in=reply.tokens_in,
-                    tokens_out=reply.tokens_out,
-                    seconds=round(reply.seconds, 3),
-                )
-                store.append(record)
-    prices = (config.usd_per_million_tokens_in, config.usd_per_million_tokens_out)
-    if prices != (None, None):
-        outcome.usd = ((prices[0] or 0) * outcome.tokens_in + (prices[1] or 0) * outcome.tokens_out) / 1e6
-    outcome.seconds, outcome.records = time.monotonic() - started, select(task, dataset, config, folder)
+                agreed[blank.key].append(None if label is None else label == gold)
+                values = {"rationale": rationale, "answer": answer, "agreed": agreed[blank.key][-1]}
+                values |= {name: getattr(reply, name) for name in ("finish_reason", "tokens_in", "tokens_out")}
+                store.append(blank.model_copy(update=values))
+    outcome.usd = outcome.tokens_in * (config.usd_per_million_tokens_in or 0) / 1e6
+    outcome.usd += outcome.tokens_out * (config.usd_per_million_tokens_out or 0) / 1e6
+    outcome.records = select(task, dataset, config, folder)
     return outcome
 
 
-def select(
-    task: Task, dataset: Dataset, config: TeacherConfig, folder: str | Path = "rationales"
-) -> list[Record | None]:
+def select(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | Path) -> list[Record | None]:
     """Return each row's record under the present prompt, teacher and parameters; None where there is none.
 
-    Of several replies the first that agreed counts, or else the last. The latest review replaces it, with the
-    teacher's answer and counts.
+    Of several replies the first that agreed counts, or else the last. The latest review replaces it.
     """
-    replies: dict[Key, Record] = {}
-    reviews: dict[Key, Record] = {}
-    for record in store_for(task, config, folder).read():
+    replies: dict[tuple, Record] = {}
+    reviews: dict[tuple, Record] = {}
+    for record in _stored(task, config, folder):
         if record.review is not None:
             reviews[record.key] = record
-        elif not (record.key in replies and replies[record.key].agreed):
+        elif record.key not in replies or not replies[record.key].agreed:
             replies[record.key] = record
-    return [reviews.get(key, replies.get(key)) for key, _ in row_keys(task, dataset, config)]
+    chosen = replies | reviews
+    return [chosen.get(blank.key) for blank in blank_records(task, dataset, config)[0]]
 
 
 def export(rationales: Mapping[str, str], path: str | Path) -> None:
@@ -153,11 +136,10 @@ def export(rationales: Mapping[str, str], path: str | Path) -> None:
 
     Raises `ConfigError` where there is none: `load_task` would take an empty file for leave to use the data's own.
     """
-    path = Path(path)
     if not rationales:
         raise ConfigError(f"{path} isn't written: no rationale is kept; expected one or more.")
-    lines = [json.dumps({"idx": idx, "rationale": text}, ensure_ascii=False) for idx, text in rationales.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.part")
-    scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(scratch, path)
+    rows = [json.dumps({"idx": idx, "rationale": text}, ensure_ascii=False) for idx, text in rationales.items()]
+    scratch = Path(f"{path}.part")
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    scratch.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    scratch.replace(path)

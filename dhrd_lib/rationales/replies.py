@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import regex
 
@@ -10,9 +10,8 @@ from dhrd_lib.cot.answers import MAX_ANSWER_CHARACTERS, AnswerReader
 from dhrd_lib.inputs import SENTINEL
 
 _NAME = "(?:seed:)?(?:think|thinking|thought|reasoning)"
-# What opens and closes the thinking that a model writes before its reply, as regular expressions. A chat template
-# may open it in the prompt; the reply then has the closing mark alone.
-THINKING = (
+# What opens and closes a model's thinking. The opening mark may be in the prompt, by its chat template.
+_THINKING = (
     (rf"<{_NAME}>", rf"</{_NAME}>"),  # DeepSeek, Qwen, GLM and most others; EXAONE, Seed-OSS
     (r"\[THINK\]", r"\[/THINK\]"),  # Magistral
     (r"◁think▷", r"◁/think▷"),  # Kimi
@@ -22,13 +21,12 @@ THINKING = (
     (r"<\|channel>", r"<channel\|>"),  # Gemma 4
     (r"<unused94>", r"<unused95>"),  # MedGemma
     (r"\[unused16\]", r"\[unused17\]"),  # Pangu
-    # gpt-oss, with control tokens and without.
     (r"<\|channel\|>\s*(?:analysis|commentary)[^<]*<\|message\|>", r"<\|channel\|>\s*final[^<]*<\|message\|>"),
-    (r"\A\s*analysis(?=.*assistantfinal)", r"assistantfinal"),
+    (r"\A\s*analysis(?=.*assistantfinal)", r"assistantfinal"),  # gpt-oss, with control tokens and without
     (r"Here(?: is|'s) my thought process:", r"Here(?: is|'s) my response:"),  # Granite 3
 )
 _OPENING, _CLOSING = (
-    regex.compile("|".join(marks), regex.IGNORECASE | regex.DOTALL) for marks in zip(*THINKING, strict=True)
+    regex.compile("|".join(marks), regex.IGNORECASE | regex.DOTALL) for marks in zip(*_THINKING, strict=True)
 )
 # A server that does not know a model's end token leaves it in the text, and what the model writes after it.
 _END_OF_TURN = regex.compile(
@@ -36,9 +34,8 @@ _END_OF_TURN = regex.compile(
     r"|<｜end▁of▁sentence｜>|</s>|<end_of_turn>|<eos>|<turn\|>|\[EOS\]"
 )
 _WRAPPER = regex.compile(
-    r"</?(?:answer|response|output|explanation|rationale)>|<\|(?:begin|end)_of_(?:solution|box)\|>"
-    r"|<\|(?:START|END)_RESPONSE\|>",
-    regex.IGNORECASE,
+    r"(?i)</?(?:answer|response|output|explanation|rationale)>|<\|(?:(?:begin|end)_of_(?:solution|box)"
+    r"|(?:START|END)_RESPONSE)\|>"
 )
 # In any case and emphasis, as a heading or in other brackets; without brackets in capitals, or alone on a line.
 _SENTINEL = regex.compile(
@@ -47,27 +44,19 @@ _SENTINEL = regex.compile(
 )
 
 
-@dataclass(frozen=True)
-class Reply:
-    """A teacher's reply to one prompt: a text, or in `failure` the reason why there is none.
-
-    `reasoning` is the thinking that came apart from the text; tokens are None where the server doesn't count them.
-    """
+class Reply(NamedTuple):
+    """A teacher's reply: a text, and the thinking that came apart from it, or in `failure` why there is none."""
 
     text: str = ""
     reasoning: str = ""
     finish_reason: str = ""
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-    seconds: float = 0.0
+    tokens_in: int = 0  # 0 where the server doesn't count them
+    tokens_out: int = 0
     failure: str | None = None
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """Return a reply's thinking and what follows it, without end tokens and wrapping tags.
-
-    Everything up to the last closing mark is thinking, and everything after an opening mark that is not closed.
-    """
+    """Return the thinking (up to the last closing mark, or from one that isn't closed) and the rest, untagged."""
     *_, end = [0, *(match.end() for match in _CLOSING.finditer(text))]
     thinking, rest = text[:end], text[end:]
     if opened := _OPENING.search(rest):
@@ -103,16 +92,16 @@ def read_reply(reply: Reply, reader: AnswerReader, use_reasoning: bool = False) 
         raise ValueError(reply.failure)
     thinking, text = split_thinking(reply.text)
     thinking = reply.reasoning.strip() or thinking
-    splits = [(text, "", None)]
-    for match in reversed(list(_SENTINEL.finditer(text))):
+    readings: list[tuple[str, str, int | None]] = []
+    for match in _SENTINEL.finditer(text):
         after = text[match.end() :]
         classes = set(reader.read_all(SENTINEL + after))
         label = classes.pop() if len(classes) == 1 else None
-        splits.append((text[: match.start()].strip(), " ".join(after.split())[:MAX_ANSWER_CHARACTERS], label))
-    rationale, answer, label = next((split for split in reversed(splits) if split[2] is not None), splits[-1])
+        readings.append((text[: match.start()].strip(), " ".join(after.split())[:MAX_ANSWER_CHARACTERS], label))
+    first = readings[0] if readings else (text, "", None)
+    rationale, answer, label = next((reading for reading in readings if reading[2] is not None), first)
     rationale = thinking if use_reasoning else rationale
     if not rationale:
         hint = f", but {len(thinking)} characters of thinking, which use_reasoning=true takes" if thinking else ""
-        kind = "reasoning" if use_reasoning else "rationale"
-        raise ValueError(f"the reply has no {kind} (finish reason {reply.finish_reason!r}){hint}")
+        raise ValueError(f"the reply has no rationale (finish reason {reply.finish_reason!r}){hint}")
     return rationale, answer, label
