@@ -17,7 +17,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from dhrd_lib.rationales import SENTINEL, Generation, TeacherConfig, generate
+from dhrd_lib.rationales import SENTINEL, TeacherConfig, generate
+from dhrd_lib.rationales.generate import Generation
 from dhrd_lib.tasks import Task, load_task
 
 
@@ -154,4 +155,4 @@ def run_job(base_url: str, folder: Path, task: Task, dataset: Dataset, ready: An
     config = TeacherConfig(kind="openai", model="fixed", base_url=base_url, concurrency=4, max_retries=0)
     if ready is not None:
         ready.set()
-    return generate(task, dataset, config, folder, progress=False)
+    return generate(task, dataset, config, folder)

@@ -25,9 +25,9 @@ from dhrd_lib.tasks import Task
 _ANSWER = "After the explanation write {sentinel}, and after that the answer, one of: {labels}.\n\n{input}\n"
 _RULE = "Don't name the answer in the explanation"
 PROMPTS = {
-    "gold": "You write explanations for a classifier. Read the text and its right answer, and explain step by step, in "
-    f"two or three sentences, which facts of the text lead to it. {_RULE}, and don't say that you were given it. "
-    f"{_ANSWER}Answer: {{label}}\n\nLet's think step by step.",
+    "gold": "You write explanations for a classifier. Read the text and its right answer, and explain step by "
+    f"step, in two or three sentences, which facts of the text lead to it. {_RULE}, and don't say that you were "
+    f"given it. {_ANSWER}Answer: {{label}}\n\nLet's think step by step.",
     "rejection": "You write explanations for a classifier. Read the text and explain step by step, in two or three "
     f"sentences, which of its facts lead to the answer. {_RULE}. {_ANSWER}\nLet's think step by step.",
 }

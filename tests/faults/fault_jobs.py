@@ -72,7 +72,7 @@ def _convert_embedded(folder: Path) -> None:
 
 def _rationales(folder: Path) -> None:
     task, splits = load_task("support_triage")
-    generate(task, splits["train"].select(range(ROWS)), TEACHER, folder, progress=False)
+    generate(task, splits["train"].select(range(ROWS)), TEACHER, folder)
 
 
 def _train(folder: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from fault_server import FaultServer, completion, good_reply, job, run_job, served
+from fault_server import FaultServer, good_reply, job, run_job, served
 from typer.testing import CliRunner
 
 from dhrd_lib.__main__ import app
@@ -41,10 +41,8 @@ pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("no_teacher")]
 def test_second_run_asks_nothing(triage, rows, tmp_path):
     with FaultServer(delay_s=0.05) as server:
         config = served(server, concurrency=3, usd_per_million_tokens_in=2.0, usd_per_million_tokens_out=10.0)
-        first = generate(triage, rows, config, tmp_path, progress=False)
-        second = generate(
-            triage, rows, config.replace({"base_url": f"{server.base_url}/"}), tmp_path, progress=False
-        )
+        first = generate(triage, rows, config, tmp_path)
+        second = generate(triage, rows, config.replace({"base_url": f"{server.base_url}/"}), tmp_path)
     assert set(server.asked.values()) == {1}
     assert server.most_at_once == 3
     assert (first.stored, first.replies, first.failed) == (12, 12, {})
@@ -61,13 +59,6 @@ def test_second_run_asks_nothing(triage, rows, tmp_path):
         assert record.answer == triage.verbalizers[row["label"]]
 
 
-def test_replies_without_usage_are_counted(triage, rows, tmp_path):
-    body = {**completion(f"Why. {SENTINEL} fix"), "usage": None}
-    with FaultServer(lambda prompt, nth: body) as server:
-        outcome = generate(triage, rows, served(server), tmp_path, progress=False)
-    assert "(12 replies without)" in str(outcome)
-
-
 def test_change_of_prompt_or_parameters_asks_again(triage, rows, tmp_path):
     changes = [
         {},
@@ -80,13 +71,13 @@ def test_change_of_prompt_or_parameters_asks_again(triage, rows, tmp_path):
     ]
     with FaultServer() as server:
         for number, change in enumerate(changes, 1):
-            assert generate(triage, rows, served(server, **change), tmp_path, progress=False).stored == 12
+            assert generate(triage, rows, served(server, **change), tmp_path).stored == 12
             store = store_for(triage, served(server), tmp_path)
             assert len(store.read()) == 12 * number
         same = served(server, concurrency=1, timeout_s=5.0, max_retries=1, api_key_env="OTHER")
-        assert generate(triage, rows, same, tmp_path, progress=False).stored == 0
+        assert generate(triage, rows, same, tmp_path).stored == 0
         relabeled = rows.map(lambda row: {"label": (row["label"] + 1) % 5})
-        assert generate(triage, relabeled, same, tmp_path, progress=False).stored == 12
+        assert generate(triage, relabeled, same, tmp_path).stored == 12
     other = TeacherConfig(kind="openai", model="Fixed", base_url="http://127.0.0.1:1/v1")
     assert store_for(triage, other, tmp_path).path == store.path
     assert select(triage, rows, other, tmp_path) == [None] * 12
@@ -95,12 +86,12 @@ def test_change_of_prompt_or_parameters_asks_again(triage, rows, tmp_path):
 def test_empty_rationale_of_an_old_store_is_asked_again(triage, rows, tmp_path):
     with FaultServer() as server:
         config = served(server)
-        (first,) = generate(triage, rows.select([0]), config, tmp_path, progress=False).records
+        (first,) = generate(triage, rows.select([0]), config, tmp_path).records
         store = store_for(triage, config, tmp_path)
         store.path.unlink()
         store.append(Record(**{**first.model_dump(), "rationale": "", "agreed": None}))
-        again = generate(triage, rows.select([0]), config, tmp_path, progress=False)
-    assert (again.stored, again.records) == (1, [first.model_copy(update={"seconds": again.records[0].seconds})])
+        again = generate(triage, rows.select([0]), config, tmp_path)
+    assert (again.stored, again.records) == (1, [first])
 
 
 def test_rejection_keeps_the_first_reply_that_agrees(triage, rows, tmp_path):
@@ -115,7 +106,7 @@ def test_rejection_keeps_the_first_reply_that_agrees(triage, rows, tmp_path):
     with FaultServer(reply) as server:
         fields = {"protocol": "rejection", "temperature": 0.8, "seed": 5}
         config = served(server, tries=3, **fields)
-        outcome = generate(triage, rows, config, tmp_path, progress=False)
+        outcome = generate(triage, rows, config, tmp_path)
         for row, record in zip(rows, outcome.records, strict=True):
             tries, label = server.asked[make_prompt(triage, row, config)], triage.verbalizers[row["label"]]
             assert tries == agrees_at.get(label, 2) + 1
@@ -123,9 +114,9 @@ def test_rejection_keeps_the_first_reply_that_agrees(triage, rows, tmp_path):
         assert {body["seed"] for body in server.bodies} == {5, 6, 7}
         kept = quality_report(triage, rows, outcome.records).kept
         assert set(kept) == {record.idx for record in outcome.records if record.agreed}
-        assert generate(triage, rows, config, tmp_path, progress=False).replies == 0
+        assert generate(triage, rows, config, tmp_path).replies == 0
         # One try more continues those that were made.
-        again = generate(triage, rows, served(server, tries=4, **fields), tmp_path, progress=False)
+        again = generate(triage, rows, served(server, tries=4, **fields), tmp_path)
         assert again.replies == sum(record.agreed is False for record in outcome.records)
 
 
@@ -260,14 +251,14 @@ def _wait_for(address, process, log):
 def test_transformers_serve_and_local_teacher_agree(real_server, triage, train, tmp_path):
     rows, (base_url, model) = train.select(range(4)), real_server
     config = TeacherConfig(kind="openai", model=model, base_url=base_url, max_tokens=16, concurrency=2)
-    outcome = generate(triage, rows, config, tmp_path, progress=False)
-    assert (outcome.stored, outcome.failed, outcome.replies_without_usage) == (4, {}, 0)
+    outcome = generate(triage, rows, config, tmp_path)
+    assert (outcome.stored, outcome.failed) == (4, {})
     assert outcome.tokens_in > 4 * 100
-    assert all(record.tokens_out <= 16 and record.seconds > 0 for record in outcome.records)
-    assert generate(triage, rows, config, tmp_path, progress=False).replies == 0
+    assert all(0 < record.tokens_out <= 16 for record in outcome.records)
+    assert generate(triage, rows, config, tmp_path).replies == 0
     # The same model asked directly, in one batch, gets the same prompts and gives the same replies.
     direct = TeacherConfig(model=EMBEDDED, device="cpu", max_tokens=16, batch_size=2)
-    local = generate(triage, rows.select(range(2)), direct, tmp_path, progress=False).records
+    local = generate(triage, rows.select(range(2)), direct, tmp_path).records
     assert [record.tokens_in for record in local] == [record.tokens_in for record in outcome.records[:2]]
     assert [record.rationale for record in local] == [record.rationale for record in outcome.records[:2]]
 
@@ -296,7 +287,7 @@ def test_command_generates_reports_and_exports(tmp_path, four_rows):
         options += [*four_rows, "--folder", str(tmp_path / "r"), "--export-to", str(tmp_path / "out")]
         first, second = CliRunner().invoke(app, options), CliRunner().invoke(app, options)
     assert first.exit_code == 1
-    assert "failed: HTTP 500" in first.output
+    assert "failed: Error code: 500" in first.output
     assert "4 rows: 0 stored before, 3 stored now, 1 failed" in first.output
     assert second.exit_code == 0, second.output
     assert "leaks_label" in second.output

@@ -1,14 +1,10 @@
 """Filters, the report, and the panel where a person reviews rationales."""
 
-import json
-
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from dhrd_lib.config import ConfigError
 from dhrd_lib.rationales import (
     FLAGS,
-    Filters,
     Record,
     TeacherConfig,
     flags,
@@ -17,7 +13,7 @@ from dhrd_lib.rationales import (
     select,
     store_for,
 )
-from dhrd_lib.rationales.generate import row_keys
+from dhrd_lib.rationales.generate import blank_records
 from dhrd_lib.studies.plots import compare_reports
 from dhrd_lib.tasks import load_task
 from dhrd_lib.widgets import ReviewPanel
@@ -108,15 +104,10 @@ def test_each_filter_flags_its_case_alone(fields, expected):
     assert flags(one, INPUT, "replace") == expected
 
 
-def test_filters_have_limits():
-    assert flags(record("one two three four five six"), INPUT, "replace", Filters(max_words=5)) == ("too_long",)
-
-
 @pytest.mark.parametrize("name", ["support_triage", "everyday_nli"])
 def test_packaged_rationales_pass_every_filter(name):
     task, data = load_task(name)
     report = quality_report(task, data["train"])
-    assert report.leak_rate == 0.0
     assert len(report.kept) == len(data["train"])
 
 
@@ -125,8 +116,6 @@ def test_report_on_the_data_counts_missing_rationales(task):
     assert report.kept == {"0": "Because.", "2": "Since."}
     assert report.table().loc["missing", "count"] == 1
     assert report.by_label()["agreed"].isna().all()
-    with pytest.raises(ConfigError, match="no rows"):
-        quality_report(task, split([]))
 
 
 def test_report_counts_every_filter_and_row(task):
@@ -141,12 +130,11 @@ def test_report_counts_every_filter_and_row(task):
         record("They broke.", idx="7", review="reject", original="They broke."),
         record("Because of an explanation and a refund.", idx="8"),
     ]
-    report = quality_report(task, split(["x"] * 9), records, failed={"2": "HTTP 500"})
+    report = quality_report(task, split(["x"] * 9), records)
     table = report.table()["count"]
     assert {name: count for name, count in table.items() if count} == {
         "rows": 9,
         "missing": 1,
-        "failed": 1,
         "rationales": 8,
         "disagrees": 1,
         "no_answer": 1,
@@ -155,15 +143,14 @@ def test_report_counts_every_filter_and_row(task):
         "cut_off": 1,
         "accept by hand": 1,
         "reject by hand": 1,
-        "names another label (no filter)": 1,
         "kept": 3,
     }
     assert set(report.kept) == {"0", "6", "8"}
-    assert report.leak_rate == 2 / 8
+    assert report.table()["share"]["leaks_label"] == 2 / 8
     by_label = report.by_label()
     assert by_label.loc["fix", "agreed"] == by_label.loc["refund", "agreed"] == pytest.approx(2 / 3)
     assert by_label["rationales"].sum() == 8
-    assert report.lengths()["max"] == 7
+    assert report.rows["words"].max() == 7
     figure = compare_reports({"small": report})
     shown = dict(zip(figure.data[0].y, figure.data[0].x, strict=True))
     assert set(shown) == {name.replace("_", " ") for name in [*FLAGS, "kept"]}
@@ -180,8 +167,8 @@ def reviewed(task, folder, rationales):
     """Return a split whose rationales a teacher has stored, the store, and the panel."""
     data = split(rationales)
     store = store_for(task, CONFIG, folder)
-    for (key, _), text in zip(row_keys(task, data, CONFIG), rationales, strict=True):
-        store.append(record(text, **{**key._asdict(), "parameters": json.loads(key.parameters)}))
+    for blank, text in zip(blank_records(task, data, CONFIG)[0], rationales, strict=True):
+        store.append(blank.model_copy(update={"rationale": text, "agreed": True}))
     return data, store, ReviewPanel(task, data, CONFIG, folder)
 
 

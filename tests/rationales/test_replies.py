@@ -59,7 +59,7 @@ def test_reasoning_is_the_rationale_on_request():
     assert read_reply(Reply(f"<think>hmm</think>{REPLY}"), reader, True) == ("hmm", "refund", 0)
     assert read_reply(Reply(REPLY, reasoning=" apart "), reader, True) == ("apart", "refund", 0)
     assert read_reply(Reply("", reasoning="cut", finish_reason="length"), reader, True) == ("cut", "", None)
-    with pytest.raises(ValueError, match="no reasoning"):
+    with pytest.raises(ValueError, match="no rationale"):
         read_reply(Reply(REPLY), reader, True)
 
 

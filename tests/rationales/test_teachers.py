@@ -12,7 +12,7 @@ from fault_server import FaultServer, completion, good_reply, served
 from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot.answers import AnswerReader
-from dhrd_lib.rationales import SENTINEL, TeacherConfig, TeacherError, generate, make_prompt
+from dhrd_lib.rationales import SENTINEL, TeacherConfig, generate, make_prompt
 from dhrd_lib.rationales.replies import read_reply
 from dhrd_lib.rationales.teachers import LocalTeacher, OpenAITeacher, teacher_parameters
 
@@ -34,7 +34,7 @@ def ask(plan, triage, rows, folder, n=1, **fields):
     """Return the outcome of asking a server for the first rows, and the server."""
     with FaultServer(plan) as server:
         config = served(server, **{"max_retries": 2, "timeout_s": 0.5, **fields})
-        return generate(triage, rows.select(range(n)), config, folder, progress=False), server
+        return generate(triage, rows.select(range(n)), config, folder), server
 
 
 # ---------------------------------------------------------------------- configuration and prompts
@@ -46,9 +46,8 @@ def ask(plan, triage, rows, folder, n=1, **fields):
         ({"kind": "openai"}, "model is None"),
         ({"protocol": "human"}, "protocol is 'human'"),
         ({"protocol": "rejection"}, "temperature is 0 with protocol='rejection'"),
-        ({"temperature": 1e-9}, "temperature is 1e-09"),
         ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"base_url": "localhost:8000"}, "base_url isn't an address"),
+        ({"base_url": "localhost:8000"}, "base_url isn't http(s)://"),
     ],
 )
 def test_wrong_configuration_is_refused(fields, expected):
@@ -74,18 +73,18 @@ def test_secret_in_configuration_is_refused_unrepeated(fields):
 @pytest.mark.parametrize("address", SECRET_ADDRESSES)
 def test_secret_in_environment_is_refused_unrepeated(address, triage, rows, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", address)
-    with pytest.raises(ConfigError, match="OPENAI_BASE_URL has a user, password or query") as caught:
-        generate(triage, rows, TeacherConfig(kind="openai", model="m"), tmp_path, progress=False)
+    with pytest.raises(ConfigError, match="OPENAI_BASE_URL isn't http") as caught:
+        generate(triage, rows, TeacherConfig(kind="openai", model="m"), tmp_path)
     assert KEY not in str(caught.value)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_missing_key_is_named(monkeypatch):
     config = TeacherConfig(kind="openai", model="m", api_key_env="MY_KEY")
-    with pytest.raises(TeacherError, match="MY_KEY is empty"):
+    with pytest.raises(ConfigError, match="MY_KEY holds no key"):
         OpenAITeacher(config)
     monkeypatch.setenv("MY_KEY", f"{KEY}\nnext line")
-    with pytest.raises(TeacherError, match="MY_KEY holds no key") as caught:
+    with pytest.raises(ConfigError, match="MY_KEY holds no key") as caught:
         OpenAITeacher(config)
     assert KEY not in str(caught.value)
 
@@ -122,9 +121,9 @@ def test_rejection_prompt_hides_the_gold_label(triage, rows):
 @pytest.mark.parametrize(
     ("prompt", "protocol", "expected"),
     [
-        ("{input} {label} {rationale}", "gold", "prompt reads 'rationale'; expected one of"),
-        ("{input} {sentinel}", "gold", "leaves out the label"),
-        ("{input} {label}", "rejection", "gives the label"),
+        ("{input} {label} {rationale}", "gold", "the prompt's row lacks 'rationale'"),
+        ("{input} {sentinel}", "gold", "wrong fields for the gold protocol"),
+        ("{input} {label}", "rejection", "wrong fields for the rejection protocol"),
         ("Say {label}.", "gold", "leaves the input out"),
     ],
 )
@@ -163,7 +162,7 @@ def test_address_and_key_may_come_from_the_environment(monkeypatch, rows, triage
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         config = TeacherConfig(kind="openai", model="m")
-        assert generate(triage, rows.select([0]), config, tmp_path, progress=False).stored == 1
+        assert generate(triage, rows.select([0]), config, tmp_path).stored == 1
 
 
 # ---------------------------------------------------------------------- what a server replies
@@ -220,16 +219,16 @@ PARTIAL["choices"][0]["error"] = {"code": 502}
         (PARTIAL, "the server ended the reply early (finish reason 'error')"),
         ({"choices": []}, "the reply isn't a chat completion"),
         ({"choices": [{"message": {"content": [3]}}]}, "the reply isn't a chat completion"),
-        ({"error": {"message": "Provider returned error", "code": 429}}, "HTTP 429: "),
-        ({"error": {"message": "context too long", "code": "context_length_exceeded"}}, "HTTP 400: "),
-        ({"error": "overloaded"}, "HTTP 400: "),
-        ("html", "the reply isn't JSON"),
-        ("hang", "no reply within 0.5 s, asked 3 times"),
-        ("drop", "the connection failed ("),
-        ("drop_midway", "the connection failed ("),
-        (400, "HTTP 400: "),
-        (500, "HTTP 500: "),
-        ((403, {"message": "Input was flagged by moderation"}), "HTTP 403: Error code: 403 - Input was flagged"),
+        ({"error": {"message": "Provider returned error", "code": 429}}, "Error code: 429 - "),
+        ({"error": {"message": "context too long", "code": "context_length_exceeded"}}, "Error code: 400 - "),
+        ({"error": "overloaded"}, "Error code: 400 - "),
+        ("html", "the reply isn't a chat completion"),
+        ("hang", "Request timed out"),
+        ("drop", "Connection error"),
+        ("drop_midway", "Connection error"),
+        (400, "Error code: 400 - "),
+        (500, "Error code: 500 - "),
+        ((403, {"message": "Input was flagged by moderation"}), "Error code: 403 - Input was flagged"),
     ],
 )
 def test_reply_without_rationale_fails_and_is_asked_again(triage, rows, tmp_path, body, reason):
@@ -252,7 +251,7 @@ def test_passing_fault_is_retried(triage, rows, tmp_path, fault):
 def test_retry_after_is_waited_for(triage, rows, tmp_path):
     with FaultServer(lambda prompt, nth: good_reply(prompt) if nth else 429, retry_after="1") as server:
         start = time.monotonic()
-        assert generate(triage, rows.select([0]), served(server), tmp_path, progress=False).stored == 1
+        assert generate(triage, rows.select([0]), served(server), tmp_path).stored == 1
     assert time.monotonic() - start >= 1.0
 
 
@@ -263,14 +262,14 @@ TEMPERATURE = {"message": "Unsupported value: 'temperature'", "param": "temperat
 @pytest.mark.parametrize(
     ("fault", "reason", "requests"),
     [
-        (401, "HTTP 401: the server refuses the key in OPENAI_API_KEY", 1),
-        (402, "HTTP 402: ", 1),
-        (404, "HTTP 404: ", 1),
+        (401, "401 - the server refuses the key in OPENAI_API_KEY", 1),
+        (402, "Error code: 402", 1),
+        (404, "Error code: 404", 1),
         ((429, QUOTA), "You exceeded your current quota", 1),
         ({"error": QUOTA}, "You exceeded your current quota", 1),
-        ((400, TEMPERATURE), "expected another temperature", 1),
-        ((422, {"message": "the same for all"}), "HTTP 422: ", 10),
-        ("drop", "the connection failed", 10),
+        ((400, TEMPERATURE), "Unsupported value", 1),
+        ((422, {"message": "the same for all"}), "Error code: 422", 10),
+        ("drop", "Connection error", 10),
     ],
 )
 def test_fault_of_every_row_ends_the_asking(triage, rows, tmp_path, fault, reason, requests):
@@ -287,8 +286,8 @@ def test_absent_server_fails_every_row(triage, rows, tmp_path):
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
     config = TeacherConfig(kind="openai", model="m", base_url=address, max_retries=0)
-    outcome = generate(triage, rows.select([0, 1]), config, tmp_path, progress=False)
-    assert set(outcome.failed.values()) == {"the connection failed (ConnectError)"}
+    outcome = generate(triage, rows.select([0, 1]), config, tmp_path)
+    assert "Connection refused" in outcome.failed["0"]
 
 
 def test_key_is_in_no_store_log_or_output(triage, rows, tmp_path, monkeypatch, caplog, capfd):
@@ -303,7 +302,7 @@ def test_key_is_in_no_store_log_or_output(triage, rows, tmp_path, monkeypatch, c
     assert b"***" in stores
     assert KEY.encode() not in stores
     everything = "\n".join([*printed, caplog.text, *capfd.readouterr()])
-    assert "HTTP 401" in everything
+    assert "Error code: 401" in everything
     assert KEY not in everything
 
 
@@ -351,7 +350,7 @@ def test_local_thinking_opened_by_the_template(triage, rows, reader):
     tokenizer = teacher._backbone.tokenizer
     ids = tokenizer(f"hmm {SENTINEL} fix\n</think>\nWhy. {SENTINEL} refund").input_ids
     prompt = tokenizer("user: x\n<think>\n").input_ids
-    reply = teacher._reply(prompt, ids, 0.0)
+    reply = teacher._reply(prompt, ids)
     assert read_reply(reply, reader) == ("Why.", "refund", 0)
     (cut,) = [reply for _, reply in teacher.ask(["Why?"])]  # 12 tokens of thinking that never ends
     with pytest.raises(ValueError, match="no rationale"):
@@ -370,9 +369,9 @@ def test_prompt_beyond_the_context_fails_its_row(triage, train, tmp_path):
     config = TeacherConfig(
         model="tiny", device="cpu", max_tokens=12, temperature=1.0, seed=0, prompt="{input} {label}"
     )
-    outcome = generate(triage, rows, config, tmp_path, progress=False)
+    outcome = generate(triage, rows, config, tmp_path)
     assert outcome.stored == 1
-    assert outcome.failed["0"].startswith("prompt and max_tokens need ")
+    assert outcome.failed["0"].startswith("the prompt has ")
 
 
 def test_configuration_comes_from_a_file(tmp_path):
