@@ -22,7 +22,7 @@ from dhrd_lib.rationales.generate import Generation
 from dhrd_lib.tasks import Task, load_task
 
 
-def good_reply(prompt: str) -> str:
+def good_reply(prompt: str, nth: int = 0) -> str:
     """Return the same text for the same prompt: a deterministic teacher that agrees with gold."""
     gold = re.findall(r"^Answer: (.*)$", prompt, flags=re.MULTILINE)[-1]
     digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
@@ -39,38 +39,30 @@ def completion(content: Any, finish: str = "stop", **message: Any) -> dict[str, 
 class FaultServer:
     """Answers each request as `plan(prompt, nth)` says, where nth counts the requests for that prompt from 0.
 
-    A plan returns the reply's text, a body (dict), a status with an error, a pair of both, or a fault of the
+    A plan returns the reply's text, a body (dict), a status, a pair of status and error, or a fault of the
     transport: "hang", "drop" (before the reply), "drop_midway", "broken_json", "html" or "echo_key".
     """
 
-    def __init__(
-        self,
-        plan: Callable[[str, int], Any] = lambda prompt, nth: good_reply(prompt),
-        delay_s: float = 0.0,
-        retry_after: str = "0.05",
-    ) -> None:
-        self.plan, self.delay_s, self.retry_after = plan, delay_s, retry_after
+    def __init__(self, plan: Callable[[str, int], Any] = good_reply, delay_s: float = 0.0) -> None:
+        self.plan, self.delay_s = plan, delay_s
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.at_once = self.most_at_once = 0
-        self.stopping = threading.Event()
-        self.lock = threading.Lock()
+        self.stopping, self.lock = threading.Event(), threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self._server.daemon_threads = True
         self._server.handle_error = lambda *_: None  # clients that are killed break their connections
         self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
     def __enter__(self) -> FaultServer:
-        self._thread.start()
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stopping.set()
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(timeout=10)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -98,34 +90,29 @@ class _Handler(BaseHTTPRequestHandler):
                 owner.at_once -= 1
 
     def _answer(self, planned: Any, prompt: str) -> None:
+        key, whole = self.headers["Authorization"], json.dumps(completion(f"Why. {SENTINEL} fix"))
+        texts = {"html": "<html>Bad gateway</html>", "broken_json": whole[:60], "drop_midway": whole}
+        texts["echo_key"] = json.dumps(completion(f"{key} {SENTINEL} fix"))
         if planned == "hang":
             self.owner.stopping.wait(60)
             self.close_connection = True
         elif planned == "drop":
             self._drop()
-        elif planned == "drop_midway":
-            self._send(200, json.dumps(completion(good_reply(prompt))), midway=True)
-        elif planned == "html":
-            self._send(200, "<html>Bad gateway</html>", {"Content-Type": "text/html"})
-        elif planned == "broken_json":
-            self._send(200, '{"choices": [{"message": {"con')
-        elif planned == "echo_key":
-            self._send(200, json.dumps(completion(f"{self.headers['Authorization']} {good_reply(prompt)}")))
-        elif isinstance(planned, str | dict):
-            self._send(200, json.dumps(planned if isinstance(planned, dict) else completion(planned)))
+        elif isinstance(planned, dict):
+            self._send(200, json.dumps(planned))
+        elif isinstance(planned, str):
+            self._send(200, texts.get(planned) or json.dumps(completion(planned)), midway=planned == "drop_midway")
         else:
             status, error = planned if isinstance(planned, tuple) else (planned, {"message": f"status {planned}"})
-            if error == "echo_key":
-                error = {"message": self.headers["Authorization"]}
-            headers = {"Retry-After": self.owner.retry_after} if status == 429 else {}
-            self._send(status, json.dumps({"error": error}), headers)
+            self._send(status, json.dumps({"error": {"message": key} if error == "echo_key" else error}))
 
-    def _send(self, status: int, text: str, headers: dict[str, str] | None = None, midway: bool = False) -> None:
+    def _send(self, status: int, text: str, midway: bool = False) -> None:
         raw = text.encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
-            self.send_header(name, value)
+        self.send_header("Content-Type", "text/html" if text.startswith("<html>") else "application/json")
         self.send_header("Content-Length", str(len(raw)))
+        if status == 429:
+            self.send_header("Retry-After", "0.5")
         self.end_headers()
         self.wfile.write(raw[: len(raw) // 2] if midway else raw)
         if midway:

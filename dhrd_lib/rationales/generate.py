@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from filelock import FileLock
 from tqdm.auto import tqdm
 
 from dhrd_lib.backbones import EMBEDDED
@@ -66,9 +65,9 @@ def blank_records(task: Task, dataset: Dataset, config: TeacherConfig) -> tuple[
 
 def _stored(task: Task, config: TeacherConfig, folder: str | Path) -> list[Record]:
     """Return the store's records that have the teacher's limit, or were complete under a lower one."""
-    records, limit = store_for(task, config, folder).read(), config.max_tokens
-    pairs = [(record, record.parameters.get("max_tokens", 0)) for record in records]
-    return [record for record, n in pairs if n == limit or (n < limit and record.finish_reason != "length")]
+    pairs = [(one, one.parameters.get("max_tokens", 0)) for one in store_for(task, config, folder).read()]
+    n = config.max_tokens
+    return [one for one, limit in pairs if limit == n or (limit < n and one.finish_reason != "length")]
 
 
 def generate(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | Path = "rationales") -> Generation:
@@ -82,8 +81,7 @@ def generate(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | 
     reader = AnswerReader(SENTINEL, task.label_names, task.verbalizers)
     agreed: dict[tuple, list[bool | None]] = {blank.key: [] for blank in blanks}  # of each row's replies
     outcome, teacher = Generation(len(blanks)), None
-    store.path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{store.path}.run"):
+    with store.lock("run"):
         for record in _stored(task, config, folder):
             if record.key in agreed and record.review is None and record.rationale.strip():
                 agreed[record.key].append(record.agreed)
@@ -94,7 +92,8 @@ def generate(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | 
                 continue
             if teacher is None:
                 teacher = LocalTeacher(config, reader) if config.kind == "local" else OpenAITeacher(config)
-            replies = teacher.ask([prompts[i] for i in waiting], attempt)
+            seed = None if config.seed is None else config.seed + attempt
+            replies = teacher.ask([prompts[i] for i in waiting], seed)
             for n, reply in tqdm(replies, total=len(waiting), desc="rationales"):
                 blank, gold = blanks[waiting[n]], dataset[waiting[n]]["label"]
                 outcome.replies += not reply.failure

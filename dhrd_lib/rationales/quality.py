@@ -16,6 +16,7 @@ from dhrd_lib.rationales.replies import has_thinking
 from dhrd_lib.rationales.store import REVIEWS, Record
 from dhrd_lib.tasks import Task
 
+# Each character of these scripts counts as a word.
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 # Scripts without spaces between words, or whose words have particles attached: a label is found inside a word.
 _JOINING = regex.compile(rf"[{_UNSPACED}\p{{Hangul}}\p{{Arabic}}\p{{Hebrew}}]")
@@ -45,15 +46,14 @@ FLAGS = {
     "repeats": "of its runs of three words, more than 20% repeat",
     "copies_input": "of its runs of three words, more than 60% are in the input",
 }
-_MAX_CHARACTERS_PER_TOKEN = 8  # of any tokenizer on any text; English has 4 to 5
 
 
 def names_label(text: str, verbalizer: str) -> bool:
     """Return whether a text names a label: the verbalizer's words in a row, in any case and inflection.
 
-    Words are compared by their stem; a longer stem that begins with one of five letters or more counts too
-    ("contradictory" for "contradiction"). In scripts that join words the label is looked for inside them. A common
-    word, a number or a letter counts only as an answer: alone between punctuation, quoted, after "is", or last.
+    A stem that begins with a label's of five letters or more counts too ("contradictory" of "contradiction").
+    In scripts that join words the label is looked for inside them. A common word, a number or a letter counts only
+    as an answer: alone between punctuation, quoted, after "the answer is", or last.
     """
     text, verbalizer = _folded(text), _folded(verbalizer).strip()
     if verbalizer in _COMMON or regex.fullmatch(r"[a-z]|\d+", verbalizer):
@@ -82,7 +82,6 @@ def _folded(text: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """Return the words of a text; a character of a script without spaces counts as one."""
     return _WORD.findall(_folded(text))
 
 
@@ -97,9 +96,9 @@ def _stem(word: str) -> str:
 
 def flags(record: Record, input_text: str, verbalizer: str) -> tuple[str, ...]:
     """Return the names of the filters (see `FLAGS`) that flag a record's rationale."""
-    words, input_words = (_words(text) for text in (record.rationale, input_text))
-    runs, input_runs = (list(zip(of, of[1:], of[2:], strict=False)) for of in (words, input_words))
-    input_runs = set(input_runs)
+    words, input_words = _words(record.rationale), _words(input_text)
+    runs = list(zip(words, words[1:], words[2:], strict=False))
+    input_runs = set(zip(input_words, input_words[1:], input_words[2:], strict=False))
     flagged = {
         "disagrees": record.agreed is False,
         "no_answer": record.agreed is None and not _is_of_data(record),
@@ -107,7 +106,8 @@ def flags(record: Record, input_text: str, verbalizer: str) -> tuple[str, ...]:
         "empty": not words,
         "cut_off": record.finish_reason == "length",
         "thinking": has_thinking(record.rationale),
-        "prompt_cut": bool(record.tokens_in) and len(input_text) > _MAX_CHARACTERS_PER_TOKEN * record.tokens_in,
+        # No tokenizer has more than 8 characters per token; in English it's 4 to 5.
+        "prompt_cut": bool(record.tokens_in) and len(input_text) > 8 * record.tokens_in,
         "too_long": len(words) > 150,
         "repeats": len(runs) - len(set(runs)) > 0.2 * len(runs),
         "copies_input": sum(run in input_runs for run in runs) > 0.6 * len(runs),
@@ -117,13 +117,9 @@ def flags(record: Record, input_text: str, verbalizer: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class RationaleReport:
-    """The quality of a split's rationales; `rows` has one row for each of the split.
+    """The quality of a split's rationales; those that are kept have no flag or a review, and aren't rejected."""
 
-    Columns: idx, label (name), input_text, rationale (None: missing), flags (tuple of names), review, agreed (None
-    where there is no answer), leaks, words, kept (without a flag or accepted by hand, and not rejected).
-    """
-
-    rows: pd.DataFrame
+    rows: pd.DataFrame  # idx, label, input_text, rationale, flags (names), review, agreed, leaks, words, kept
 
     @property
     def kept(self) -> dict[str, str]:
@@ -153,12 +149,12 @@ def quality_report(task: Task, dataset: Dataset, records: Sequence[Record | None
         source = {"prompt_hash": "", "teacher": "", "parameters": {"protocol": "human"}}
         texts = zip(dataset["idx"], dataset["rationale"], strict=True)
         records = [Record(idx=idx, rationale=text, **source) if text else None for idx, text in texts]
-    golds = [task.verbalizers[label] for label in dataset["label"]]
-    rows = pd.DataFrame({"idx": dataset["idx"], "label": [task.label_names[label] for label in dataset["label"]]})
-    rows["input_text"] = dataset["input_text"]
+    rows = dataset.select_columns(["idx", "label", "input_text"]).to_pandas()
     rows["rationale"] = [record and record.rationale for record in records]
+    golds = [task.verbalizers[label] for label in rows["label"]]
     triples = zip(records, rows["input_text"], golds, strict=True)
     rows["flags"] = [flags(*triple) if triple[0] else () for triple in triples]
+    rows["label"] = [task.label_names[label] for label in rows["label"]]
     rows["review"] = [record and record.review for record in records]
     rows["agreed"] = [record.agreed is True if record and not _is_of_data(record) else None for record in records]
     rows["leaks"] = ["leaks_label" in found for found in rows["flags"]]

@@ -7,23 +7,18 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dhrd_lib.config import WorkbenchError
 
-Review = Literal["accept", "reject", "edit"]
-REVIEWS = get_args(Review)
+REVIEWS = ("accept", "reject", "edit")
 
 
 class Record(BaseModel):
-    """One line of a store: a teacher's reply for a row, or a person's review of it.
-
-    `answer` is what followed the sentinel, and `agreed` whether it names the gold label (None: no single label). A
-    review has the teacher's text in `original`.
-    """
+    """One line of a store: a teacher's reply for a row, or a person's review of it."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -32,13 +27,13 @@ class Record(BaseModel):
     teacher: str
     parameters: dict[str, Any]
     rationale: str
-    answer: str = ""
-    agreed: bool | None = None
+    answer: str = ""  # what followed the sentinel
+    agreed: bool | None = None  # whether it names the gold label; None: no single label
     finish_reason: str = "stop"
     tokens_in: int | None = None
     tokens_out: int | None = None
-    review: Review | None = None
-    original: str | None = None
+    review: Literal[REVIEWS] | None = None
+    original: str | None = None  # the teacher's text, of a review
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -59,10 +54,14 @@ class RationaleStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    def lock(self, name: str) -> FileLock:
+        """Return the lock of a process that appends ("lock"), or that asks for this store's rows ("run")."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{self.path}.{name}")
+
     def append(self, record: Record) -> None:
         """Append a record as a line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.path}.lock"), self.path.open("a+b") as file:
+        with self.lock("lock"), self.path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a torn line stays one of its own
@@ -76,14 +75,12 @@ class RationaleStore:
             try:
                 records += [Record.model_validate_json(line)] if line else []
             except ValidationError as error:
-                first = error.errors()[0]
-                if first["type"] != "json_invalid":
-                    where = f"{self.path}, line {number}"
-                    raise WorkbenchError(f"{where} is no record: {first['msg']} ({first['loc']}).") from None
+                if error.errors()[0]["type"] != "json_invalid":
+                    raise WorkbenchError(f"{self.path}, line {number} is no record: {error}") from None
                 warnings.warn(f"{self.path}, line {number} is torn and is skipped.", stacklevel=2)
         return records
 
-    def review(self, record: Record, verdict: Review, rationale: str = "") -> Record:
+    def review(self, record: Record, verdict: str, rationale: str = "") -> Record:
         """Append a person's verdict on a record, "edit" with a new text, and return it as a record."""
         text = rationale.strip() if verdict == "edit" else record.rationale
         if verdict == "edit" and not text:

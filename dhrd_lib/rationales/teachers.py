@@ -9,7 +9,6 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Annotated, Any, Literal, Self
 
-import httpx
 import openai
 from pydantic import Field, model_validator
 
@@ -89,9 +88,7 @@ def _server(config: TeacherConfig) -> str | None:
     name = "base_url" if config.base_url else "OPENAI_BASE_URL"
     address = (config.base_url or os.environ.get(name, "")).rstrip("/")
     if address and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", address):
-        raise ConfigError(
-            f"{name} isn't http(s)://HOST/PATH; expected no user or query, and the key in api_key_env."
-        )
+        raise ConfigError(f"{name} isn't http(s)://HOST/PATH; expected no user or query, which may hold a key.")
     return address or None
 
 
@@ -140,10 +137,9 @@ class OpenAITeacher:
             timeout=config.timeout_s,
             max_retries=config.max_retries,
             default_query=config.default_query,
-            http_client=openai.DefaultHttpxClient(event_hooks={"response": [_reveal_error]}),
         )
 
-    def ask(self, prompts: Sequence[str], attempt: int = 0) -> Iterator[tuple[int, Reply]]:
+    def ask(self, prompts: Sequence[str], seed: int | None = None) -> Iterator[tuple[int, Reply]]:
         """Yield each prompt's index and its reply, as they come.
 
         The next prompt is sent once the caller has come back for more: a kill costs `concurrency` replies at most.
@@ -152,7 +148,7 @@ class OpenAITeacher:
         running, free = {}, self._config.concurrency
         try:
             while True:
-                running |= {pool.submit(self._request, prompts[i], attempt): i for i in islice(waiting, free)}
+                running |= {pool.submit(self._request, prompts[i], seed): i for i in islice(waiting, free)}
                 if not running:
                     return
                 done, free = wait(running, return_when=FIRST_COMPLETED).done.pop(), 1
@@ -160,41 +156,36 @@ class OpenAITeacher:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _request(self, prompt: str, attempt: int) -> Reply:
+    def _request(self, prompt: str, seed: int | None) -> Reply:
         if self._stopped:
             return Reply(failure=f"not asked, because earlier requests met {self._stopped}")
         config = self._config
-        optional = {
-            "temperature": config.temperature,
-            "top_p": config.top_p if config.top_p < 1 else None,
-            "seed": None if config.seed is None else config.seed + attempt,
-        }
+        body = {"temperature": config.temperature, "top_p": config.top_p if config.top_p < 1 else None}
+        body |= {"seed": seed, config.token_limit: config.max_tokens}
+        body = {name: value for name, value in body.items() if value is not None} | config.extra_body
+        messages = [{"role": role, "content": text} for role, text in _turns(config, prompt)]
+        create = self._client.chat.completions.with_raw_response.create
         try:
-            response = self._client.chat.completions.with_raw_response.create(
-                model=config.model,
-                messages=[{"role": role, "content": text} for role, text in _turns(config, prompt)],
-                extra_body={config.token_limit: config.max_tokens, **config.extra_body},
-                **{name: value for name, value in optional.items() if value is not None},
-            )
+            response = create(model=config.model, messages=messages, extra_body=body)
+            reply = response.http_response.json()
+            if error := reply.get("error"):  # in spite of its status 200
+                raise openai.APIError(str(error), response.http_request, body=error)
             self._same_failures = 0
-            return self._read(response.http_response.json())
+            return self._read(reply)
         except openai.OpenAIError as error:
             return Reply(failure=self._failure(error))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            # The client doesn't check what a server sends, so any part of it may be missing or of another type.
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # The client doesn't check replies.
             return Reply(failure="the reply isn't a chat completion")
 
-    def _read(self, body: dict[str, Any]) -> Reply:
-        choice, usage = body["choices"][0], body.get("usage") or {}
+    def _read(self, reply: dict[str, Any]) -> Reply:
+        choice, usage = reply["choices"][0], reply.get("usage") or {}
         message, finish = choice["message"], choice.get("finish_reason") or "stop"
         content = message["content"] or ""
         parts = [{"text": content}] if isinstance(content, str) else content
-        text, thinking, refusal = (
-            self._clean("".join(_text(part.get(kind)) for part in parts))
-            for kind in ("text", "thinking", "refusal")
-        )
-        thinking = self._clean(message.get("reasoning_content") or message.get("reasoning") or "") or thinking
-        refusal = self._clean(message.get("refusal") or "") or refusal
+        kinds = ("text", "thinking", "refusal")
+        text, thinking, refusal = ("".join(_text(part.get(kind)) for part in parts) for kind in kinds)
+        thinking = message.get("reasoning_content") or message.get("reasoning") or thinking
+        text, thinking, refusal = map(self._clean, (text, thinking, message.get("refusal") or refusal))
         failure = f"the teacher refused: {refusal[:200]}" if refusal else None
         if finish in ("content_filter", "error", "abort") or choice.get("error"):
             failure = f"the server ended the reply early (finish reason {finish!r})"
@@ -223,20 +214,6 @@ def _text(value: str | list[dict[str, str]] | None) -> str:
     return value if isinstance(value, str) else "".join(part["text"] for part in value or [])
 
 
-def _reveal_error(response: httpx.Response) -> None:
-    """Give an error that came with status 200 its own, and keep the client from repeating a hopeless request."""
-    response.read()
-    try:
-        error = response.json()["error"]
-        code = error.get("code") if isinstance(error, dict) else None
-    except (KeyError, TypeError, ValueError):
-        return
-    if error and response.status_code == 200:
-        response.status_code = code if isinstance(code, int) and 400 <= code < 600 else 400
-    if code == "insufficient_quota":
-        response.headers["x-should-retry"] = "false"
-
-
 class LocalTeacher:
     """A causal LM on this machine, asked in batches."""
 
@@ -246,7 +223,7 @@ class LocalTeacher:
         # Thinking may quote the sentinel, so a model that thinks ends by its end token alone.
         self._may_think = has_thinking(self._backbone.tokenizer.chat_template or "")
 
-    def ask(self, prompts: Sequence[str], attempt: int = 0) -> Iterator[tuple[int, Reply]]:
+    def ask(self, prompts: Sequence[str], seed: int | None = None) -> Iterator[tuple[int, Reply]]:
         """Yield each prompt's index and its reply, batch by batch, shortest prompts first."""
         config, lm, tokenizer = self._config, self._backbone.model, self._backbone.tokenizer
         template = config.extra_body.get("chat_template_kwargs", {})
@@ -255,22 +232,16 @@ class LocalTeacher:
         fits = [i for i in order if len(rows[i]) <= room]
         for i in order[len(fits) :]:
             yield i, Reply(failure=f"the prompt has {len(rows[i])} tokens; the context leaves {room} for it")
-        sampling = {"do_sample": True, "top_p": config.top_p, "temperature": config.temperature}
+        options = {"do_sample": True, "top_p": config.top_p}
         if config.temperature == 0:
-            sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        elif config.temperature is None:
-            del sampling["temperature"]
+            options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        elif config.temperature:
+            options["temperature"] = config.temperature
+        options["is_complete"] = None if self._may_think else lambda text: is_complete(text, self._reader)
         for first in range(0, len(fits), config.batch_size):
             batch = fits[first : first + config.batch_size]
-            replies = generate(
-                lm,
-                tokenizer,
-                [rows[i] for i in batch],
-                seed=None if config.seed is None else config.seed + attempt,
-                is_complete=None if self._may_think else lambda text: is_complete(text, self._reader),
-                max_new_tokens=config.max_tokens,
-                **sampling,
-            )
+            prompt_ids = [rows[i] for i in batch]
+            replies = generate(lm, tokenizer, prompt_ids, seed=seed, max_new_tokens=config.max_tokens, **options)
             for i, ids in zip(batch, replies, strict=True):
                 yield i, self._reply(rows[i], ids)
 

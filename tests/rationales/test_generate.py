@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shlex
 import socket
 import subprocess
@@ -21,18 +22,8 @@ from typer.testing import CliRunner
 from dhrd_lib.__main__ import app
 from dhrd_lib.backbones import EMBEDDED, load_backbone
 from dhrd_lib.config import ConfigError
-from dhrd_lib.rationales import (
-    SENTINEL,
-    RationaleStore,
-    Record,
-    TeacherConfig,
-    export,
-    generate,
-    make_prompt,
-    quality_report,
-    select,
-    store_for,
-)
+from dhrd_lib.rationales import SENTINEL, RationaleStore, TeacherConfig, make_prompt, quality_report
+from dhrd_lib.rationales.generate import export, generate, select, store_for
 from dhrd_lib.tasks import load_task
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("no_teacher")]
@@ -46,52 +37,52 @@ def test_second_run_asks_nothing(triage, rows, tmp_path):
     assert set(server.asked.values()) == {1}
     assert server.most_at_once == 3
     assert (first.stored, first.replies, first.failed) == (12, 12, {})
-    assert (first.tokens_in, first.tokens_out) == (1200, 240)
-    assert first.usd == pytest.approx((1200 * 2 + 240 * 10) / 1e6)
-    assert "12 rows: 0 stored before, 12 stored now, 0 failed" in str(first)
-    assert "1200 tokens in, 240 tokens out, 0.0048 USD" in str(first)
+    counts = "12 rows: 0 stored before, 12 stored now, 0 failed; 12 replies, 1200 tokens in, 240 tokens out"
+    assert str(first) == f"{counts}, 0.0048 USD"
     assert (second.stored_before, second.stored, second.replies) == (12, 0, 0)
     assert second.records == first.records == select(triage, rows, config, tmp_path)
-    assert [record.idx for record in first.records] == list(rows["idx"])
     for row, record in zip(rows, first.records, strict=True):
         assert good_reply(make_prompt(triage, row, config)).startswith(record.rationale)
-        assert (record.agreed, record.tokens_in, record.tokens_out) == (True, 100, 20)
+        assert (record.idx, record.agreed, record.tokens_in, record.tokens_out) == (row["idx"], True, 100, 20)
         assert record.answer == triage.verbalizers[row["label"]]
 
 
-def test_change_of_prompt_or_parameters_asks_again(triage, rows, tmp_path):
-    changes = [
-        {},
-        {"prompt": "{input}\nAnswer: {label}\nWhy? {sentinel}"},
-        {"temperature": 0.5},
-        {"max_tokens": 99},
-        {"seed": 3},
-        {"system": "Be brief."},
-        {"extra_body": {"top_k": 1}},
-    ]
-    with FaultServer() as server:
-        for number, change in enumerate(changes, 1):
-            assert generate(triage, rows, served(server, **change), tmp_path).stored == 12
-            store = store_for(triage, served(server), tmp_path)
-            assert len(store.read()) == 12 * number
-        same = served(server, concurrency=1, timeout_s=5.0, max_retries=1, api_key_env="OTHER")
-        assert generate(triage, rows, same, tmp_path).stored == 0
-        relabeled = rows.map(lambda row: {"label": (row["label"] + 1) % 5})
-        assert generate(triage, relabeled, same, tmp_path).stored == 12
-    other = TeacherConfig(kind="openai", model="Fixed", base_url="http://127.0.0.1:1/v1")
-    assert store_for(triage, other, tmp_path).path == store.path
-    assert select(triage, rows, other, tmp_path) == [None] * 12
+CHANGES = [
+    {"temperature": 0.5},
+    {"max_tokens": 99},
+    {"seed": 3},
+    {"system": "Brief."},
+    {"extra_body": {"top_k": 1}},
+]
+CHANGES += [{"prompt": "{input}\nAnswer: {label}\nWhy? {sentinel}"}, {"base_url": "http://127.0.0.1:1/v1"}]
+SAME = {"concurrency": 1, "timeout_s": 5.0, "max_retries": 1, "api_key_env": "OTHER", "max_tokens": 999}
 
 
-def test_empty_rationale_of_an_old_store_is_asked_again(triage, rows, tmp_path):
+def test_only_what_changes_replies_asks_again(triage, rows, tmp_path):
+    rows = rows.select([0, 1])
     with FaultServer() as server:
         config = served(server)
-        (first,) = generate(triage, rows.select([0]), config, tmp_path).records
+        records = generate(triage, rows, config, tmp_path).records
+        for change in CHANGES:
+            assert select(triage, rows, config.replace(change), tmp_path) == [None, None]
+        assert generate(triage, rows, config.replace(CHANGES[1]), tmp_path).stored == 2
+        assert generate(triage, rows, config.replace(SAME), tmp_path).records == records
+        relabeled = rows.map(lambda row: {"label": (row["label"] + 1) % 5})
+        assert generate(triage, relabeled, config, tmp_path).stored == 2
+        assert len(store_for(triage, config, tmp_path).read()) == 6
+
+
+@pytest.mark.parametrize("old", [{"rationale": "", "agreed": None}, {"finish_reason": "length"}])
+def test_empty_or_cut_off_rationale_is_asked_again(old, triage, rows, tmp_path):
+    rows = rows.select([0])
+    with FaultServer() as server:
+        config = served(server)
+        (first,) = generate(triage, rows, config, tmp_path).records
         store = store_for(triage, config, tmp_path)
         store.path.unlink()
-        store.append(Record(**{**first.model_dump(), "rationale": "", "agreed": None}))
-        again = generate(triage, rows.select([0]), config, tmp_path)
-    assert (again.stored, again.records) == (1, [first])
+        store.append(first.model_copy(update=old))
+        again = generate(triage, rows, config.replace({"max_tokens": 999}), tmp_path)
+    assert (again.stored, again.records[0].rationale) == (1, first.rationale)
 
 
 def test_rejection_keeps_the_first_reply_that_agrees(triage, rows, tmp_path):
@@ -137,9 +128,6 @@ def test_store_stays_in_its_folder(model, triage, tmp_path):
     assert path.resolve().parent == (tmp_path / "stores" / triage.name).resolve()
 
 
-# ---------------------------------------------------------------------- kills and processes
-
-
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -149,27 +137,6 @@ def _spawn(target, *arguments):
     process = _CONTEXT.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
-
-
-def _without_time(records):
-    return sorted((one.key, one.rationale, one.answer, one.agreed, one.finish_reason) for one in records)
-
-
-def _lines(store):
-    return store.path.read_bytes().count(b"\n") if store.path.exists() else 0
-
-
-def _kill_at_a_random_moment(process, ready, store, generator):
-    """Kill a job while it starts, or some moments after its store has grown by some records."""
-    assert ready.wait(60)
-    wanted, until = _lines(store) + generator.randint(0, 8), time.monotonic() + 30
-    while _lines(store) < wanted and time.monotonic() < until:
-        time.sleep(0.01)
-    time.sleep(generator.uniform(0, 0.06))
-    alive = process.is_alive()
-    process.kill()
-    process.join(30)
-    assert alive, "the job was done before it could be killed"
 
 
 @pytest.mark.timeout(300)
@@ -184,15 +151,22 @@ def test_killed_job_ends_as_if_unkilled(tmp_path):
         for _ in range(20):
             before, ready = len(store.read()), _CONTEXT.Event()
             process = _spawn(run_job, server.base_url, tmp_path / "killed", task, dataset, ready)
-            _kill_at_a_random_moment(process, ready, store, generator)
+            assert ready.wait(60)
+            # Killed while it starts, or some moments after its store has grown by some records.
+            wanted, until = before + generator.randint(0, 8), time.monotonic() + 30
+            while len(store.read()) < wanted and time.monotonic() < until:
+                time.sleep(0.01)
+            time.sleep(generator.uniform(0, 0.06))
+            assert process.is_alive(), "the job was done before it could be killed"
+            process.kill()
+            process.join(30)
             growth.append(len(store.read()) - before)
         outcome = run_job(server.base_url, tmp_path / "killed", task, dataset)
     assert sum(grown > 0 for grown in growth) >= 10, f"too few kills met a job at work: {growth}"
     assert (outcome.stored_before, outcome.failed) == (sum(growth), {})
     assert outcome.stored == n_rows - sum(growth) > 0
-    assert Counter(record.idx for record in store.read()) == Counter(dataset["idx"])
     unkilled = RationaleStore(tmp_path / "unkilled" / "support_triage" / "fixed.jsonl").read()
-    assert _without_time(store.read()) == _without_time(unkilled)
+    assert sorted(store.read(), key=repr) == sorted(unkilled, key=repr)
     # A kill costs the requests under way at most, and there are four of them.
     assert sum(server.asked.values()) <= n_rows + 4 * len(growth)
 
@@ -208,43 +182,29 @@ def test_two_processes_ask_for_no_row_twice(tmp_path):
     assert Counter(record.idx for record in found) == Counter(str(i) for i in range(60))
 
 
-# ---------------------------------------------------------------------- a real server, and the embedded backbone
-
-
 @pytest.fixture(scope="module")
 def real_server(tmp_path_factory):
     """Run `transformers serve` with the embedded backbone; its address, and its name for the model."""
     folder = load_backbone(EMBEDDED, device="cpu").source
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
     command = [str(Path(sys.executable).with_name("transformers")), "serve", folder, "--device", "cpu"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/health", process, log)
-            yield f"http://127.0.0.1:{port}/v1", folder
-        finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(20)
-
-
-def _wait_for(address, process, log):
     until = time.monotonic() + 90
     while time.monotonic() < until and process.poll() is None:
         try:
-            with urllib.request.urlopen(address, timeout=2):
-                return
+            urllib.request.urlopen(f"{address}/health", timeout=2).close()
+            break
         except OSError:
             time.sleep(0.2)
-    pytest.fail(f"transformers serve didn't come up:\n{log.read_text(errors='replace')[-2000:]}")
+    yield f"{address}/v1", folder
+    process.kill()
+    process.wait(20)
 
 
 @pytest.mark.timeout(400)
@@ -253,17 +213,13 @@ def test_transformers_serve_and_local_teacher_agree(real_server, triage, train, 
     config = TeacherConfig(kind="openai", model=model, base_url=base_url, max_tokens=16, concurrency=2)
     outcome = generate(triage, rows, config, tmp_path)
     assert (outcome.stored, outcome.failed) == (4, {})
-    assert outcome.tokens_in > 4 * 100
-    assert all(0 < record.tokens_out <= 16 for record in outcome.records)
+    assert all(record.tokens_in > 100 and 0 < record.tokens_out <= 16 for record in outcome.records)
     assert generate(triage, rows, config, tmp_path).replies == 0
     # The same model asked directly, in one batch, gets the same prompts and gives the same replies.
     direct = TeacherConfig(model=EMBEDDED, device="cpu", max_tokens=16, batch_size=2)
     local = generate(triage, rows.select(range(2)), direct, tmp_path).records
-    assert [record.tokens_in for record in local] == [record.tokens_in for record in outcome.records[:2]]
-    assert [record.rationale for record in local] == [record.rationale for record in outcome.records[:2]]
-
-
-# ---------------------------------------------------------------------- the command
+    for one, other in zip(local, outcome.records[:2], strict=True):
+        assert (one.tokens_in, one.rationale) == (other.tokens_in, other.rationale)
 
 
 @pytest.fixture
@@ -294,17 +250,11 @@ def test_command_generates_reports_and_exports(tmp_path, four_rows):
     assert len((tmp_path / "out" / "support_triage.jsonl").read_text().splitlines()) == 4
 
 
-def documented_commands() -> list[list[str]]:
-    """Return the arguments of each `rationales` command in docs/scaling.md."""
-    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    start = "python -m dhrd_lib "
-    lines = [line.removeprefix(start) for line in text.splitlines() if line.startswith(f"{start}rationales ")]
-    return [shlex.split(line, comments=True) for line in lines]
-
-
 @pytest.mark.parametrize("place", [0, 1])
 def test_documented_commands_ask_a_server(place, tmp_path, four_rows):
-    command = documented_commands()[place]
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^python -m dhrd_lib (rationales .*)$", text, flags=re.MULTILINE)
+    command = shlex.split(commands[place], comments=True)
     with FaultServer(lambda prompt, nth: f"It burst. {SENTINEL} {('fix', 'refund')[nth % 2]}") as server:
         command[command.index("--base-url") + 1] = server.base_url
         result = CliRunner().invoke(app, [*command, *four_rows, "--folder", str(tmp_path)])

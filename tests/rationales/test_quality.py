@@ -3,16 +3,7 @@
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from dhrd_lib.rationales import (
-    FLAGS,
-    Record,
-    TeacherConfig,
-    flags,
-    names_label,
-    quality_report,
-    select,
-    store_for,
-)
+from dhrd_lib.rationales import FLAGS, Record, TeacherConfig, flags, names_label, quality_report, select, store_for
 from dhrd_lib.rationales.generate import blank_records
 from dhrd_lib.studies.plots import compare_reports
 from dhrd_lib.tasks import load_task
@@ -26,8 +17,7 @@ def record(rationale: str = "It burst.", **fields) -> Record:
 
 def split(rationales: list[str | None]) -> Dataset:
     """Return a split with the columns that `load_task` gives, of the labels fix, refund, explain in turn."""
-    strings = dict.fromkeys(("text", "idx", "input_text", "rationale"), Value("string"))
-    n = len(rationales)
+    strings, n = dict.fromkeys(("text", "idx", "input_text", "rationale"), Value("string")), len(rationales)
     columns = {
         "text": [f"text {i}" for i in range(n)],
         "idx": [str(i) for i in range(n)],
@@ -72,8 +62,7 @@ FORMS = {  # label: texts that name it, and texts that do not
 @pytest.mark.parametrize("label", FORMS)
 def test_label_is_found_in_its_forms(label):
     naming, others = FORMS[label]
-    assert [text for text in naming if not names_label(text, label)] == []
-    assert [text for text in others if names_label(text, label)] == []
+    assert [text for text in [*naming, *others] if names_label(text, label)] == naming
 
 
 INPUT = "Customer: the paint kit burst and dried onto the paper before the course began\nWhat must happen next?"
@@ -132,7 +121,7 @@ def test_report_counts_every_filter_and_row(task):
     ]
     report = quality_report(task, split(["x"] * 9), records)
     table = report.table()["count"]
-    assert {name: count for name, count in table.items() if count} == {
+    counts = {
         "rows": 9,
         "missing": 1,
         "rationales": 8,
@@ -140,11 +129,9 @@ def test_report_counts_every_filter_and_row(task):
         "no_answer": 1,
         "leaks_label": 2,
         "empty": 1,
-        "cut_off": 1,
-        "accept by hand": 1,
-        "reject by hand": 1,
-        "kept": 3,
     }
+    counts |= {"cut_off": 1, "accept by hand": 1, "reject by hand": 1, "kept": 3}
+    assert {name: count for name, count in table.items() if count} == counts
     assert set(report.kept) == {"0", "6", "8"}
     assert report.table()["share"]["leaks_label"] == 2 / 8
     by_label = report.by_label()
@@ -157,16 +144,12 @@ def test_report_counts_every_filter_and_row(task):
     assert shown["leaks label"] == pytest.approx(25.0)
 
 
-# ---------------------------------------------------------------------- review
-
-
 CONFIG = TeacherConfig(model="m", prompt="{input} {label}")
 
 
 def reviewed(task, folder, rationales):
     """Return a split whose rationales a teacher has stored, the store, and the panel."""
-    data = split(rationales)
-    store = store_for(task, CONFIG, folder)
+    data, store = split(rationales), store_for(task, CONFIG, folder)
     for blank, text in zip(blank_records(task, data, CONFIG)[0], rationales, strict=True):
         store.append(blank.model_copy(update={"rationale": text, "agreed": True}))
     return data, store, ReviewPanel(task, data, CONFIG, folder)

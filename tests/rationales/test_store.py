@@ -22,7 +22,6 @@ RECORDS = st.builds(
     idx=st.text(),
     parameters=st.dictionaries(st.text(), st.none() | st.integers(-9, 9) | st.text() | st.booleans()),
     agreed=st.none() | st.booleans(),
-    tokens_in=st.none() | st.integers(0, 10**6),
     review=st.none() | st.just("edit"),
     original=st.none() | st.text(),
 )
@@ -35,8 +34,6 @@ def test_records_come_back_as_appended(tmp_path_factory, records):
     for each in records:
         store.append(each)
     assert store.read() == records
-    if records:
-        assert store.path.read_bytes().count(b"\n") == len(records)
 
 
 def test_store_cut_anywhere_gives_records_before_the_cut(tmp_path):
@@ -58,19 +55,17 @@ def test_store_cut_anywhere_gives_records_before_the_cut(tmp_path):
 @pytest.mark.filterwarnings("error")
 def test_last_line_without_newline_is_kept(tmp_path):
     store = RationaleStore(tmp_path / "store.jsonl")
-    store.append(record())
-    store.path.write_bytes(store.path.read_bytes()[:-1])
+    store.path.write_text(record().model_dump_json())
     store.append(record(idx="1"))
     assert [each.idx for each in store.read()] == ["0", "1"]
 
 
 def test_old_store_is_read(tmp_path):
     """Lines of version 0.1.0: with spaces, the data's own rationales, an address with a slash at its end."""
-    store = RationaleStore(tmp_path / "store.jsonl")
     old = {"idx": "0", "prompt_hash": "h", "teacher": "human", "rationale": "é", "seconds": 0}
     parameters = [{"protocol": "human"}, {"server": "http://a/v1/", "temperature": 1}]
-    lines = [{**old, "parameters": of} for of in parameters]
-    store.path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    store = RationaleStore(tmp_path / "store.jsonl")
+    store.path.write_text("\n".join(json.dumps({**old, "parameters": of}) for of in parameters))
     human, served = store.read()
     assert (human.rationale, human.parameters, human.agreed) == ("é", {"protocol": "human"}, None)
     assert served.key == served.model_copy(update={"parameters": {"server": "http://a/v1", "temperature": 1.0}}).key
@@ -79,9 +74,7 @@ def test_old_store_is_read(tmp_path):
 @pytest.mark.parametrize("line", ['{"idx": "1"}', '{"idx": 1}', '{"surprise": 2}', "[1]", "3"])
 def test_json_that_is_no_record_names_file_and_line(tmp_path, line):
     store = RationaleStore(tmp_path / "store.jsonl")
-    store.append(record())
-    with store.path.open("a") as file:
-        file.write(f"{line}\n")
+    store.path.write_text(f"{record().model_dump_json()}\n{line}\n")
     with pytest.raises(WorkbenchError, match=r"store\.jsonl, line 2 is no record"):
         store.read()
 

@@ -1,8 +1,6 @@
 """Teachers: configuration, prompts, a server that is really there and misbehaves, and a local model."""
 
-import json
 import logging
-import socket
 import time
 
 import pytest
@@ -10,13 +8,14 @@ import torch
 from fault_server import FaultServer, completion, good_reply, served
 
 from dhrd_lib.backbones import load_backbone
-from dhrd_lib.config import ConfigError
+from dhrd_lib.config import ConfigError, WorkbenchError
 from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.rationales import SENTINEL, TeacherConfig, generate, make_prompt
 from dhrd_lib.rationales.replies import read_reply
 from dhrd_lib.rationales.teachers import LocalTeacher, OpenAITeacher, teacher_parameters
 
 KEY = "sk-canary-5f2b91c7d3e84a06"
+OPENAI = {"kind": "openai", "model": "m"}
 
 pytestmark = pytest.mark.usefixtures("no_teacher")
 
@@ -26,10 +25,6 @@ def reader(triage):
     return AnswerReader(SENTINEL, triage.label_names, triage.verbalizers)
 
 
-def good(prompt, nth):
-    return good_reply(prompt)
-
-
 def ask(plan, triage, rows, folder, n=1, **fields):
     """Return the outcome of asking a server for the first rows, and the server."""
     with FaultServer(plan) as server:
@@ -37,7 +32,7 @@ def ask(plan, triage, rows, folder, n=1, **fields):
         return generate(triage, rows.select(range(n)), config, folder), server
 
 
-# ---------------------------------------------------------------------- configuration and prompts
+SECRETS = [f"https://user:{KEY}@127.0.0.1/v1", f"https://127.0.0.1/v1?key={KEY}", f"http://{KEY}@127.0.0.1"]
 
 
 @pytest.mark.parametrize(
@@ -48,112 +43,80 @@ def ask(plan, triage, rows, folder, n=1, **fields):
         ({"protocol": "rejection"}, "temperature is 0 with protocol='rejection'"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"base_url": "localhost:8000"}, "base_url isn't http(s)://"),
+        ({"api_key_env": KEY}, "api_key_env isn't a variable's name"),
+        *(({"base_url": address}, "base_url isn't http(s)://") for address in SECRETS),
     ],
 )
-def test_wrong_configuration_is_refused(fields, expected):
+def test_wrong_configuration_is_refused_without_secrets(fields, expected):
     with pytest.raises(ConfigError) as caught:
         TeacherConfig(**fields)
     assert expected in str(caught.value)
-
-
-SECRET_ADDRESSES = [
-    f"https://user:{KEY}@127.0.0.1/v1",
-    f"https://127.0.0.1/v1?key={KEY}",
-    f"http://{KEY}@127.0.0.1",
-]
-
-
-@pytest.mark.parametrize("fields", [{"api_key_env": KEY}, *({"base_url": address} for address in SECRET_ADDRESSES)])
-def test_secret_in_configuration_is_refused_unrepeated(fields):
-    with pytest.raises(ConfigError) as caught:
-        TeacherConfig(**fields)
     assert KEY not in str(caught.value)
 
 
-@pytest.mark.parametrize("address", SECRET_ADDRESSES)
+@pytest.mark.parametrize("address", SECRETS)
 def test_secret_in_environment_is_refused_unrepeated(address, triage, rows, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", address)
     with pytest.raises(ConfigError, match="OPENAI_BASE_URL isn't http") as caught:
-        generate(triage, rows, TeacherConfig(kind="openai", model="m"), tmp_path)
+        generate(triage, rows, TeacherConfig(**OPENAI), tmp_path)
     assert KEY not in str(caught.value)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_missing_key_is_named(monkeypatch):
-    config = TeacherConfig(kind="openai", model="m", api_key_env="MY_KEY")
-    with pytest.raises(ConfigError, match="MY_KEY holds no key"):
-        OpenAITeacher(config)
-    monkeypatch.setenv("MY_KEY", f"{KEY}\nnext line")
+@pytest.mark.parametrize("value", ["", f"{KEY}\nnext line"])
+def test_missing_key_is_named(value, monkeypatch):
+    monkeypatch.setenv("MY_KEY", value)
     with pytest.raises(ConfigError, match="MY_KEY holds no key") as caught:
-        OpenAITeacher(config)
+        OpenAITeacher(TeacherConfig(**OPENAI, api_key_env="MY_KEY"))
     assert KEY not in str(caught.value)
 
 
 def test_parameters_are_those_that_change_replies():
-    config = TeacherConfig(kind="openai", model="m", base_url="http://127.0.0.1:1/v1/")
+    config = TeacherConfig(**OPENAI, base_url="http://127.0.0.1:1/v1/")
     parameters = teacher_parameters(config)
-    assert parameters["server"] == "http://127.0.0.1:1/v1"
     names = ["kind", "max_tokens", "protocol", "seed", "server", "temperature", "top_p"]
     assert sorted(parameters) == names  # as in older stores
-    for same in (
-        {"concurrency": 1},
-        {"default_query": {"api-version": "1"}},
-        {"base_url": "http://127.0.0.1:1/v1"},
-    ):
+    for same in ({"default_query": {"api-version": "1"}}, {"base_url": "http://127.0.0.1:1/v1"}):
         assert teacher_parameters(config.replace(same)) == parameters
     for change in ({"system": "Be brief."}, {"extra_body": {"top_k": 1}}, {"use_reasoning": True}, {"seed": 1}):
         assert teacher_parameters(config.replace(change)).items() > parameters.items() - {("seed", None)}
 
 
-def test_gold_prompt_has_input_labels_and_gold(triage, rows):
+def test_prompts_have_what_their_protocol_gives(triage, rows):
     prompt = make_prompt(triage, rows[0], TeacherConfig())
     parts = [rows[0]["input_text"], ", ".join(triage.verbalizers), SENTINEL, "Let's think step by step"]
     assert all(part in prompt for part in [*parts, f"Answer: {triage.verbalizers[rows[0]['label']]}"])
     custom = TeacherConfig(prompt="Why {label}? {text} [{labels}] {sentinel}")
     assert make_prompt(triage, rows[0], custom).startswith("Why replace? Ordered the notched card")
-
-
-def test_rejection_prompt_hides_the_gold_label(triage, rows):
-    config = TeacherConfig(protocol="rejection", temperature=0.7)
-    assert len({make_prompt(triage, {**rows[0], "label": label}, config) for label in range(5)}) == 1
+    rejection = TeacherConfig(protocol="rejection", temperature=0.7)
+    assert len({make_prompt(triage, {**rows[0], "label": label}, rejection) for label in range(5)}) == 1
 
 
 @pytest.mark.parametrize(
     ("prompt", "protocol", "expected"),
     [
-        ("{input} {label} {rationale}", "gold", "the prompt's row lacks 'rationale'"),
+        ("{input} {label} {rationale}", "gold", "the prompt's row lacks"),
         ("{input} {sentinel}", "gold", "wrong fields for the gold protocol"),
         ("{input} {label}", "rejection", "wrong fields for the rejection protocol"),
         ("Say {label}.", "gold", "leaves the input out"),
     ],
 )
 def test_prompt_that_breaks_its_protocol_is_refused(triage, rows, prompt, protocol, expected):
-    with pytest.raises(ConfigError, match=expected):
+    with pytest.raises(WorkbenchError, match=expected):
         make_prompt(triage, rows[0], TeacherConfig(prompt=prompt, protocol=protocol, temperature=0.5))
-
-
-# ---------------------------------------------------------------------- what a server gets
 
 
 def test_server_gets_system_prompt_extra_body_and_query(triage, rows, tmp_path):
     extra = {"chat_template_kwargs": {"enable_thinking": False}}
     fields = {"system": "Be brief.", "extra_body": extra, "default_query": {"api-version": "2024-10-21"}}
-    outcome, server = ask(good, triage, rows, tmp_path, **fields, top_p=0.5, seed=3)
-    assert outcome.stored == 1
+    outcome, server = ask(good_reply, triage, rows, tmp_path, **fields, top_p=0.5, seed=3)
     (body,) = server.bodies
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
     assert server.paths == ["/v1/chat/completions?api-version=2024-10-21"]
     assert [body[name] for name in ("temperature", "top_p", "max_tokens", "seed")] == [0, 0.5, 256, 3]
     assert outcome.records[0].parameters["system"] == "Be brief."
-    _, server = ask(
-        lambda prompt, nth: good_reply(prompt),
-        triage,
-        rows,
-        tmp_path,
-        temperature=None,
-        token_limit="max_completion_tokens",
-    )
+    _, server = ask(good_reply, triage, rows, tmp_path, temperature=None, token_limit="max_completion_tokens")
     assert sorted(server.bodies[0]) == ["max_completion_tokens", "messages", "model"]
 
 
@@ -161,11 +124,7 @@ def test_address_and_key_may_come_from_the_environment(monkeypatch, rows, triage
     with FaultServer() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        config = TeacherConfig(kind="openai", model="m")
-        assert generate(triage, rows.select([0]), config, tmp_path).stored == 1
-
-
-# ---------------------------------------------------------------------- what a server replies
+        assert generate(triage, rows.select([0]), TeacherConfig(**OPENAI), tmp_path).stored == 1
 
 
 def parts(*parts):
@@ -173,7 +132,8 @@ def parts(*parts):
 
 
 THINKING_PART = {"type": "thinking", "thinking": [{"type": "text", "text": "hmm"}]}
-TEXT_PART = {"type": "text", "text": f"Why. {SENTINEL} replace"}
+TEXT = f"Why. {SENTINEL} replace"
+TEXT_PART = {"type": "text", "text": TEXT}
 
 
 @pytest.mark.parametrize(
@@ -183,76 +143,62 @@ TEXT_PART = {"type": "text", "text": f"Why. {SENTINEL} replace"}
         (parts(TEXT_PART), False, "Why."),
         (parts(THINKING_PART, TEXT_PART), False, "Why."),
         (parts(THINKING_PART, TEXT_PART), True, "hmm"),
-        (completion(f"Why. {SENTINEL} replace", reasoning_content="hmm"), True, "hmm"),
-        (completion(f"Why. {SENTINEL} replace", reasoning="hmm"), False, "Why."),
+        (completion(TEXT, reasoning_content="hmm"), True, "hmm"),
+        (completion(TEXT, reasoning="hmm"), False, "Why."),
         (completion(None, "length", reasoning="hmm"), True, "hmm"),
-        ({**completion(f"Why. {SENTINEL} replace"), "usage": None}, False, "Why."),
+        ({**completion(TEXT), "usage": None}, False, "Why."),
     ],
 )
 def test_reply_becomes_a_rationale(triage, rows, tmp_path, body, use_reasoning, rationale):
     outcome, _ = ask(lambda prompt, nth: body, triage, rows, tmp_path, use_reasoning=use_reasoning)
-    assert outcome.failed == {}
-    assert outcome.records[0].rationale == rationale
+    assert (outcome.failed, outcome.records[0].rationale) == ({}, rationale)
 
 
 REFUSED = {"refusal": "I can't help with that."}
-PARTIAL = completion(f"Why. {SENTINEL} replace", "error")
+PARTIAL = completion(TEXT, "error")
 PARTIAL["choices"][0]["error"] = {"code": 502}
+CUT = completion(None, "length", reasoning_content="hmm")
 
 
 @pytest.mark.parametrize(
-    ("body", "reason"),
+    ("body", "reason", "requests"),
     [
-        (completion(None), "the reply has no rationale (finish reason 'stop')"),
-        (f"{SENTINEL} replace", "the reply has no rationale"),
-        (
-            completion(None, "length", reasoning_content="hmm"),
-            "(finish reason 'length'), but 3 characters of thinking",
-        ),
-        (parts(THINKING_PART), "but 3 characters of thinking"),
-        (completion(None, **REFUSED), "the teacher refused: I can't help"),
-        (parts({"type": "refusal", **REFUSED}), "the teacher refused: I can't help"),
-        (
-            completion("Half a", "content_filter"),
-            "the server ended the reply early (finish reason 'content_filter')",
-        ),
-        (PARTIAL, "the server ended the reply early (finish reason 'error')"),
-        ({"choices": []}, "the reply isn't a chat completion"),
-        ({"choices": [{"message": {"content": [3]}}]}, "the reply isn't a chat completion"),
-        ({"error": {"message": "Provider returned error", "code": 429}}, "Error code: 429 - "),
-        ({"error": {"message": "context too long", "code": "context_length_exceeded"}}, "Error code: 400 - "),
-        ({"error": "overloaded"}, "Error code: 400 - "),
-        ("html", "the reply isn't a chat completion"),
-        ("hang", "Request timed out"),
-        ("drop", "Connection error"),
-        ("drop_midway", "Connection error"),
-        (400, "Error code: 400 - "),
-        (500, "Error code: 500 - "),
-        ((403, {"message": "Input was flagged by moderation"}), "Error code: 403 - Input was flagged"),
+        (completion(None), "the reply has no rationale (finish reason 'stop')", 1),
+        (f"{SENTINEL} replace", "the reply has no rationale", 1),
+        (CUT, "(finish reason 'length'), but 3 characters of thinking", 1),
+        (parts(THINKING_PART), "but 3 characters of thinking", 1),
+        (completion(None, **REFUSED), "the teacher refused: I can't help", 1),
+        (parts({"type": "refusal", **REFUSED}), "the teacher refused: I can't help", 1),
+        (completion("Half a", "content_filter"), "ended the reply early (finish reason 'content_filter')", 1),
+        (PARTIAL, "the server ended the reply early (finish reason 'error')", 1),
+        ({"choices": []}, "the reply isn't a chat completion", 1),
+        ({"choices": [{"message": {"content": [3]}}]}, "the reply isn't a chat completion", 1),
+        ({"error": {"message": "Provider returned error", "code": 429}}, "Provider returned error", 1),
+        ({"error": "overloaded"}, "overloaded", 1),
+        ("html", "the reply isn't a chat completion", 1),
+        ("broken_json", "the reply isn't a chat completion", 1),
+        ("hang", "Request timed out", 3),
+        ("drop", "Connection error", 3),
+        ("drop_midway", "Connection error", 3),
+        (400, "Error code: 400", 1),
+        (500, "Error code: 500", 3),
+        ((403, {"message": "Input was flagged by moderation"}), "Input was flagged", 1),
     ],
 )
-def test_reply_without_rationale_fails_and_is_asked_again(triage, rows, tmp_path, body, reason):
-    retried = body in ("hang", "drop", "drop_midway", 500) or "429" in reason
+def test_reply_without_rationale_fails_and_is_asked_again(triage, rows, tmp_path, body, reason, requests):
     outcome, server = ask(lambda prompt, nth: body, triage, rows, tmp_path)
     assert reason in outcome.failed["0"]
-    assert (outcome.stored, outcome.records, sum(server.asked.values())) == (0, [None], 3 if retried else 1)
-    again, _ = ask(good, triage, rows, tmp_path)
+    assert (outcome.stored, outcome.records, sum(server.asked.values())) == (0, [None], requests)
+    again, _ = ask(good_reply, triage, rows, tmp_path)
     assert (again.stored_before, again.failed) == (0, {})
 
 
-@pytest.mark.parametrize(
-    "fault", [429, 500, "hang", "drop", "drop_midway", {"error": {"message": "busy", "code": 503}}]
-)
+@pytest.mark.parametrize("fault", [429, 500, "hang", "drop", "drop_midway"])
 def test_passing_fault_is_retried(triage, rows, tmp_path, fault):
+    start = time.monotonic()
     outcome, _ = ask(lambda prompt, nth: good_reply(prompt) if nth else fault, triage, rows, tmp_path)
     assert outcome.stored == 1
-
-
-def test_retry_after_is_waited_for(triage, rows, tmp_path):
-    with FaultServer(lambda prompt, nth: good_reply(prompt) if nth else 429, retry_after="1") as server:
-        start = time.monotonic()
-        assert generate(triage, rows.select([0]), served(server), tmp_path).stored == 1
-    assert time.monotonic() - start >= 1.0
+    assert time.monotonic() - start >= 0.5 * (fault == 429)  # the server's Retry-After
 
 
 QUOTA = {"message": "You exceeded your current quota", "code": "insufficient_quota", "type": "insufficient_quota"}
@@ -265,54 +211,44 @@ TEMPERATURE = {"message": "Unsupported value: 'temperature'", "param": "temperat
         (401, "401 - the server refuses the key in OPENAI_API_KEY", 1),
         (402, "Error code: 402", 1),
         (404, "Error code: 404", 1),
-        ((429, QUOTA), "You exceeded your current quota", 1),
+        ((429, QUOTA), "You exceeded your current quota", 3),
         ({"error": QUOTA}, "You exceeded your current quota", 1),
         ((400, TEMPERATURE), "Unsupported value", 1),
         ((422, {"message": "the same for all"}), "Error code: 422", 10),
-        ("drop", "Connection error", 10),
+        (503, "Error code: 503", 30),
     ],
 )
 def test_fault_of_every_row_ends_the_asking(triage, rows, tmp_path, fault, reason, requests):
-    options = {"n": 12, "concurrency": 1, "max_retries": 0 if fault == "drop" else 2}
-    outcome, server = ask(lambda prompt, nth: fault, triage, rows, tmp_path, **options)
-    assert sum(server.asked.values()) == requests
-    assert len(outcome.failed) == 12
+    outcome, server = ask(lambda prompt, nth: fault, triage, rows, tmp_path, n=12, concurrency=1)
+    assert (sum(server.asked.values()), len(outcome.failed)) == (requests, 12)
     assert outcome.failed["11"].startswith("not asked, because earlier requests met ")
     assert reason in outcome.failed["11"]
 
 
 def test_absent_server_fails_every_row(triage, rows, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
-    config = TeacherConfig(kind="openai", model="m", base_url=address, max_retries=0)
+    config = TeacherConfig(**OPENAI, base_url="http://127.0.0.1:9/v1", max_retries=0)
     outcome = generate(triage, rows.select([0, 1]), config, tmp_path)
-    assert "Connection refused" in outcome.failed["0"]
+    assert all("Connection refused" in reason for reason in outcome.failed.values())
 
 
 def test_key_is_in_no_store_log_or_output(triage, rows, tmp_path, monkeypatch, caplog, capfd):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     caplog.set_level(logging.DEBUG)
-    plans = ["echo_key", (500, "echo_key"), (400, "echo_key"), 401, "hang", "broken_json"]
     printed = []
-    for plan in plans:
+    for plan in ["echo_key", (500, "echo_key"), (400, "echo_key"), 401, "hang", "broken_json"]:
         outcome, server = ask(lambda prompt, nth, plan=plan: plan, triage, rows, tmp_path, max_retries=1)
         printed += [repr(served(server)), repr(outcome), str(outcome)]
-    stores = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"***" in stores
-    assert KEY.encode() not in stores
-    everything = "\n".join([*printed, caplog.text, *capfd.readouterr()])
+    stores = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()).decode()
+    everything = "\n".join([*printed, stores, caplog.text, *capfd.readouterr()])
+    assert "***" in stores
     assert "Error code: 401" in everything
     assert KEY not in everything
 
 
 def test_placeholder_key_does_not_black_out_text(triage, rows, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "facts")
-    outcome, _ = ask(good, triage, rows, tmp_path)
+    outcome, _ = ask(good_reply, triage, rows, tmp_path)
     assert "facts" in outcome.records[0].rationale
-
-
-# ---------------------------------------------------------------------- local models
 
 
 def local(reader, **fields):
@@ -322,18 +258,17 @@ def local(reader, **fields):
 def test_local_reply_is_the_same_in_a_batch(triage, rows, reader):
     prompts = [make_prompt(triage, row, TeacherConfig())[-60 - 20 * i :] for i, row in enumerate(rows)]
     single, batched = (dict(local(reader, batch_size=size).ask(prompts)) for size in (1, 5))
-    assert [single[i].text for i in range(12)] == [batched[i].text for i in range(12)]
+    assert single == batched
     tokenizer = load_backbone("tiny", device="cpu").tokenizer
-    assert [batched[i].tokens_in for i in range(12)] == [
-        len(tokenizer(f"{prompt}\n").input_ids) for prompt in prompts
-    ]
+    lengths = [len(tokenizer(f"{prompt}\n").input_ids) for prompt in prompts]
+    assert [batched[i].tokens_in for i in range(12)] == lengths
 
 
 def test_local_draws_are_seeded_and_differ_between_tries(triage, rows, reader):
-    teacher = local(reader, temperature=1.0, seed=1)
+    teacher = local(reader, temperature=1.0)
     prompts = [make_prompt(triage, row, TeacherConfig())[:80] for row in rows.select(range(3))]
     state = torch.get_rng_state()
-    texts = [[reply.text for _, reply in teacher.ask(prompts, attempt)] for attempt in (0, 0, 1)]
+    texts = [[reply.text for _, reply in teacher.ask(prompts, seed)] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(state, torch.get_rng_state())
 
@@ -344,40 +279,26 @@ TEMPLATE = (
 )
 
 
-def test_local_thinking_opened_by_the_template(triage, rows, reader):
+def test_local_thinking_opened_by_the_template(reader):
     teacher = local(reader)
-    teacher._backbone.tokenizer.chat_template = TEMPLATE
     tokenizer = teacher._backbone.tokenizer
+    tokenizer.chat_template = TEMPLATE
     ids = tokenizer(f"hmm {SENTINEL} fix\n</think>\nWhy. {SENTINEL} refund").input_ids
-    prompt = tokenizer("user: x\n<think>\n").input_ids
-    reply = teacher._reply(prompt, ids)
+    reply = teacher._reply(tokenizer("user: x\n<think>\n").input_ids, ids)
     assert read_reply(reply, reader) == ("Why.", "refund", 0)
-    (cut,) = [reply for _, reply in teacher.ask(["Why?"])]  # 12 tokens of thinking that never ends
+    ((_, cut),) = teacher.ask(["Why?"])  # 12 tokens of thinking that never ends
     with pytest.raises(ValueError, match="no rationale"):
         read_reply(cut, reader)
     plain = local(reader, system="Be brief.", extra_body={"chat_template_kwargs": {"enable_thinking": False}})
     plain._backbone.tokenizer.chat_template = TEMPLATE
-    (reply,) = [reply for _, reply in plain.ask(["Why?"])]
+    ((_, reply),) = plain.ask(["Why?"])
     assert reply.tokens_in == len(tokenizer("system: Be brief.\nuser: Why?\n").input_ids)
     assert reply.reasoning == ""
 
 
 def test_prompt_beyond_the_context_fails_its_row(triage, train, tmp_path):
-    rows = train.select(range(2)).map(
-        lambda row: {"input_text": row["input_text"] * (40 if row["idx"] == "0" else 1)}
-    )
-    config = TeacherConfig(
-        model="tiny", device="cpu", max_tokens=12, temperature=1.0, seed=0, prompt="{input} {label}"
-    )
+    rows = train.select([0, 1]).map(lambda row: {"input_text": "long " * 9999 if row["idx"] == "0" else "short"})
+    config = TeacherConfig(model="tiny", device="cpu", max_tokens=12, temperature=1.0, prompt="{input} {label}")
     outcome = generate(triage, rows, config, tmp_path)
     assert outcome.stored == 1
     assert outcome.failed["0"].startswith("the prompt has ")
-
-
-def test_configuration_comes_from_a_file(tmp_path):
-    path = tmp_path / "teacher.json"
-    path.write_text(json.dumps({"kind": "openai", "model": "m", "extra_body": {"min_p": 0.1}}))
-    assert TeacherConfig.load(path).extra_body == {"min_p": 0.1}
-    path.write_text(json.dumps({"maximum": 1}))
-    with pytest.raises(ConfigError, match=r"teacher\.json: maximum is not a field"):
-        TeacherConfig.load(path)
