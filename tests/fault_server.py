@@ -92,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, planned: Any, prompt: str) -> None:
         key, whole = self.headers["Authorization"], json.dumps(completion(f"Why. {SENTINEL} fix"))
         texts = {"html": "<html>Bad gateway</html>", "broken_json": whole[:60], "drop_midway": whole}
-        texts["echo_key"] = json.dumps(completion(f"{key} {SENTINEL} fix"))
+        texts["echo_key"] = json.dumps(completion(f"{key} is it. {SENTINEL} fix"))
         if planned == "hang":
             self.owner.stopping.wait(60)
             self.close_connection = True

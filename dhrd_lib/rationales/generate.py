@@ -74,7 +74,7 @@ def generate(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | 
     """Ask the teacher for the rows that have no rationale in the store yet, and store each reply as it comes.
 
     A kill loses the requests under way and nothing else; the next call asks for what is missing or failed. Waits
-    for another process that fills the same store. Raises `ConfigError` where the teacher cannot be asked at all.
+    for another process that fills the same store.
     """
     store, (blanks, prompts) = store_for(task, config, folder), blank_records(task, dataset, config)
     tries = config.tries if config.protocol == "rejection" else 1
@@ -106,8 +106,7 @@ def generate(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | 
                     continue
                 agreed[blank.key].append(None if label is None else label == gold)
                 values = {"rationale": rationale, "answer": answer, "agreed": agreed[blank.key][-1]}
-                values |= {name: getattr(reply, name) for name in ("finish_reason", "tokens_in", "tokens_out")}
-                store.append(blank.model_copy(update=values))
+                store.append(Record(**blank.model_dump() | reply._asdict() | values))
     outcome.usd = outcome.tokens_in * (config.usd_per_million_tokens_in or 0) / 1e6
     outcome.usd += outcome.tokens_out * (config.usd_per_million_tokens_out or 0) / 1e6
     outcome.records = select(task, dataset, config, folder)
@@ -115,27 +114,18 @@ def generate(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | 
 
 
 def select(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | Path) -> list[Record | None]:
-    """Return each row's record under the present prompt, teacher and parameters; None where there is none.
-
-    Of several replies the first that agreed counts, or else the last. The latest review replaces it.
-    """
-    replies: dict[tuple, Record] = {}
-    reviews: dict[tuple, Record] = {}
+    """Return each row's latest review, or else its first reply that agreed, or else its last reply, or None."""
+    chosen: dict[tuple, Record] = {}
     for record in _stored(task, config, folder):
-        if record.review is not None:
-            reviews[record.key] = record
-        elif record.key not in replies or not replies[record.key].agreed:
-            replies[record.key] = record
-    chosen = replies | reviews
+        earlier = chosen.get(record.key)
+        if record.review or not earlier or not (earlier.review or earlier.agreed):
+            chosen[record.key] = record
     return [chosen.get(blank.key) for blank in blank_records(task, dataset, config)[0]]
 
 
 def export(rationales: Mapping[str, str], path: str | Path) -> None:
-    """Write rationales by `idx` as the TASK.jsonl that `load_task` reads in DHRD_RATIONALES_DIR, all or none.
-
-    Raises `ConfigError` where there is none: `load_task` would take an empty file for leave to use the data's own.
-    """
-    if not rationales:
+    """Write rationales by `idx` as the TASK.jsonl that `load_task` reads in DHRD_RATIONALES_DIR, all or none."""
+    if not rationales:  # `load_task` would use the data's own instead of an empty file's
         raise ConfigError(f"{path} isn't written: no rationale is kept; expected one or more.")
     rows = [json.dumps({"idx": idx, "rationale": text}, ensure_ascii=False) for idx, text in rationales.items()]
     scratch = Path(f"{path}.part")

@@ -49,11 +49,10 @@ FLAGS = {
 
 
 def names_label(text: str, verbalizer: str) -> bool:
-    """Return whether a text names a label: the verbalizer's words in a row, in any case and inflection.
+    """Return whether a text names a label: its words in a row, in any case and inflection.
 
-    A stem that begins with a label's of five letters or more counts too ("contradictory" of "contradiction").
-    In scripts that join words the label is looked for inside them. A common word, a number or a letter counts only
-    as an answer: alone between punctuation, quoted, after "the answer is", or last.
+    In scripts that join words it is looked for inside them. A common word, a number or a letter counts only as an
+    answer: alone between punctuation, quoted, after "the answer is", or last.
     """
     text, verbalizer = _folded(text), _folded(verbalizer).strip()
     if verbalizer in _COMMON or regex.fullmatch(r"[a-z]|\d+", verbalizer):
@@ -62,7 +61,7 @@ def names_label(text: str, verbalizer: str) -> bool:
         return verbalizer in text
     stems, label = ([_stem(word) for word in _words(of)] for of in (text, verbalizer))
     runs = zip(*(stems[i:] for i in range(len(label))), strict=False)
-    return any(
+    return any(  # "contradictori" is "contradict" too
         all(stem == of or (len(of) >= 5 and stem.startswith(of)) for stem, of in zip(run, label, strict=True))
         for run in runs
     )

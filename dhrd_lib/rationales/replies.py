@@ -83,10 +83,9 @@ def is_complete(text: str, reader: AnswerReader) -> bool:
 
 
 def read_reply(reply: Reply, reader: AnswerReader, use_reasoning: bool = False) -> tuple[str, str, int | None]:
-    """Return rationale, answer and class of a reply; the class is None where no label, or several, are named.
+    """Return rationale, answer and class (None: no label, or several); raise `ValueError` without a rationale.
 
-    The sentinel is the first one that a label follows, because a reply may quote it before. With `use_reasoning`
-    the rationale is the model's thinking. Raises `ValueError` with the reason where there is no rationale.
+    The sentinel is the first one that a label follows, because a reply may quote it before.
     """
     if reply.failure:
         raise ValueError(reply.failure)

@@ -36,24 +36,22 @@ _MAX_SAME_FAILURES = 10
 
 
 class TeacherConfig(Config):
-    """Who writes the rationales, and how they are asked (paper, "Teacher").
+    """Who writes the rationales, a backbone or any server with OpenAI's API, and how (paper, "Teacher").
 
-    A teacher is "local" (a backbone) or "openai" (any server with that API; `base_url` of None is OPENAI_BASE_URL,
-    or the hosted default). `protocol` is "gold" (the label is given) or "rejection" (up to `tries` replies, until
-    one agrees with it). `prompt` is a template of the row's fields, `input`, `labels`, `label` and `sentinel`.
-    `use_reasoning` takes a model's thinking for the rationale. `temperature` is greedy at 0, the model's at None.
+    `protocol` is "gold" (the label is given) or "rejection" (up to `tries` replies, until one agrees with it).
+    `prompt` is a template of the row's fields, `input`, `labels`, `label` and `sentinel`.
     """
 
     kind: Literal["local", "openai"] = "local"
     model: types.Text | None = None
-    base_url: types.Text | None = None
+    base_url: types.Text | None = None  # or else OPENAI_BASE_URL, or the hosted default
     api_key_env: str = "OPENAI_API_KEY"
     protocol: Literal["gold", "rejection"] = "gold"
     tries: types.PositiveInt = 4
     prompt: types.Text | None = None
     system: types.Text | None = None
-    use_reasoning: bool = False
-    temperature: types.Weight | None = 0.0
+    use_reasoning: bool = False  # take the model's thinking for the rationale
+    temperature: types.Weight | None = 0.0  # 0 is greedy, None the model's default
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: types.PositiveInt = 256
     token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
@@ -119,11 +117,7 @@ def _turns(config: TeacherConfig, prompt: str) -> list[tuple[str, str]]:
 
 
 class OpenAITeacher:
-    """A server with OpenAI's chat API: hosted models, vLLM, Ollama, `transformers serve`.
-
-    The client repeats a request that met 408, 409, 429, 5xx, a time-out or a broken connection. An error that every
-    row would meet ends the asking.
-    """
+    """A server with OpenAI's chat API; the client repeats requests that met 429, 5xx or a broken connection."""
 
     def __init__(self, config: TeacherConfig) -> None:
         self._config, server = config, _server(config)
@@ -140,14 +134,12 @@ class OpenAITeacher:
         )
 
     def ask(self, prompts: Sequence[str], seed: int | None = None) -> Iterator[tuple[int, Reply]]:
-        """Yield each prompt's index and its reply, as they come.
-
-        The next prompt is sent once the caller has come back for more: a kill costs `concurrency` replies at most.
-        """
+        """Yield each prompt's index and its reply, as they come; a kill costs `concurrency` replies at most."""
         pool, waiting = ThreadPoolExecutor(self._config.concurrency), iter(range(len(prompts)))
         running, free = {}, self._config.concurrency
         try:
             while True:
+                # The next prompt is sent once the caller has come back for more.
                 running |= {pool.submit(self._request, prompts[i], seed): i for i in islice(waiting, free)}
                 if not running:
                     return
