@@ -42,10 +42,9 @@ class Generation:
 
     def __str__(self) -> str:
         rows = f"{self.rows} rows: {self.stored_before} stored before, {self.stored} stored now"
-        cost = f"{self.tokens_in} tokens in, {self.tokens_out} tokens out" + f", {self.usd:.4f} USD" * bool(
-            self.usd
-        )
-        return f"{rows}, {len(self.failed)} failed; {self.replies} replies, {cost}"
+        usd = f", {self.usd:.4f} USD" if self.usd else ""
+        tokens = f"{self.tokens_in} tokens in, {self.tokens_out} tokens out{usd}"
+        return f"{rows}, {len(self.failed)} failed; {self.replies} replies, {tokens}"
 
 
 def store_for(task: Task, config: TeacherConfig, folder: str | Path) -> RationaleStore:

@@ -156,21 +156,18 @@ def reviewed(task, folder, rationales):
 
 
 def test_panel_pages_shows_flags_and_stores_verdicts(task, tmp_path):
-    texts = ["They broke <b>.", "Refunding is owed.", "Nothing is wrong.", "They broke again."]
+    texts = ["They broke <script>.", "Refunding is owed.", "Nothing is wrong.", "They broke again."]
     data, store, panel = reviewed(task, tmp_path, texts)
     assert "1 of 4" in panel.row.value
-    assert panel.words.value == "They broke <b>."
+    assert panel.words.value == texts[0]
     panel.next.click()
     assert "leaks label" in panel.row.value
-    assert "<b>Gold</b>" in panel.row.value
     panel.reject.click()
     panel.next.click()
     panel.words.value = "All is <well>."
     panel.accept.click()
     assert "Before the edit" in panel.row.value
     panel.next.click()
-    panel.next.click()
-    assert "4 of 4" in panel.row.value
     panel.words.value = ""
     panel.edit.click()
     assert "empty" in panel.message.value

@@ -45,7 +45,7 @@ def test_thinking_is_no_part_of_the_rationale(family):
 
 
 @pytest.mark.parametrize(
-    "text", ["<think>It never ends", "[THINK] hmm", "<|channel|>analysis<|message|>hmm", "hmm</think>"]
+    "text", ["<think>It never", "[THINK] hmm", "<|channel|>analysis<|message|>hmm", "hmm</think>"]
 )
 def test_thinking_alone_is_no_rationale(text):
     with pytest.raises(
@@ -120,15 +120,7 @@ def test_local_reply_is_complete_once_its_answer_is():
     assert not is_complete(f"<think>I write {SENTINEL} fix\nAnd", reader)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "opening"),
-    [
-        ("<|im_start|>assistant\n<think>\n", "<think>"),
-        ("<|Assistant|><think>", "<think>"),
-        ("<seed:bos>assistant\n<seed:think>", "<seed:think>"),
-        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", ""),
-        ("<|im_start|>assistant\n", ""),
-    ],
-)
-def test_thinking_opened_by_the_prompt(prompt, opening):
-    assert opened_thinking(prompt) == opening
+def test_thinking_opened_by_the_prompt():
+    assert opened_thinking("<|im_start|>assistant\n<think>\n") == "<think>"
+    assert opened_thinking("<seed:bos>assistant\n<seed:think>") == "<seed:think>"
+    assert opened_thinking("<|im_start|>assistant\n<think>\n\n</think>\n\n") == ""
