@@ -1,10 +1,7 @@
 """Rendering: figures that show in notebooks and in the pages exported from them.
 
-In a notebook, plotly stores a figure as its own MIME type alone. JupyterLab and VS Code draw that; nbconvert's HTML
-export doesn't know it and leaves the figure out. `show_figures_in_exports` adds HTML, and plotly.js once per kernel
-(5 MB in the saved notebook), so that an exported page needs no network. A viewer that runs no script, such as
-GitHub's, shows neither. A picture for it takes a browser at run time, so that is left to who needs it:
-`pip install kaleido`, PLOTLY_RENDERER=plotly_mimetype+png.
+In a notebook, plotly stores a figure as its own MIME type alone, which nbconvert's HTML export leaves out. HTML is
+added, and plotly.js once per kernel (5 MB in the saved notebook): unlike plotly's "notebook", it requests nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +13,6 @@ import plotly.io
 from plotly.io.base_renderers import MimetypeRenderer
 from plotly.offline import get_plotlyjs
 
-# The names of plotly's defaults in a Jupyter kernel and in VS Code.
-_MIME_TYPE_ALONE = ("plotly_mimetype", "vscode")
-
 
 class ExportRenderer(MimetypeRenderer):
     """Stores a figure as HTML; plotly.js precedes the first one of a kernel, in an output of its own."""
@@ -26,7 +20,6 @@ class ExportRenderer(MimetypeRenderer):
     _kernel_has_plotlyjs = False  # of the class, because plotly renders with copies of a renderer
 
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, str]:
-        """Return {"text/html": a div and the script that draws the figure in it}."""
         if not self._kernel_has_plotlyjs:
             from IPython.display import display
 
@@ -37,7 +30,7 @@ class ExportRenderer(MimetypeRenderer):
 
 
 def show_figures_in_exports() -> None:
-    """Add HTML to plotly's default in notebooks; any other default, as by PLOTLY_RENDERER, is kept."""
-    if plotly.io.renderers.default in _MIME_TYPE_ALONE and "PLOTLY_RENDERER" not in os.environ:
+    """Add HTML to plotly's default in Jupyter and VS Code; any other default, as by PLOTLY_RENDERER, is kept."""
+    if plotly.io.renderers.default in ("plotly_mimetype", "vscode") and "PLOTLY_RENDERER" not in os.environ:
         plotly.io.renderers["dhrd_export"] = ExportRenderer()
         plotly.io.renderers.default = "plotly_mimetype+dhrd_export"

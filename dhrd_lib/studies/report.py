@@ -1,16 +1,13 @@
 """Report: stored runs as one HTML file that compares DHRD with its pooled baseline.
 
-The file is self-contained, plotly.js included, and its content security policy keeps it from requesting anything
-else. Every figure in it is computed from the runs' stored predictions, grouped and compared by
-`dhrd_lib.studies.tables`.
+The file contains plotly.js, and its content security policy keeps it from requesting anything.
 """
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,50 +31,41 @@ from dhrd_lib.studies.tables import by_seed, collect, compare, factors, summariz
 if TYPE_CHECKING:
     from dhrd_lib.runs import Run
 
-COLUMNS = ("task", "split", "setting", "n_seeds", "value", "low", "high", "majority_share")
-COLUMNS += ("difference", "diff_low", "diff_high", "p_value")
+COLUMNS = ["task", "split", "setting", "n_seeds", "value", "low", "high", "majority_share"]
+COLUMNS += ["difference", "diff_low", "diff_high", "p_value"]
 MAX_EXAMPLES = 50
-_ORDER = ("pooled baseline", "DHRD", "reasoning only")
 _METRIC_NAMES = {"macro_f1": "macro-F1", "mcc": "MCC", "f1a": "F1a", "em": "EM"}
 
 
 def write_report(runs: Sequence[Run], path: str | Path) -> pd.DataFrame:
-    """Write the report of `runs` to an HTML file and return its main table.
+    """Write the report of `runs` to an HTML file and return its main table, one row per task, split and setting.
 
     Runs that differ in seed alone are one setting; every setting with alpha above 0 is paired, seed by seed, with
     the pooled baseline (alpha = 0) of its task whose configuration is nearest. A run with beta = 0 has the
-    figures of its stored CoT predictions, or none.
+    figures of its stored CoT predictions, or none. The columns are value, low, high (the primary metric, a
+    fraction, and its 95% interval), majority_share (of the most frequent gold label), difference, diff_low,
+    diff_high, p_value (setting minus baseline; NaN without a pair), and what they belong to.
 
-    Returns:
-        One row per task, split and setting: task, split, setting, n_seeds, value, low, high (the primary metric,
-        a fraction, and its 95% interval), majority_share (of the most frequent gold label), difference, diff_low,
-        diff_high, p_value (setting minus baseline; NaN without a pair).
-
-    Raises:
-        WorkbenchError: no runs, two runs with the same configuration and seed, or runs of a task that predict
-            different rows.
+    Raises `WorkbenchError` for no runs, two with one configuration and seed, or different rows within a task.
     """
     if not runs:
         raise WorkbenchError("there are no runs to report on; expected at least one.")
     tasks = dict.fromkeys(run.config.data.task for run in runs)
     sections = [_Section(task, [run for run in runs if run.config.data.task == task]) for task in tasks]
     results = pd.concat([section.results for section in sections], ignore_index=True)
-    compared = results[results["difference"].notna()]
+    compared = results.dropna(subset="difference")
     # Dev chose each run's best step, so its comparisons count only where there are no others.
     compared = compared[compared["split"] != "dev"] if (compared["split"] != "dev").any() else compared
+    shown = compared.assign(low=compared["diff_low"], high=compared["diff_high"], name=compared["pair"])
     page = _TEMPLATE.render(
         plotly_js=markupsafe.Markup(get_plotlyjs()),
         summary=_summary(compared, runs),
-        differences=plots.paired_difference(
-            compared.assign(low=compared["diff_low"], high=compared["diff_high"], name=compared["pair"])
-        )
-        if len(compared)
-        else None,
+        differences=plots.paired_difference(shown) if len(compared) else None,
         sections=sections,
         environment=_environment(runs),
     )
     Path(path).write_text(page, encoding="utf-8")
-    return results[list(COLUMNS)]
+    return results[COLUMNS]
 
 
 def print_table(frame: pd.DataFrame, console: Console | None = None) -> None:
@@ -90,7 +78,7 @@ def print_table(frame: pd.DataFrame, console: Console | None = None) -> None:
             table.add_column(escape(name), overflow="fold", no_wrap=name == "split")
         for row in rows.itertuples():
             interval = str(Interval(row.value, row.low, row.high))
-            cells = [row.split, row.setting, interval, _percent(row.majority_share)]
+            cells = [row.split, row.setting, interval, f"{row.majority_share:.1%}"]
             if not pd.isna(row.difference):
                 cells += [points_interval(row.difference, row.diff_low, row.diff_high), _p(row.p_value)]
             table.add_row(*map(escape, cells))
@@ -98,7 +86,7 @@ def print_table(frame: pd.DataFrame, console: Console | None = None) -> None:
 
 
 class _Section:
-    """One task's results, and what its part of the page shows."""
+    """One task's results, and what its part of the page shows; runs by setting and seed, the baseline first."""
 
     def __init__(self, task: str, runs: Sequence[Run]) -> None:
         self.task, self.settings = task, _settings(runs)
@@ -106,77 +94,66 @@ class _Section:
         names = [_METRIC_NAMES.get(name, name.replace("_", " ")) for name in self.metrics]
         self.metric_name = names[0] if len(names) == 1 else f"mean of {' and '.join(names)}"
         self.several_seeds = any(len(seeds) > 1 for seeds in self.settings.values())
+        self.first = {label: next(iter(of.values())) for label, of in self.settings.items()}
+        self.names = {label: ", ".join(run.name for run in of.values()) for label, of in self.settings.items()}
+        self.configs = {label: json.dumps(run.config.to_dict(), indent=2) for label, run in self.first.items()}
         self.baselines = {label: self._nearest_baseline(label) for label in self.settings}
-        self.table = pd.concat(collect([run]).assign(setting=label) for label, run in self._runs())
-        self.table = self.table.reset_index(drop=True)
-
-    def _runs(self) -> Iterator[tuple[str, Run]]:
-        return ((label, run) for label, runs in self.settings.items() for run in runs.values())
+        parts = [collect([run]).assign(setting=label) for label, of in self.settings.items() for run in of.values()]
+        self.table = pd.concat(parts, ignore_index=True)
+        self.results = self._results()
+        self.compared = self.results.dropna(subset="difference")
 
     def _nearest_baseline(self, label: str) -> str | None:
         """Return the pooled baseline with the fewest differing fields among those that share a seed."""
-        run = self._first(label)
+        run, seeds = self.first[label], self.settings[label].keys()
         if run.config.training.alpha == 0:
             return None
-        baselines = [
-            other
-            for other, seeds in self.settings.items()
-            if self._first(other).config.training.alpha == 0 and seeds.keys() & self.settings[label].keys()
-        ]
-        return min(baselines, key=lambda other: len(_differing([run, self._first(other)])), default=None)
+        shared = [of for of, others in self.settings.items() if seeds & others.keys()]
+        baselines = {
+            of: _differing([run, self.first[of]]) for of in shared if self.first[of].config.training.alpha == 0
+        }
+        return min(baselines, key=lambda of: len(baselines[of]), default=None)
 
-    def _first(self, label: str) -> Run:
-        return next(iter(self.settings[label].values()))
-
-    def _names(self, label: str) -> str:
-        return ", ".join(run.name for run in self.settings[label].values())
-
-    @cached_property
-    def results(self) -> pd.DataFrame:
-        """The rows of `write_report`, with the figures that only the page shows."""
+    def _results(self) -> pd.DataFrame:
+        """Return the rows of `write_report`, with the figures that only the page shows."""
         if self.table.empty:  # reasoning-only runs without CoT predictions
-            return pd.DataFrame(columns=list(COLUMNS))
+            return pd.DataFrame(columns=[*COLUMNS, "pair"])
         splits = list(dict.fromkeys(self.table["split"]))
         results = summarize(self.table, ["setting"])
         results = results.sort_values("split", key=lambda names: names.map(splits.index), kind="stable")
         majority = {row.split: np.bincount(row.labels).max() / len(row.labels) for row in self.table.itertuples()}
         results["majority_share"] = results["split"].map(majority)
-        results["name"] = results["setting"].map(self._names)
+        results["name"] = results["setting"].map(self.names)
         pairs = []
         for label, baseline in self.baselines.items():
             if baseline and label in set(self.table["setting"]):
                 both = self.table[self.table["setting"].isin([label, baseline])]
-                pair = f"{self._names(label)} against {self._names(baseline)}"
+                pair = f"{self.names[label]} against {self.names[baseline]}"
                 pairs.append(compare(both, ["setting"], {"setting": baseline}).assign(baseline=baseline, pair=pair))
         if not pairs:
-            return results.reindex(columns=[*results, "difference", "diff_low", "diff_high", "p_value"])
+            return results.reindex(columns=[*results, "pair", *COLUMNS[-4:]])
         columns = {"low": "diff_low", "high": "diff_high", "n_seeds": "n_pairs"}
         return results.merge(pd.concat(pairs).rename(columns=columns), how="left", on=["task", "split", "setting"])
 
     def scores(self) -> pd.DataFrame:
-        """The metric of each split and setting, with what it has to be judged by."""
+        """Return the metric of each split and setting, with what it has to be judged by."""
         rows = []
         for row in self.results.itertuples():
-            runs = self.table[(self.table["setting"] == row.setting) & (self.table["split"] == row.split)]
-            means = {_METRIC_NAMES.get(name, name): by_seed(runs, [name])["value"].mean() for name in self.metrics}
-            overlap = self._first(row.setting).metrics.get("overlap", {}).get(row.split)
-            rows.append(
-                {
-                    "split": row.split,
-                    "setting": row.setting,
-                    f"{self.metric_name} [95% interval]": str(Interval(row.value, row.low, row.high)),
-                    **({name: _percent(mean) for name, mean in means.items()} if len(means) > 1 else {}),
-                    "majority share": _percent(row.majority_share),
-                    "also in train": "—" if overlap is None else f"{overlap} of {len(runs['labels'].iloc[0])}",
-                    "seeds": row.n_seeds,
-                    "std over seeds": "—" if pd.isna(row.std) else f"{100 * row.std:.1f} points",
-                }
-            )
+            of_row = self.table[(self.table["setting"] == row.setting) & (self.table["split"] == row.split)]
+            cells = {"split": row.split, "setting": row.setting}
+            cells[f"{self.metric_name} [95% interval]"] = str(Interval(row.value, row.low, row.high))
+            for name in self.metrics if len(self.metrics) > 1 else ():
+                cells[_METRIC_NAMES.get(name, name)] = f"{by_seed(of_row, [name])['value'].mean():.1%}"
+            overlap = self.first[row.setting].metrics.get("overlap", {}).get(row.split)
+            cells |= {"majority share": f"{row.majority_share:.1%}", "seeds": row.n_seeds}
+            cells["also in train"] = "—" if overlap is None else f"{overlap} of {len(of_row['labels'].iloc[0])}"
+            cells["std over seeds"] = "—" if pd.isna(row.std) else f"{100 * row.std:.1f} points"
+            rows.append(cells)
         frame = pd.DataFrame(rows)
         return frame.loc[:, (frame != "—").any()]
 
     def comparisons(self) -> pd.DataFrame:
-        """The differences from the baseline, with their tests."""
+        """Return the differences from the baseline, with their tests."""
         return pd.DataFrame(
             {
                 "split": row.split,
@@ -186,46 +163,36 @@ class _Section:
                 "test": row.test,
                 "right alone: setting / baseline": f"{row.b_only_right:.0f} / {row.a_only_right:.0f}",
                 "pairs of runs": int(row.n_pairs),
-                "differ in": ", ".join(_differing([self._first(row.baseline), self._first(row.setting)])),
+                "differ in": ", ".join(_differing([self.first[row.baseline], self.first[row.setting]])),
             }
-            for row in self.results[self.results["difference"].notna()].itertuples()
+            for row in self.compared.itertuples()
         )
 
     def training(self) -> pd.DataFrame:
-        """Time and tokens of each setting, means over its seeds."""
+        """Return time and tokens of each setting, means over its seeds."""
+        totals = {label: pd.DataFrame([run.metrics for run in of.values()]) for label, of in self.settings.items()}
         rows = []
-        for label, baseline in self.baselines.items():
-            totals, reference = (
-                pd.DataFrame([run.metrics for run in self.settings[of].values()])
-                for of in (label, baseline or label)
-            )
-            minutes, seconds = divmod(round(totals["train_seconds"].mean()), 60)
-            ratio = totals["train_seconds"].mean() / reference["train_seconds"].mean()
-            rows.append(
-                {
-                    "setting": label,
-                    "training time": f"{minutes} min {seconds:02d} s",
-                    "× baseline's time": f"{ratio:.2f}" if baseline else "—",
-                    "tokens per second": f"{totals['tokens_per_second'].mean():,.0f}",
-                    "tokens": f"{totals['train_tokens'].mean():,.0f}",
-                    "steps": _span(totals["steps"]),
-                    "best step": _span(totals["best_step"]),
-                    "runs": self._names(label),
-                }
-            )
+        for label, of in totals.items():
+            seconds, baseline = of["train_seconds"].mean(), self.baselines[label]
+            row = {"setting": label, "training time": f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"}
+            ratio = seconds / totals[baseline or label]["train_seconds"].mean()
+            row["× baseline's time"] = f"{ratio:.2f}" if baseline else "—"
+            row |= {"tokens per second": f"{of['tokens_per_second'].mean():,.0f}"}
+            row |= {"tokens": f"{of['train_tokens'].mean():,.0f}", "steps": _span(of["steps"])}
+            rows.append(row | {"best step": _span(of["best_step"]), "runs": self.names[label]})
         return pd.DataFrame(rows)
 
     def metric(self) -> go.Figure:
         return plots.metric_with_interval(self.results, self.metric_name)
 
     def losses(self) -> go.Figure:
-        histories = [run.history.assign(setting=label, name=run.name) for label, run in self._runs()]
-        return plots.loss_curves(pd.concat(histories))
+        runs = [(label, run) for label, of in self.settings.items() for run in of.values()]
+        return plots.loss_curves(pd.concat(run.history.assign(setting=label, name=run.name) for label, run in runs))
 
     def classes(self) -> list[dict[str, Any]]:
-        """Precision, recall, F1 (means over seeds) and confusion matrices (sums over seeds) of each test split."""
+        """Return precision, recall, F1 (means over seeds) and confusion (sums) of each setting by test split."""
         blocks = []
-        for split in [split for split in dict.fromkeys(self.results["split"]) if split != "dev"]:
+        for split in dict.fromkeys(self.results.query("split != 'dev'")["split"]):
             tables, matrices = {}, []
             for setting, rows in self.table[self.table["split"] == split].groupby("setting", sort=False):
                 runs = list(zip(rows["labels"], rows["predictions"], strict=True))
@@ -235,20 +202,21 @@ class _Section:
                 matrices.append(plots.confusion_matrices({setting: matrix}, self.label_names, split))
             figures = pd.DataFrame({"rows": next(iter(tables.values()))["support"].astype(int)})
             for setting, table in tables.items():
-                texts = table[["precision", "recall", "f1"]].map(_percent)
+                texts = table[["precision", "recall", "f1"]].map("{:.1%}".format)
                 figures[f"{setting}: precision, recall, F1"] = texts.agg(", ".join, axis=1)
             f1 = plots.per_class_f1(tables, split)
             blocks.append({"split": split, "figures": figures.reset_index(), "f1": f1, "confusions": matrices})
         return blocks
 
     def disagreements(self) -> list[dict[str, Any]]:
-        """The rows on which the two runs of a pair's lowest shared seed disagree, for each pair and split."""
+        """Return the rows on which a pair's runs of the lowest shared seed disagree, for each pair and split."""
         blocks = []
-        for row in self.results[self.results["difference"].notna()].itertuples():
+        for row in self.compared.itertuples():
             seed = min(self.settings[row.setting].keys() & self.settings[row.baseline].keys())
-            a, b = (self._rows(label, seed, row.split) for label in (row.baseline, row.setting))
+            runs = [self.settings[label][seed] for label in (row.baseline, row.setting)]
+            a, b = (self._rows(run, row.split) for run in runs)
             if not a["idx"].equals(b["idx"]):
-                names = " and ".join(repr(self.settings[label][seed].name) for label in (row.baseline, row.setting))
+                names = " and ".join(repr(run.name) for run in runs)
                 raise WorkbenchError(f"runs {names} predict different rows of {row.split}; expected the same idx.")
             differ = a["answer"] != b["answer"]
             a_right, b_right = a["answer"] == a["gold"], b["answer"] == b["gold"]
@@ -263,32 +231,28 @@ class _Section:
             blocks.append({**where, "count": sum(differ), "n_rows": len(a), "kinds": kinds})
         return blocks
 
-    def _rows(self, label: str, seed: int, split: str) -> pd.DataFrame:
+    def _rows(self, run: Run, split: str) -> pd.DataFrame:
         """Return a run's rows by idx, with the names of gold and predicted label, and the prediction as text."""
-        at = {"setting": label, "seed": seed, "split": split}
-        of_run = self.table[(self.table[list(at)] == pd.Series(at)).all(axis=1)].iloc[0]
-        rows = self.settings[label][seed].predictions(split).sort_values("idx", ignore_index=True)
+        of_run = self.table[(self.table["run"] == run.name) & (self.table["split"] == split)].iloc[0]
+        rows = run.predictions(split).sort_values("idx", ignore_index=True)
         names = [*self.label_names, "no answer"]  # NO_ANSWER is -1
         rows["gold"], rows["answer"] = ([names[i] for i in of_run[column]] for column in ("labels", "predictions"))
         rows["shown"] = rows["answer"]
         if "probabilities" in rows:  # CoT has none
-            rows["shown"] += [f" ({100 * max(of):.0f}%)" for of in rows["probabilities"]]
+            rows["shown"] += [f" ({max(of):.0%})" for of in rows["probabilities"]]
         return rows
 
     def differing(self) -> pd.DataFrame:
-        """The fields in which the settings differ."""
-        of = {label: _fields(self._first(label)) for label in self.settings}
-        names = _differing([self._first(label) for label in self.settings])
+        """Return the fields in which the settings differ."""
+        of = {label: _fields(run) for label, run in self.first.items()}
+        names = _differing(list(self.first.values()))
         return pd.DataFrame([{"field": name} | {label: str(of[label][name]) for label in of} for name in names])
-
-    def configs(self) -> dict[str, str]:
-        return {label: json.dumps(self._first(label).config.to_dict(), indent=2) for label in self.settings}
 
 
 def _settings(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
     """Return the runs of one task by setting and seed, the pooled baseline first."""
     settings: dict[str, dict[int, Run]] = {}
-    for name in _ORDER:
+    for name in ("pooled baseline", "DHRD", "reasoning only"):
         variants = [run for run in runs if run.config.training.setting == name]
         differing = _differing(variants)
         for run in sorted(variants, key=lambda run: run.config.training.seed):
@@ -312,22 +276,19 @@ def _fields(run: Run) -> dict[str, Any]:
 
 def _environment(runs: Sequence[Run]) -> pd.DataFrame:
     """Return every version and hardware entry, with all values that the runs have for it."""
-    values: dict[str, dict[str, None]] = {}
-    for run in runs:
-        for name, value in {**run.environment, **run.environment["packages"]}.items():
-            if name != "packages":
-                values.setdefault(name, {})[str(value)] = None
-    return pd.DataFrame({"entry": list(values), "value": ["; ".join(of) for of in values.values()]})
+    entries = pd.DataFrame([{**run.environment, **run.environment["packages"]} for run in runs])
+    entries = entries.drop(columns="packages")
+    values = ["; ".join(entries[name].dropna().astype(str).unique()) for name in entries]
+    return pd.DataFrame({"entry": entries.columns, "value": values})
 
 
 def _summary(compared: pd.DataFrame, runs: Sequence[Run]) -> str:
     """Return what the comparisons show, in sentences."""
     if compared.empty:
         return "Nothing is compared: no setting has a pooled baseline (alpha = 0) of the same task and seed."
-    clear = compared[(compared["diff_low"] > 0) | (compared["diff_high"] < 0)]
-    if len(compared) <= 3:
-        sentences = [_sentence(row, row.Index in clear.index) for row in compared.itertuples()]
-    else:
+    sentences = [_sentence(row) for row in compared.itertuples()]
+    if len(compared) > 3:
+        clear = compared[(compared["diff_low"] > 0) | (compared["diff_high"] < 0)]
         ahead, clear_gains = ((of["difference"] > 0).sum() for of in (compared, clear))
         sentences = [
             f"The settings with alpha above 0 are ahead of their pooled baseline in {ahead} of {len(compared)} "
@@ -337,39 +298,30 @@ def _summary(compared: pd.DataFrame, runs: Sequence[Run]) -> str:
     if "dev" in set(compared["split"]):
         sentences.append("These are dev rows, which also chose each run's best step: they flatter both sides.")
     if (compared["n_pairs"] > 1).any():
-        sentences.append(
-            f"Pairs of runs in a comparison, one per seed: {_span(compared['n_pairs'])}; with several, the "
-            "intervals cover the chance in the rows and in the seeds."
-        )
+        pairs, chance = _span(compared["n_pairs"]), "the intervals cover the chance in the rows and in the seeds."
+        sentences.append(f"Pairs of runs in a comparison, one per seed: {pairs}; with several, {chance}")
     else:
-        sentences.append(
-            "Each setting was trained with one seed: the intervals cover the chance in the rows, not what another "
-            "seed would change."
-        )
+        chance = "the intervals cover the chance in the rows, not what another seed would change."
+        sentences.append(f"Each setting was trained with one seed: {chance}")
         if any(run.config.model.freeze_layers > 0 for run in runs):
             sentences.append("Quick profile: one seed, lower layers frozen.")
     return " ".join(sentences)
 
 
-def _sentence(row: Any, excludes_zero: bool) -> str:
+def _sentence(row: Any) -> str:
     """Return one comparison as a sentence, and its verdict as a second."""
-    side = "ahead of" if row.difference > 0 else "behind"
-    side = f"{100 * abs(row.difference):.1f} points {side}" if row.difference else "level with"
+    side = f"{100 * abs(row.difference):.1f} points {'ahead of' if row.difference > 0 else 'behind'}"
+    side = side if row.difference else "level with"
     interval = f"{100 * row.diff_low:+.1f} to {100 * row.diff_high:+.1f} points, p = {_p(row.p_value)}"
     unsettled = "The interval includes zero, so these runs don't settle which of the two is better."
-    return (
-        f"On {row.task} ({row.split}, {row.n_rows:.0f} rows), {row.setting} is {side} the {row.baseline} (95% "
-        f"interval {interval}). {'The interval excludes zero.' if excludes_zero else unsettled}"
-    )
+    verdict = "The interval excludes zero." if row.diff_low > 0 or row.diff_high < 0 else unsettled
+    where = f"On {row.task} ({row.split}, {row.n_rows:.0f} rows)"
+    return f"{where}, {row.setting} is {side} the {row.baseline} (95% interval {interval}). {verdict}"
 
 
 def _span(numbers: Sequence[int]) -> str:
     low, high = min(numbers), max(numbers)
     return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
 
 
 def _p(value: float) -> str:

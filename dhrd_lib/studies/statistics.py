@@ -36,8 +36,7 @@ class Interval:
 class PairedComparison:
     """The primary metric of b minus that of a (a fraction), on the same rows; its text is in points.
 
-    `low` and `high` bound the difference, `p_value` is two-sided and comes from `test`. `n_rows` counts
-    the rows of one run; `a_only_right` and `b_only_right` count rows, added up over the seeds.
+    `low` and `high` bound the difference, `n_rows` is of one run, the counts of rows add up over the seeds.
     """
 
     difference: float
@@ -69,10 +68,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Return the primary metric (its mean over seeds) with its 95% percentile bootstrap interval.
 
-    Resamples rows (or groups), and with several seeds the seeds together with them. Percentile and not BCa: BCa
-    is undefined where every row is right, which small test sets do reach, and its jackknife costs N^2, for no
-    gain on means and F1s of hundreds of rows. Where every row is right the percentile interval has no width;
-    read it as "no error in N rows". Raises `ValueError` as `task_metrics`.
+    Resamples rows (or groups), and with several seeds the seeds together with them. Percentile and not BCa, which
+    is undefined where every row is right, as small test sets do reach. Raises `ValueError` as `task_metrics`.
     """
     counts = unit_counts(metrics, labels, _by_seed(predictions), groups)
     rng = np.random.default_rng(0)
@@ -92,15 +89,12 @@ def paired_comparison(
 ) -> PairedComparison:
     """Compare two runs, or two settings over several seeds, on the same rows; the i-th runs share a seed.
 
-    The interval is a paired percentile bootstrap: each resample draws rows (or groups) and seed pairs, the same
-    ones for a and b. With one seed the p-value is McNemar's exact test for plain accuracy on rows, else a
-    permutation test that swaps a and b unit by unit. With several it is twice the smaller share of resamples on
-    either side of zero (each share with one added to its count), so that it falls under 5% where the interval
-    excludes zero.
-
-    With several seeds, both err on the careful side where seeds differ little, because drawing rows and seeds at
-    once counts their joint noise more than once (Owen's pigeonhole bootstrap); with two seeds that differ much
-    they are still too narrow. Raises `ValueError` for unequal numbers of seeds.
+    The interval is a paired percentile bootstrap over rows (or groups) and seed pairs. With one seed the p-value is
+    McNemar's exact test for plain accuracy on rows, else a permutation test that swaps a and b unit by unit. With
+    several it is twice the smaller share of resamples on either side of zero, so that it falls under 5% where the
+    interval excludes zero; both are careful where seeds differ little, because drawing rows and seeds at once
+    counts their joint noise more than once (Owen's pigeonhole bootstrap), and too narrow with two seeds that differ
+    much. Raises `ValueError` for unequal numbers of seeds.
     """
     a, b = _by_seed(predictions_a), _by_seed(predictions_b)
     n_seeds = len(a)
@@ -129,10 +123,7 @@ def paired_comparison(
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Return Holm's step-down correction of the p-values of several comparisons (tasks, settings), in their order.
-
-    The adjusted values bound the chance of any false positive among all of them: compare each with the level.
-    """
+    """Return Holm's step-down correction of the p-values of several comparisons, in their order."""
     p_values = np.asarray(p_values, dtype=float)
     order = np.argsort(p_values)
     adjusted = np.empty_like(p_values)

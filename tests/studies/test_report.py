@@ -84,7 +84,7 @@ def dhrd_on_test(frame):
 
 def test_table_has_row_per_split_and_setting(runs, written):
     _, frame = written
-    assert tuple(frame.columns) == report.COLUMNS
+    assert list(frame.columns) == report.COLUMNS
     assert frame["split"].tolist() == [split for split in SPLITS for _ in runs]
     by_setting = {run.config.training.setting: run for run in runs}
     for row in frame.itertuples():
