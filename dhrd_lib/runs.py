@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from dhrd_lib.modeling import DHRDModel
 
 PACKAGES = (
-    *("torch", "transformers", "datasets", "accelerate", "peft", "tokenizers", "safetensors"),
-    *("scikit-learn", "scipy", "numpy", "pandas", "plotly"),
+    "torch transformers datasets accelerate peft tokenizers safetensors scikit-learn scipy numpy pandas plotly"
 )
 # Metrics of a whole run, beside those of its splits.
 TOTALS = ("train_seconds", "train_tokens", "tokens_per_second")
@@ -53,6 +52,13 @@ class Run:
     def name(self) -> str:
         """The folder's name; a run that was moved or copied has its new one."""
         return os.path.basename(os.path.abspath(self.folder))  # "." has a name, too, and a link keeps its own.
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Name, setting and every configuration field, as the columns of a table of runs."""
+        config = self.config.to_dict()
+        fields = {"run": self.name, "setting": self.config.training.setting}
+        return fields | config["model"] | config["data"] | config["training"]
 
     @property
     def label_names(self) -> list[str]:
@@ -76,7 +82,8 @@ class Run:
         probabilities (a list of K), group, rationale. A run with `beta = 0` has no prediction, prediction_id and
         probabilities: its classifier is untrained.
         """
-        frame = pd.read_json(self.predictions_path(split), lines=True, dtype=False, convert_dates=False)
+        path = self.folder / f"predictions_{split}.jsonl"
+        frame = pd.read_json(path, lines=True, dtype=False, convert_dates=False)
         class_of = {name: index for index, name in enumerate(self.label_names)}
         for column in ("label", "prediction"):
             if column in frame:
@@ -86,10 +93,6 @@ class Run:
         if self.config.training.beta == 0:
             frame = frame.drop(columns=["prediction", "prediction_id", "probabilities"], errors="ignore")
         return frame
-
-    def predictions_path(self, split: str) -> Path:
-        """Return the file of a split's predictions."""
-        return self.folder / f"predictions_{split}.jsonl"
 
     def model(self, **kwargs: Any) -> DHRDModel:
         """Load the trained model; `kwargs` go to `DHRDModel.from_pretrained`.
@@ -145,11 +148,8 @@ def load_runs(root: str | Path = "runs") -> pd.DataFrame:
     """Return one row per run and split: every configuration field, every metric, seconds and tokens."""
     rows = []
     for run in find_runs(root):
-        config = run.config.to_dict()
-        fields = {"run": run.name, "setting": run.config.training.setting}
-        fields |= config["model"] | config["data"] | config["training"]
         totals = {key: value for key, value in run.metrics.items() if isinstance(value, (int, float))}
-        rows += [{**fields, **totals, "split": split, **of} for split, of in run.metrics["splits"].items()]
+        rows += [{**run.fields, **totals, "split": split, **of} for split, of in run.metrics["splits"].items()]
     return pd.DataFrame(rows)
 
 
@@ -162,22 +162,17 @@ def environment_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -
 
 def compare_repeat(stored: Run, new: Run) -> pd.DataFrame:
     """Return one row per split: the stored primary metric, the repeat's, and how their predictions compare."""
-    then, now = stored.metrics["splits"], new.metrics["splits"]
-    return pd.DataFrame(
-        {
-            "split": split,
-            "stored": then.get(split, {}).get("primary"),
-            "new": now.get(split, {}).get("primary"),
-            "predictions": _compare_predictions(stored, new, split),
-        }
-        for split in {**then, **now}
-    )
+    rows, splits = [], [run.metrics["splits"] for run in (stored, new)]
+    for split in {**splits[0], **splits[1]}:
+        primary = [of.get(split, {}).get("primary") for of in splits]
+        rows.append((split, *primary, _compare_predictions(stored, new, split)))
+    return pd.DataFrame(rows, columns=["split", "stored", "new", "predictions"])
 
 
 def _compare_predictions(stored: Run, new: Run, split: str) -> str:
     if any(split not in run.metrics["splits"] for run in (stored, new)):
         return "of another split: the data has changed"
-    if not stored.predictions_path(split).is_file():
+    if not (stored.folder / f"predictions_{split}.jsonl").is_file():
         return "not stored"
     old, repeat = (run.predictions(split) for run in (stored, new))
     rows = ["idx", "input_text", "label"]
@@ -211,7 +206,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES.split()},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),

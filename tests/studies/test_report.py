@@ -206,14 +206,14 @@ def test_baseline_is_nearest_in_configuration(tmp_path):
 def test_rows_are_paired_by_idx(tmp_path, runs, written):
     shuffled = store_run(tmp_path / "dhrd", 1.0, right_rate=0.8)
     for split in SPLITS:
-        path = shuffled.predictions_path(split)
+        path = shuffled.folder / f"predictions_{split}.jsonl"
         path.write_text("\n".join(sorted(path.read_text().splitlines(), key=lambda line: line[::-1])))
     pd.testing.assert_frame_equal(write([runs[0], shuffled], tmp_path)[1], written[1])
 
 
 def test_different_rows_raise(tmp_path, runs):
     other = store_run(tmp_path / "other", 1.0)
-    path = other.predictions_path("test")
+    path = other.folder / "predictions_test.jsonl"
     path.write_text(path.read_text().replace('"idx":"', '"idx":"x'))
     with pytest.raises(WorkbenchError, match="'base' and 'other' predict different rows of test"):
         write([runs[0], other], tmp_path)
