@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from dhrd_lib.config import ConfigError, RunConfig, WorkbenchError, read_json
-from dhrd_lib.inputs import Predictions, template_fields
+from dhrd_lib.inputs import Predictions, as_inputs, template_fields
 
 app = typer.Typer(
     help="Train, compare and use DHRD models: one backbone, a pooled classifier and its reasoning head.",
@@ -36,14 +36,13 @@ def compare(
 
     Example: python -m dhrd_lib compare --profile quick
     """
-    from dhrd_lib.studies.comparison import PROFILES, Comparison, comparison
-
-    if profile not in PROFILES:
-        raise typer.BadParameter(f"profile is {profile!r}; expected one of {', '.join(PROFILES)}.")
     from dhrd_lib.runs import write_json
+    from dhrd_lib.studies.comparison import PROFILES, Comparison, comparison
     from dhrd_lib.studies.report import print_table
     from dhrd_lib.training import train
 
+    if profile not in PROFILES:
+        raise typer.BadParameter(f"profile is {profile!r}; expected one of {', '.join(PROFILES)}.")
     finished = [train(config, runs) for config in comparison(profile)]
     report = runs / "report.html"
     table = Comparison(finished).write_report(report)
@@ -206,9 +205,11 @@ def predict(
     if not (inputs or file or row):
         raise typer.BadParameter("there is nothing to classify; expected texts, --file or --row.")
     classifier = load_classifier(run)
-    records = _read_inputs(classifier.config.template, [*(inputs or ())], [file] if file else [], row or ())
+    fields = template_fields(classifier.config.template)
+    records = _read_inputs(fields, inputs or [], [file] if file else [], row or [])
     encoded = classifier.encode(records)
-    labels, probabilities = Predictions.from_logits(classifier.logits(encoded), classifier.label_names)
+    names = classifier.label_names
+    labels, probabilities = Predictions.from_logits(classifier.logits(encoded), names)
     if n_cut := sum(input["input_tokens_cut"] > 0 for input in encoded):
         print(f"{n_cut} of {len(encoded)} inputs were too long and were truncated.", file=sys.stderr)
     table = pd.DataFrame(records).assign(prediction=labels)
@@ -218,35 +219,33 @@ def predict(
         table["probability"] = probabilities.max(axis=1).round(6)
         table.to_csv(out or sys.stdout, index=False, lineterminator="\n")
     else:
-        names = classifier.label_names
         table["probabilities"] = [dict(zip(names, map(float, values), strict=True)) for values in probabilities]
         table.to_json(out or sys.stdout, orient="records", lines=True, force_ascii=False)
 
 
-def _read_inputs(template: str, words: list[str], files: list[str], rows: list[str]) -> list[dict[str, Any]]:
-    """Return the inputs of `predict` with their fields; a positional argument that is a file is read."""
+def _read_inputs(
+    fields: tuple[str, ...], texts: list[str], files: list[str], rows: list[str]
+) -> list[dict[str, Any]]:
+    """Return the inputs of `predict` as records; a text that is a file's path, or -, is read as a file."""
     from dhrd_lib.data.files import SUFFIXES
 
-    fields, records = template_fields(template), []
-    for word in words:
-        if word == "-" or os.path.isfile(word):
-            records += _read_file(word, fields)
-        elif Path(word).suffix.lower() in SUFFIXES and len(word.split()) == 1:
-            raise ConfigError(f"{word}: no such file; expected a data file or a text.")
+    records = []
+    for text in texts:
+        if text == "-" or os.path.isfile(text):
+            files = [*files, text]
+        elif Path(text).suffix.lower() in SUFFIXES and len(text.split()) == 1:
+            raise ConfigError(f"{text}: no such file; expected a data file or a text.")
         elif len(fields) > 1:
-            raise ConfigError(f"{word!r} is a text; expected a file or --row with {', '.join(fields)}.")
+            raise ConfigError(f"{text!r} is a text; expected a file or --row with {', '.join(fields)}.")
         else:
-            records.append({fields[0]: word})
+            records.append({fields[0]: text})
     for file in files:
         records += _read_file(file, fields)
-    for number, text in enumerate(rows, 1):
+    for number, row in enumerate(rows, 1):
         try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"--row {number} isn't JSON ({error}); expected an object of fields.") from error
-        if not isinstance(record, dict):
-            raise ConfigError(f"--row {number} is {text}; expected an object of fields.")
-        records.append(record)
+            records.append(dict(json.loads(row)))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"--row {number} is {row}; expected a JSON object of fields.") from error
     if not records:
         raise ConfigError(f"{' and '.join([*words, *files])} has no rows; expected one or more.")
     return records
@@ -255,7 +254,6 @@ def _read_inputs(template: str, words: list[str], files: list[str], rows: list[s
 def _read_file(file: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     """Read a data file, or one text per line; the first line of standard input (-) tells which of them it is."""
     from dhrd_lib.data.files import SUFFIXES, read_table
-    from dhrd_lib.inputs import as_inputs
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(file)

@@ -156,8 +156,8 @@ class TestPredict:
     @pytest.mark.parametrize(
         ("given", "sentence"),
         [
-            (["--row", "{"], "--row 1 isn't JSON"),
-            (["--row", '{"text": "x"}', "--row", "[1]"], "--row 2 is [1]; expected an object of fields."),
+            (["--row", "{"], "--row 1 is {; expected a JSON object"),
+            (["--row", '{"text": "x"}', "--row", "[1]"], "--row 2 is [1]; expected a JSON object"),
             (["--row", '{"body": "x"}'], "input 1 lacks 'text'"),
             (["nowhere.csv"], "nowhere.csv: no such file"),
             (["--file", ROOT / "dhrd_lib/data/everyday_nli/test.jsonl"], "test.jsonl lacks text; expected"),
