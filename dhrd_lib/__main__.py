@@ -247,7 +247,7 @@ def _read_inputs(
         except (ValueError, TypeError) as error:
             raise ConfigError(f"--row {number} is {row}; expected a JSON object of fields.") from error
     if not records:
-        raise ConfigError(f"{' and '.join([*words, *files])} has no rows; expected one or more.")
+        raise ConfigError(f"{' and '.join([*texts, *files])} has no rows; expected one or more.")
     return records
 
 
