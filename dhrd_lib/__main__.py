@@ -166,15 +166,18 @@ def tune_command(
 
     Example: python -m dhrd_lib tune search.json --trials 30
     """
-    from dhrd_lib.studies.tuning import Search, tune
+    from optuna.visualization import plot_optimization_history
 
-    tuning = tune(Search.load(search), runs, storage, n_trials=trials, workers=workers)
-    table = tuning.table()
+    from dhrd_lib.studies import sweeps
+
+    plan = sweeps.Search.load(search)
+    study = sweeps.tune(plan.replace({"n_trials": trials}) if trials else plan, runs, storage, workers=workers)
+    table = sweeps.trials(study)
     print(table.to_string(index=False, na_rep=""))
     if not (table["state"] == "finished").any():
         raise typer.Exit(1)
-    tuning.plot().write_html(runs / f"{tuning.search.name}.html")
-    print(f"Best: {json.dumps(tuning.study.best_params)}")
+    plot_optimization_history(study).write_html(runs / f"{plan.name}.html")
+    print(f"Best: {json.dumps(study.best_params)}")
 
 
 @app.command(rich_help_panel=USE)

@@ -241,7 +241,6 @@ def test_command_runs_workers_and_records_trials(tmp_path):
         ({"name": ["a"]}, "grid.name"),
         ({}, "grid"),
         ({"training.alpha": []}, "training.alpha"),
-        ({"training.alpha": [1, 1.0]}, "each value once"),
         ({"training.alpha": 1}, "training.alpha"),
         ({"data.text": [["a", "b"]]}, "data.text"),
     ],

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from dhrd_lib.studies.sweeps import Grid
-from dhrd_lib.studies.tuning import Search
+from dhrd_lib.studies.sweeps import Grid, Search
 
 SCRIPT = """
 import os, signal, sys, torch
