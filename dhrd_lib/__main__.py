@@ -113,7 +113,7 @@ def ablate(
 
     Example: python -m dhrd_lib ablate loss_weights --task support_triage
     """
-    from dhrd_lib.studies import ablations
+    from dhrd_lib.studies import ablations, tables
 
     if task and base:
         raise typer.BadParameter("--task and --base are both given; expected one of them: a base has a task.")
@@ -121,7 +121,7 @@ def ablate(
     out = out or runs / ablations.results_name(ablation, shared)
     out.parent.mkdir(parents=True, exist_ok=True)  # fails before hours of training, not after
     result = ablations.run_ablation(ablation, seeds=seeds, runs=runs, base=shared, workers=workers)
-    result.store(out)
+    tables.store_results(result.table, out)
     print(result.summary().to_string(index=False))
     print(f"Results: {out}")
 

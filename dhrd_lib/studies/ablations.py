@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,8 @@ import plotly.graph_objects as go
 from dhrd_lib.config import HEADS, POOLING_MODES, ConfigError, RunConfig
 from dhrd_lib.cot import CoT, Decoding
 from dhrd_lib.runs import Run, load_run, write_json
-from dhrd_lib.studies import plots, takeaways
+from dhrd_lib.studies import plots, tables, takeaways
 from dhrd_lib.studies.sweeps import DEFAULTS, Grid, digest, sweep
-from dhrd_lib.studies.tables import (
-    ResultsError,
-    by_seed,
-    collect,
-    compare,
-    factors,
-    load_results,
-    one_factor,
-    store_results,
-    summarize,
-)
 from dhrd_lib.tasks import load_rows
 
 # The grids of each ablation, whose cells are trained with every seed; each ablation has the cell of plain DHRD.
@@ -65,7 +53,7 @@ _KEYS = {key.split(".")[1]: key for key in DEFAULTS}
 
 @dataclass(frozen=True)
 class AblationResult:
-    """An ablation's table (one row per run and split, see `collect`) with its summaries and figures."""
+    """An ablation's table (one row per run and split, see `tables.collect`) with its summaries and figures."""
 
     name: str
     table: pd.DataFrame
@@ -75,55 +63,51 @@ class AblationResult:
         table = self.table
         for name, value in values.items():
             table = table[table[name].isin(value if isinstance(value, list | tuple) else [value])]
-        return dataclasses.replace(self, table=table)
+        return replace(self, table=table)
 
     def summary(self) -> pd.DataFrame:
-        """Return each setting's mean over seeds with its interval (see `summarize`)."""
-        return summarize(self.table, ["setting", *factors(self.table)])
+        """Return each setting's mean over seeds with its interval (see `tables.summarize`)."""
+        return tables.summarize(self.table, ["setting", *tables.factors(self.table)])
 
     def against(self, **reference: Any) -> pd.DataFrame:
-        """Return each setting minus the reference, as in `against(alpha=0.0)`: the main columns of `compare`.
+        """Return each setting minus the reference, as in `against(alpha=0.0)`: columns of `tables.compare`.
 
         A factor that isn't named has its default in the reference, or its most frequent value if that wasn't run.
         """
-        for name in factors(self.table):
+        for name in tables.factors(self.table):
             values, default = self.table[name], DEFAULTS[_KEYS[name]]
             reference.setdefault(name, default if default in set(values) else values.mode()[0])
-        compared = compare(self.table, list(reference), reference)
+        compared = tables.compare(self.table, list(reference), reference)
         return compared.drop(columns=["test", "n_rows", "a_only_right", "b_only_right"])
 
     def plot(self, factor: str, line: str | None = None, question: str = "") -> go.Figure:
         """Plot the metric over a factor on the final splits, one line per task, split and value of `line`.
 
-        `one_factor` says at which values the other factors are held.
+        `tables.one_factor` says at which values the other factors are held.
         """
         final = self.table[self.table["split"] != "dev"] if self.table["split"].nunique() > 1 else self.table
-        rows, metric = one_factor(final, factor, line), " and ".join(final["task_metrics"].iloc[0])
-        return plots.factor_effect(summarize(rows, [factor, "series"]), by_seed(rows), factor, metric, question)
+        rows, metric = tables.one_factor(final, factor, line), " and ".join(final["task_metrics"].iloc[0])
+        summary = tables.summarize(rows, [factor, "series"])
+        return plots.factor_effect(summary, tables.by_seed(rows), factor, metric, question)
 
     def takeaways(self, split: str = "test") -> str:
         """Return what the table shows on a split, as Markdown with one section per task."""
         lines = []
         for task, table in self.table.groupby("task", sort=False):
-            sentences = takeaways.SENTENCES[self.name](dataclasses.replace(self, table=table), split)
+            sentences = takeaways.SENTENCES[self.name](replace(self, table=table), split)
             lines += [f"**{task}**", "", *(f"- {sentence}" for sentence in sentences), ""]
         return "\n".join([*lines, "An interval that includes zero shows neither a difference nor equality."])
 
     def costs(self) -> pd.DataFrame:
         """Return one row per task: its runs, hours of training in all, sizes, and rows of each split."""
-        rows = []
-        for task, table in self.table.groupby("task", sort=False):
-            runs, splits = table.drop_duplicates("run"), table.drop_duplicates("split")
-            row = {"task": task, "runs": len(runs), "hours": runs["train_seconds"].sum() / 3600}
-            row |= runs.iloc[0][
-                ["backbone", "freeze_layers", "max_train_rows", "epochs", "learning_rate"]
-            ].to_dict()
-            rows.append(row | dict(zip(splits["split"] + " rows", splits["labels"].map(len), strict=True)))
-        return pd.DataFrame(rows)
-
-    def store(self, path: str | Path) -> None:
-        """Write the table for `load_results`."""
-        store_results(self.table, path)
+        runs = self.table.drop_duplicates("run").groupby("task", sort=False)
+        costs = runs[["backbone", "freeze_layers", "max_train_rows", "epochs", "learning_rate"]].first()
+        costs.insert(0, "runs", runs.size())
+        costs.insert(1, "hours", runs["train_seconds"].sum() / 3600)
+        sizes = self.table.assign(
+            rows=self.table["labels"].map(len).astype(object), split=self.table["split"] + " rows"
+        )
+        return costs.join(sizes.pivot_table("rows", "task", "split", "first", sort=False)).reset_index()
 
 
 def task_base(task: str = "support_triage", **fields: Any) -> dict[str, Any]:
@@ -138,20 +122,15 @@ def task_base(task: str = "support_triage", **fields: Any) -> dict[str, Any]:
 
 def grids(name: str, base: Mapping[str, Any], seeds: Sequence[int]) -> list[Grid]:
     """Return the grids of an ablation; ablations with one base share runs, and another base has other names."""
-    stem = f"ablation-{_stem(base)}"
-    if base != task_base(RunConfig.from_dict(dict(base)).data.task):
-        stem += f"-{digest(base)}"
+    task = RunConfig.from_dict(base).data.task
+    stem = f"ablation-{Path(task).stem}" + ("" if base == task_base(task) else f"-{digest(base)}")
     seeded = [{**values, "training.seed": tuple(seeds)} for values in ABLATIONS[name]]
-    return [Grid(name=stem, grid=values, base=dict(base)) for values in seeded]
+    return [Grid(name=stem, grid=values, base=base) for values in seeded]
 
 
 def results_name(name: str, base: Mapping[str, Any]) -> str:
     """Return the file name of an ablation's results."""
-    return f"ablation_{name}_{_stem(base)}.json"
-
-
-def _stem(base: Mapping[str, Any]) -> str:
-    return Path(RunConfig.from_dict(dict(base)).data.task).stem
+    return f"ablation_{name}_{Path(RunConfig.from_dict(base).data.task).stem}.json"
 
 
 def run_ablation(
@@ -172,23 +151,22 @@ def run_ablation(
 
     Args:
         seeds: how many, from 0, or which.
-        stored: folder of stored results (`AblationResult.store`), which replace the runs of a task where they have
-            the same base.
+        stored: folder of files of `tables.store_results`, which replace runs of the same task and base.
         base: `RunConfig` sections that the cells share, instead of the task's.
-        workers: processes on this machine.
         fields: fields of the configuration by name, in place of the task's: `backbone="tiny"`, `epochs=1`.
     """
     if name not in ABLATIONS:
         raise ConfigError(f"the ablation is {name!r}; expected one of {', '.join(ABLATIONS)}.")
-    seeds, tables = range(seeds) if isinstance(seeds, int) else seeds, []
-    tasks = [task] if isinstance(task, str) else task
-    for shared in [base] if base else [task_base(one, **fields) for one in tasks]:
+    seeds, results = range(seeds) if isinstance(seeds, int) else seeds, []
+    for shared in (
+        [base] if base else [task_base(one, **fields) for one in ([task] if isinstance(task, str) else task)]
+    ):
         path = Path(stored or ".") / results_name(name, shared)
-        table = load_results(path) if stored and path.is_file() else None
+        table = tables.load_results(path) if stored and path.is_file() else None
         if table is None or not _has_base(table, name, shared):
             table = _train(grids(name, shared, seeds), Path(runs), workers)
-        tables.append(table)
-    return AblationResult(name, pd.concat(tables, ignore_index=True))
+        results.append(table)
+    return AblationResult(name, pd.concat(results, ignore_index=True))
 
 
 def _has_base(table: pd.DataFrame, name: str, base: Mapping[str, Any]) -> bool:
@@ -203,25 +181,22 @@ def _train(grids: Sequence[Grid], runs: Path, workers: int) -> pd.DataFrame:
     failed = cells[cells["state"] != "finished"]
     if len(failed):
         run, reason = failed.iloc[0][["run", "reason"]]
-        raise ResultsError(f"{len(failed)} of {len(cells)} cells failed; {run}: {str(reason).rstrip('.')}.")
+        raise tables.ResultsError(f"{len(failed)} of {len(cells)} cells failed; {run}: {str(reason).rstrip('.')}.")
     done = [load_run(runs / run) for run in cells["run"]]
     for run in done:
         if run.config.training.beta == 0:
-            decode_by_cot(run)
-    return collect(done)
+            _decode_by_cot(run)
+    return tables.collect(done)
 
 
-def decode_by_cot(run: Run) -> None:
-    """Decode the first test split of a run with `beta = 0` and store it in the run's folder, as cot_SPLIT.json.
-
-    Greedy, and at most as long as the rationales of its training, with room for the answer.
-    """
-    path = run.folder / f"cot_{run.test_splits[0]}.json"
-    if path.is_file():
-        return
-    _, splits = load_rows(run.config.data)
-    rows = sorted(splits[run.test_splits[0]], key=lambda row: row["idx"])
-    system = CoT.from_model(run.model())
-    decoding = Decoding(sample=False, max_new_tokens=run.config.data.max_rationale_tokens + 16)
-    answers = system.parse(system.generate(rows, decoding))
-    write_json(path, {"predictions": answers.prediction_ids.tolist(), "tokens": answers.tokens.tolist()})
+def _decode_by_cot(run: Run) -> None:
+    """Decode the first test split greedily, and store it in the run's folder as cot_SPLIT.json, where it isn't."""
+    split, data = run.test_splits[0], run.config.data
+    path = run.folder / f"cot_{split}.json"
+    if not path.is_file():
+        rows = sorted(load_rows(data)[1][split], key=lambda row: row["idx"])
+        system = CoT.from_model(run.model())
+        # At most as long as the rationales of its training, with room for the answer.
+        decoding = Decoding(sample=False, max_new_tokens=data.max_rationale_tokens + 16)
+        answers = system.parse(system.generate(rows, decoding))
+        write_json(path, {"predictions": answers.prediction_ids.tolist(), "tokens": answers.tokens.tolist()})

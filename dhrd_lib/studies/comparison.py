@@ -79,14 +79,12 @@ class Comparison:
     def table(self) -> pd.DataFrame:
         """Return one row per task, split and setting.
 
-        Columns: task, split, setting, n_seeds, value, low, high (the primary metric, a fraction, and its 95%
-        interval), std (over seeds), difference, diff_low, diff_high, p_value (setting minus baseline, seed by seed
-        on the same rows; NaN for the baseline).
+        Columns: those of `tables.summarize`, then difference, diff_low, diff_high, p_value (setting minus baseline,
+        seed by seed on the same rows; NaN for the baseline).
         """
         from dhrd_lib.studies.tables import collect, compare, summarize
 
-        keys = ["task", "split", "setting", "n_seeds"]
-        rows = collect(self.runs)
+        rows, keys = collect(self.runs), ["task", "split", "setting", "n_seeds"]
         differences = compare(rows, ["setting"], {"setting": "pooled baseline"})
         differences = differences[[*keys, "difference", "low", "high", "p_value"]]
         differences = differences.rename(columns={"low": "diff_low", "high": "diff_high"})
@@ -104,11 +102,10 @@ class Comparison:
 
         lines, table = [], self.table()
         for row in table[table["split"] != "dev"].dropna(subset="difference").itertuples():
+            value = Interval(row.value, row.low, row.high)
             points = points_interval(row.difference, row.diff_low, row.diff_high)
-            verdict = "a difference" if row.diff_low > 0 or row.diff_high < 0 else "no difference either way"
             lines.append(
-                f"- On `{row.split}` of {row.task}, DHRD is at {Interval(row.value, row.low, row.high)}, {points} "
-                f"points from its baseline: these runs show {verdict}."
+                f"- On `{row.split}` of {row.task}, DHRD is at {value}, {points} points from its baseline."
             )
         minutes = [sum(run.metrics["train_seconds"] for run in runs) / 60 for runs in (self.baselines, self.dhrd)]
         lines.append(f"- Training took {minutes[0]:.1f} minutes for the baseline and {minutes[1]:.1f} for DHRD.")

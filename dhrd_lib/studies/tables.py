@@ -70,14 +70,10 @@ def store_results(table: pd.DataFrame, path: str | Path) -> None:
 
 
 def load_results(path: str | Path) -> pd.DataFrame:
-    """Return the table that `store_results` wrote; raises `ResultsError` where the file holds none."""
+    """Return the table that `store_results` wrote."""
     content = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not {"shared", "gold", "rows"} <= content.keys():
-        raise ResultsError(f"{path} holds no results of an ablation; expected a file of store_results.")
-    gold = {(of["task"], of["split"]): of for of in content["gold"]}
-    rows = [{**content["shared"], **row} for row in content["rows"]]
-    rows = [{**row, **gold[row["task"], row["split"]]} for row in rows]
-    table = pd.DataFrame(rows)
+    rows = pd.DataFrame([{**content["shared"], **row} for row in content["rows"]])
+    table = rows.merge(pd.DataFrame(content["gold"]), on=["task", "split"])
     for name in (*_GOLD, "predictions"):
         table[name] = [None if of is None else tuple(of) for of in table[name]]
     return table
@@ -97,7 +93,9 @@ def one_factor(table: pd.DataFrame, factor: str, line: str | None = None) -> pd.
     factor may be `share_of_wrong_rationales` or `rationale_tokens`.
     """
     if factor in _AXES:
-        table = table.assign(**{factor: _AXES[factor](table)}).dropna(subset=factor)
+        field, counted, zero = _AXES[factor]
+        table = table[(table["alpha"] > 0) & table["alignment"].isin([counted, zero])]
+        table = table.assign(**{factor: table[field].where(table["alignment"] == counted, 0)})
     else:
         for name in set(factors(table)) - {factor, line}:
             counts = table.groupby(name)[[factor, "run"]].nunique()
@@ -109,18 +107,12 @@ def one_factor(table: pd.DataFrame, factor: str, line: str | None = None) -> pd.
     return table.assign(series=series or "all runs")
 
 
-def _share_of_wrong_rationales(table: pd.DataFrame) -> pd.Series:
-    share = table["shuffled_share"].where(table["alignment"] == "shuffle_rationale")
-    return share.mask(table["alignment"] == "consistent", 0.0).where(table["alpha"] > 0)
-
-
-def _rationale_tokens(table: pd.DataFrame) -> pd.Series:
-    tokens = table["max_rationale_tokens"].where(table["alignment"] == "consistent")
-    return tokens.mask(table["alignment"] == "only_label", 0).where(table["alpha"] > 0)
-
-
-# Factors that two fields make up together; settings without a rationale, or with another row's, have none.
-_AXES = {"share_of_wrong_rationales": _share_of_wrong_rationales, "rationale_tokens": _rationale_tokens}
+# Factors that two fields make up together: the field, the alignment in which it counts, and where it is 0. Settings
+# of another alignment, or without a rationale, have none.
+_AXES = {
+    "share_of_wrong_rationales": ("shuffled_share", "shuffle_rationale", "consistent"),
+    "rationale_tokens": ("max_rationale_tokens", "consistent", "only_label"),
+}
 
 
 def by_seed(table: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:

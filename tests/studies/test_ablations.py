@@ -13,7 +13,7 @@ from dhrd_lib.config import ConfigError, RunConfig
 from dhrd_lib.runs import find_runs, write_json
 from dhrd_lib.studies import ablations
 from dhrd_lib.studies.ablations import ABLATIONS, run_ablation, task_base
-from dhrd_lib.studies.tables import ResultsError, load_results
+from dhrd_lib.studies.tables import ResultsError, load_results, store_results
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TINY = {"backbone": "tiny", "freeze_layers": 2, "max_train_rows": 16, "max_eval_rows": 8, "epochs": 1}
@@ -80,10 +80,10 @@ def test_failed_cell_is_named_and_the_rest_are_trained(tmp_path):
 
 
 def test_stored_results_replace_runs_of_the_same_base(root, result, tmp_path):
-    result.store(tmp_path / "ablation_loss_weights_support_triage.json")
+    store_results(result.table, tmp_path / "ablation_loss_weights_support_triage.json")
     other = result.where(split="test", seed=0)
     nli = other.table.assign(task="everyday_nli", run="stored")
-    ablations.AblationResult("x", nli).store(tmp_path / "ablation_loss_weights_everyday_nli.json")
+    store_results(nli, tmp_path / "ablation_loss_weights_everyday_nli.json")
     both = run_ablation("loss_weights", TASKS, [0], tmp_path / "none", stored=tmp_path, **TINY, learning_rate=1e-3)
     assert both.table.groupby("task")["run"].nunique().to_dict() == {
         "support_triage": result.table["run"].nunique(),

@@ -47,12 +47,6 @@ def test_stored_table_loads_as_it_was(tmp_path):
     assert set(json.loads((tmp_path / "results.json").read_text())["shared"]) >= {"split", "environment", "text"}
 
 
-def test_file_without_results_is_named(tmp_path):
-    (tmp_path / "other.json").write_text('{"rows": []}')
-    with pytest.raises(ResultsError, match=r"other\.json holds no results of an ablation; expected"):
-        tables.load_results(tmp_path / "other.json")
-
-
 def test_summary_is_mean_over_seeds_with_bootstrap():
     labels = [0, 1] * 20
     wrong = [1 - labels[0], *labels[1:]]
