@@ -1,7 +1,6 @@
 """Configuration of a run: what it trains, on which rows, and how.
 
-`RunConfig` holds a `ModelConfig`, a `DataConfig` and a `TrainingConfig`. All are frozen pydantic models that refuse
-unknown fields and wrong values with one sentence and go to JSON and back without loss.
+Frozen pydantic models, which refuse unknown fields and wrong values with one sentence and go to JSON and back.
 """
 
 from __future__ import annotations
@@ -13,15 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Pooling = Literal["last", "mean", "weightedmean", "max", "attention"]
 Head = Literal["mlp", "linear"]
@@ -48,6 +39,12 @@ def _as_tuple(value: Any) -> Any:
 def _as_mapping(value: Any) -> Any:
     value = dict(enumerate(value)) if isinstance(value, list | tuple) else value
     return {str(label): name for label, name in value.items()} if isinstance(value, dict) else value
+
+
+def _plain_name(name: str) -> str:
+    if not name.strip(".") or set(name) & set("/\\\0") or len(name.encode(errors="replace")) > 255:
+        raise ValueError("a plain folder name")
+    return name
 
 
 Names = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)]
@@ -87,7 +84,7 @@ class Config(BaseModel):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the configuration that `to_dict` made `values` of; raise `ConfigError` on any other."""
+        """Return the configuration of nested fields; raise `ConfigError` on a wrong one."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"the configuration is {values!r}; expected a mapping of fields.")
         return cls(**values)
@@ -109,13 +106,11 @@ class Config(BaseModel):
         """Return a checked copy with some fields changed; the key "training.alpha" reaches into a section."""
         values = self.to_dict()
         for key, value in changes.items():
-            *sections, name = key.split(".")
-            target = values
-            for section in sections:
-                target = target.setdefault(section, {})
-                if not isinstance(target, dict):
-                    raise ConfigError(f"{key} is not a field; expected one of {', '.join(values)}.")
-            target[name] = value
+            section, _, name = key.rpartition(".")
+            fields = values.setdefault(section, {}) if section else values
+            if not isinstance(fields, dict):
+                raise ConfigError(f"{key} is not a field; expected one of {', '.join(values)}.")
+            fields[name] = value
         return self.from_dict(values)
 
 
@@ -126,7 +121,7 @@ def _sentence(error: ValidationError) -> str:
     problem = first.get("ctx", {}).get("error")
     if isinstance(problem, ConfigError):  # a section's sentence, or one on several fields
         return ".".join([*names, str(problem)])
-    expected = str(problem or re.sub(r"^.* should (be |have )?", "", first["msg"]))
+    expected = problem or re.sub(r"^.* should (be |have )?", "", first["msg"])
     return f"{'.'.join(names)} is {first['input']!r}; expected {expected}."
 
 
@@ -134,8 +129,7 @@ class ModelConfig(Config):
     """The backbone, the head on it, and which of its weights are trained.
 
     `finetune="auto"` is "full" for backbones under 500 million parameters and "lora" (the paper's set-up) above.
-    `freeze_layers=k` freezes the embedding and the lowest k layers; it belongs to full fine-tuning. `device` and
-    `dtype` are "auto" or torch's names.
+    `freeze_layers=k` freezes the embedding and the lowest k layers.
     """
 
     backbone: Name = "smollm2-135m"
@@ -152,31 +146,21 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _check_frozen_layers(self) -> Self:
-        if self.freeze_layers and self.finetune == "lora":
-            raise ConfigError(
-                f"freeze_layers is {self.freeze_layers} with finetune='lora', which freezes the whole backbone "
-                "already; expected freeze_layers=0."
-            )
-        if self.freeze_layers and self.markers == "special":
-            raise ConfigError(
-                f"markers is 'special' with freeze_layers={self.freeze_layers}, which freezes the embedding that "
-                "new marker tokens need; expected markers='text' or freeze_layers=0."
-            )
+        if self.freeze_layers and (self.finetune == "lora" or self.markers == "special"):
+            other = "finetune='lora'" if self.finetune == "lora" else "markers='special', which train embeddings"
+            raise ConfigError(f"freeze_layers is {self.freeze_layers} with {other}; expected freeze_layers=0.")
         return self
 
 
 class DataConfig(Config):
     """The task, where its rows come from, and how they become token rows.
 
-    `task` is a task's name or the path of a data file or folder. The column fields (`text`, `label`, `rationale`,
-    `group`, `template`) belong to a user's file (see `tasks.load_task`), as do `label_names` (a name for each
-    label: a mapping, or a list for 0, 1, ...), `encoding` (of text files), `columns` (of a CSV file without a
-    header) and `metrics` (the mean of which selects the checkpoint).
-
-    `max_train_rows` and `max_eval_rows` of 0 mean all rows; a draw of fewer keeps groups whole. `shuffled_share`
-    is the share of the rows that a shuffled `alignment` gives another row's rationale. Lengths are in tokens;
-    `truncation_side` is the side of an input that is cut. `dev_fraction` is the share of train that is cut off
-    for model selection where the data has no dev split.
+    `task` is a task's name or the path of a data file or folder. `text` to `metrics` belong to a user's file (see
+    docs/data.md): its columns, the `template`, `label_names` (a mapping, or a list for 0, 1, ...), the `encoding`,
+    the `columns` of a CSV file without a header, and the `metrics` whose mean selects the checkpoint.
+    `shuffled_share` of the rows get another row's rationale in a shuffled `alignment`. Inputs are cut at
+    `truncation_side`. `dev_fraction` of train is cut off for model selection where the data has no dev split. Row
+    limits of 0 mean all rows.
     """
 
     task: Name = "support_triage"
@@ -204,14 +188,12 @@ class DataConfig(Config):
 class TrainingConfig(Config):
     """The loss weights and the optimization.
 
-    `alpha` weighs the LM loss, `beta` the class loss (paper, "Loss"). `alpha_schedule` anneals alpha from its
-    value at the first step to 0 at the last ("linear", "cosine") or keeps it. `lm_span` is the part of the
-    sequence that the LM loss covers. `class_weights="balanced"` weighs a row's class loss by the inverse of its
-    class's share. `batch_size` is per device and step; `max_steps` of 0 means that `epochs` decides. Dev is
-    evaluated and a checkpoint saved every `eval_steps` steps (0: once an epoch); `early_stopping_patience` counts
-    evaluations without a gain (0: never stops early). `cache_trunk` keeps the states that leave frozen layers,
-    and `lm_chunk_tokens` bounds the memory of the LM loss; neither changes a result. `keep_model=False` stores
-    the predictions without the weights: a grid of many runs fits on a disk.
+    `alpha` weighs the LM loss, `beta` the class loss (paper, "Loss"); `alpha_schedule` anneals alpha to 0 at the
+    last step or keeps it. `lm_span` is the part of the sequence that the LM loss covers; `class_weights="balanced"`
+    weighs a row's class loss by the inverse of its class's share. `batch_size` is per device and step; `max_steps`
+    of 0 means that `epochs` decides. Dev is evaluated and a checkpoint saved every `eval_steps` steps (0: once an
+    epoch); `early_stopping_patience` counts evaluations without a gain (0: never). `cache_trunk` (the states that
+    leave frozen layers) and `lm_chunk_tokens` (the memory of the LM loss) change no result.
     """
 
     alpha: Weight = 1.0
@@ -248,34 +230,21 @@ class TrainingConfig(Config):
     @property
     def setting(self) -> str:
         """Return the paper's name for these weights: alpha = 0 is the baseline, beta = 0 CoT."""
-        if self.alpha == 0:
-            return "pooled baseline"
-        return "DHRD" if self.beta > 0 else "reasoning only"
+        return "pooled baseline" if self.alpha == 0 else "DHRD" if self.beta > 0 else "reasoning only"
 
 
 class RunConfig(Config):
     """One training run: a name for its folder, and a model, data and training configuration."""
 
-    name: str = "run"
+    name: Annotated[str, AfterValidator(_plain_name)] = "run"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
 
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        plain = name.strip(".") and not set(name) & set("/\\\0")
-        if not plain or len(name.encode(errors="replace")) > 255:  # the limit of common file systems
-            raise ValueError("a plain folder name")
-        return name
-
 
 def user_path(name: str | Path) -> Path:
-    """Resolve `~` and `~user` in a path; raise `ConfigError` where there is no such home."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{name} begins with a home folder that isn't known here; expected a path.") from error
+    """Resolve `~` and `~user` in a path; one without such a home stays as it is."""
+    return Path(os.path.expanduser(name))
 
 
 def cache_dir() -> Path:
@@ -288,10 +257,8 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file, with or without a byte order mark; raise `ConfigError`, which names the file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read ({error.strerror}); expected a JSON file.") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {reason_of(error)}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} can't be read as JSON: {reason_of(error)}.") from error
 
 
 def reason_of(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Inputs: from a row to the text that a model reads, the ids of it that fit, and batches of them.
 
-Training and exports share this; without torch, datasets and pandas, an exported classifier starts fast.
+An exported classifier starts fast with this, which needs no torch, datasets or pandas.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import numpy as np
 
 from dhrd_lib.config import WorkbenchError
 
-# What a prompt asks for between rationale and answer.
-SENTINEL = "[END OF REASONING]"
+SENTINEL = "[END OF REASONING]"  # what a prompt asks for between rationale and answer
 # With more, the activations of a layer of SmolLM2's size leave the cache; 16 x 80 tokens at once were 8% slower.
 MAX_TOKENS_PER_CPU_BATCH = 512
-
+_FIELD_OR_BRACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 # One text (of a template with one field), one row of the template's fields, many of either, or a pandas DataFrame.
 Inputs = str | Mapping[str, Any] | Iterable[str | Mapping[str, Any]]
@@ -31,62 +30,42 @@ class TaskError(WorkbenchError):
 
 
 @lru_cache
-def _template_parts(template: str) -> tuple[tuple[str, str], ...]:
-    """Split a template into pairs of literal text and the field after it, "" at the end."""
-    expected = "expected fields such as {text}, and {{ and }} for braces"
-    tokens = re.split(r"(\{\{|\}\}|\{[^{}]+\})", template) if isinstance(template, str) else ["{"]
-    parts, literal = [], ""
-    for place, token in enumerate(tokens):
-        if place % 2 == 0:  # between what the pattern matches
-            if "{" in token or "}" in token:
-                raise TaskError(f"template {template!r} has a brace without a field; {expected}.")
-            literal += token
-        elif token in ("{{", "}}"):
-            literal += token[0]
-        else:
-            parts.append((literal, token[1:-1]))
-            literal = ""
-    if not parts:
-        raise TaskError(f"template {template!r} reads no field; {expected}.")
-    return (*parts, (literal, ""))
-
-
 def template_fields(template: str) -> tuple[str, ...]:
     """Return the names of the row fields that a template reads, in order of first use.
 
-    A field is all that stands in braces, as in "{review.text}": templates come from users and saved models, and
-    read nothing but a row's values by their whole name, without attributes, indices or formats. Raises
-    `TaskError`.
+    Templates come from users and saved models: a field is all that stands in braces, as in "{review.text}", and is
+    looked up in the row by this whole name. Raises `TaskError`.
     """
-    return tuple(dict.fromkeys(name for _, name in _template_parts(template) if name))
+    fields = tuple(dict.fromkeys(filter(None, _FIELD_OR_BRACE.findall(template))))
+    if not fields or re.search("[{}]", _FIELD_OR_BRACE.sub("", template)):
+        raise TaskError(
+            f"template {template!r} has no clear fields; expected some like {{text}}, {{{{ for a brace."
+        )
+    return fields
 
 
 def render(template: str, row: Mapping[str, Any] | str, where: str = "the input") -> str:
     """Return the text that the model reads for a row; a str stands for the field of a one-field template.
 
-    A missing value (None or NaN) renders as nothing. Space at the end is cut off, because pooling takes the last
-    input token. Raises `TaskError`, which calls the row `where`, on a row that lacks a field of the template.
+    A missing value renders as nothing. Space at the end is cut off, because pooling takes the last input token.
+    Raises `TaskError`, which calls the row `where`, on a row that lacks a field.
     """
     fields = template_fields(template)
-    expected = f"expected a dict with {', '.join(map(repr, fields))}"
-    if isinstance(row, str) and len(fields) == 1:
-        row = {fields[0]: row}
-    if not isinstance(row, Mapping):
-        raise TaskError(f"{where} is of the type {type(row).__name__}; {expected}.")
-    if missing := [name for name in fields if name not in row]:
-        raise TaskError(f"{where} lacks {', '.join(map(repr, missing))}; {expected}.")
-    parts = _template_parts(template)
-    text = "".join(literal + ((as_text(row[name]) or "") if name else "") for literal, name in parts)
+    row = {fields[0]: row} if isinstance(row, str) and len(fields) == 1 else row
+    is_row = isinstance(row, Mapping)
+    if not is_row or (missing := [name for name in fields if name not in row]):
+        found = f"lacks {', '.join(map(repr, missing))}" if is_row else f"is of the type {type(row).__name__}"
+        raise TaskError(f"{where} {found}; expected a dict with {', '.join(map(repr, fields))}.")
+    text = _FIELD_OR_BRACE.sub(lambda part: (as_text(row[part[1]]) or "") if part[1] else part[0][0], template)
     return whole_characters(text, where).rstrip()
 
 
 def whole_characters(text: str, where: str) -> str:
-    """Return the text as it is; raise `TaskError` on half a surrogate pair, which no tokenizer takes."""
+    """Return the text; raise `TaskError` on half a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        found = repr(text[error.start])
-        raise TaskError(f"{where} has {found}, half a surrogate pair; expected whole characters.") from error
+        raise TaskError(f"{where} has half a surrogate pair ({error}); expected whole characters.") from error
     return text
 
 
@@ -102,10 +81,7 @@ def as_inputs(inputs: Inputs) -> list[str | Mapping[str, Any]]:
 
 
 def render_inputs(template: str, inputs: Inputs) -> list[str]:
-    """Return the texts that the model reads for inputs (see `as_inputs` and `render`).
-
-    Raises `TaskError` on one that can't be read or has no text, and counts from 1.
-    """
+    """Return the texts that the model reads for inputs; raise `TaskError` on one without text, counted from 1."""
     texts = []
     for number, row in enumerate(as_inputs(inputs), 1):
         texts.append(render(template, row, f"input {number}"))
@@ -123,17 +99,11 @@ def as_text(value: Any) -> str | None:
         return None if math.isnan(value) else str(int(value) if value.is_integer() else value)
     if isinstance(value, bool | dict | list):
         return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def cut_to_fit(
-    ids: list[int], start_ids: Sequence[int], max_input_tokens: int, side: str = "left"
-) -> tuple[list[int], int]:
-    """Return the ids of an input after the start token's, at most `max_input_tokens` in all, and how many were cut.
-
-    By default the cut is on the left: the classifier pools the last input tokens, and a template ends with the
-    question. Raises `TaskError` where nothing is left.
-    """
+def cut_to_fit(ids: list[int], start_ids: Sequence[int], max_input_tokens: int, side: str) -> tuple[list[int], int]:
+    """Return the ids of an input after the start token's, at most `max_input_tokens`, and how many were cut."""
     room = max_input_tokens - len(start_ids)
     cut = max(len(ids) - room, 0)
     kept = [*start_ids, *(ids[cut:] if side == "left" else ids[:room])]
@@ -161,7 +131,6 @@ class Predictions(NamedTuple):
     @classmethod
     def from_logits(cls, logits: np.ndarray, label_names: Sequence[str]) -> Predictions:
         """Convert logits `(N, K)` to labels and probabilities."""
-        # Importing scipy's softmax would take a quarter of an export's start.
-        weights = np.exp(logits - logits.max(1, keepdims=True))
+        weights = np.exp(logits - logits.max(1, keepdims=True))  # scipy would take a quarter of an export's start
         labels = [label_names[index] for index in logits.argmax(1)]
         return cls(labels, weights / weights.sum(1, keepdims=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,61 +16,51 @@ from dhrd_lib.inputs import TaskError
 
 def with_dev(
     where: str, splits: Mapping[str, pd.DataFrame], split_by: str | None, fraction: float, seed: int
-) -> tuple[dict[str, pd.DataFrame], tuple[str, ...]]:
-    """Return train, dev and the test splits, and the names of the test splits.
+) -> dict[str, pd.DataFrame]:
+    """Return train, dev and the test splits.
 
     Dev is the data's own validation split where there is a test split too; else it is cut from train, and
     validation is the test split. Data with neither also gets a test split, as large as dev. Cuts are seeded,
-    stratified by `label`, and keep the rows of one `split_by` value together; then the share is one in round(1 /
-    fraction).
+    stratified by `label`, and keep the rows of one `split_by` value together. A class of one row or group stays in
+    train.
     """
-    train, validation = splits["train"], splits.get("validation")
+    train = splits["train"]
     tests = {name: rows for name, rows in splits.items() if name.startswith("test")}
-    if validation is not None and tests:
-        return {"train": train, "dev": validation, **tests}, tuple(tests)
-    if validation is not None:
-        tests = {"validation": validation}
+    if "validation" in splits and tests:
+        return {"train": train, "dev": splits["validation"], **tests}
+    tests = tests or {name: rows for name, rows in splits.items() if name == "validation"}
     if not tests and fraction >= 0.5:
         raise TaskError(f"dev_fraction is {fraction}; expected less than 0.5, test being as large as dev.")
-    keys = train[["label", split_by] if split_by else ["label"]]
-    split_of, cuts = np.full(len(train), "train"), ["dev"] if tests else ["test", "dev"]
+    labels, split_of = train["label"].to_numpy(), np.full(len(train), "train")
+    groups = pd.factorize(train[split_by], sort=True)[0] if split_by else None
+    cuts = ["dev"] if tests else ["test", "dev"]
     for name in cuts:
-        rest = split_of == "train"
-        off = _cut(where, keys[rest], split_by, fraction, seed)
-        split_of[rest] = np.where(off, name, "train")
+        rest = np.flatnonzero(split_of == "train")
+        off = _cut(labels[rest], None if groups is None else groups[rest], fraction, seed)
+        if not len(off):
+            parts = "groups" if split_by else "rows"
+            raise TaskError(f"{where} has too few {parts}; expected enough for every split to have every label.")
+        split_of[rest[off]] = name
         fraction /= 1 - fraction  # of the smaller train, so that dev is as large as test
-    return {name: train[split_of == name] for name in ("train", *reversed(cuts))} | tests, tuple(tests) or ("test",)
+    return {name: train[split_of == name] for name in ("train", *reversed(cuts))} | tests
 
 
-def _cut(where: str, rows: pd.DataFrame, split_by: str | None, fraction: float, seed: int) -> np.ndarray:
-    """Return which rows to cut off, bool `(N,)`; a class of one row, or of one group, stays in train."""
-    off = np.zeros(len(rows), dtype=bool)
-    labels = rows["label"].to_numpy()
-    if split_by is None:
-        for label in pd.unique(labels):
-            indices = np.flatnonzero(labels == label)
-            if len(indices) > 1:
-                size = min(max(round(fraction * len(indices)), 1), len(indices) - 1)
-                off[train_test_split(indices, test_size=size, random_state=seed)[1]] = True
-    else:
-        groups = pd.factorize(rows[split_by], sort=True)[0]
-        off[_fold(labels, groups, round(min(1 / fraction, len(rows))), seed)] = True
-    if not off.any():
-        parts = "rows" if split_by is None else "groups"
-        raise TaskError(f"{where} has too few {parts}; expected enough for every split to have every label.")
-    return off
-
-
-def _fold(labels: np.ndarray, groups: np.ndarray, n_folds: int, seed: int) -> np.ndarray | list[int]:
-    """Return the indices of one of about `n_folds` folds of whole groups that has, and leaves, every label."""
-    n_folds = min(max(n_folds, 2), len(np.unique(groups)), max(Counter(labels.tolist()).values()))
-    if n_folds < 2:
-        return []
+def _cut(labels: np.ndarray, groups: np.ndarray | None, fraction: float, seed: int) -> Sequence[int]:
+    """Return the indices of a share of each class's rows, or of whole groups that have, and leave, every label."""
+    if groups is None:
+        off: list[int] = []
+        for label in {*labels}:
+            rows = np.flatnonzero(labels == label)
+            if len(rows) > 1:
+                size = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
+                off += train_test_split(rows, test_size=size, random_state=seed)[1].tolist()
+        return off
+    n_folds = max(round(min(1 / fraction, len(labels))), 2)
+    n_folds = min(n_folds, len({*groups}), max(Counter(labels).values()))
     one_group = {label for label in {*labels} if len({*groups[labels == label]}) == 1}
-    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a label is rare, which is checked here
-        for kept, off in splitter.split(labels, labels, groups):
+    splitter = StratifiedGroupKFold(max(n_folds, 2), shuffle=True, random_state=seed)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a label is rare
+        for kept, off in splitter.split(labels, labels, groups) if n_folds > 1 else ():
             if {*labels[kept]} == {*labels} == {*labels[off]} | one_group:
                 return off
     return []
@@ -79,14 +69,12 @@ def _fold(labels: np.ndarray, groups: np.ndarray, n_folds: int, seed: int) -> np
 def draw(dataset: Dataset, limit: int, seed: int) -> Dataset:
     """Return the first rows after a seeded shuffle, at most `limit`; a group that doesn't fit is left out whole."""
     shuffled = dataset.shuffle(seed=seed)
-    members: dict[str | int, list[int]] = {}
-    for index, group in enumerate(groups_of(shuffled) or range(len(shuffled))):
-        members.setdefault(group, []).append(index)
-    drawn: list[int] = []
-    for indices in members.values():
-        if len(drawn) + len(indices) <= limit:
-            drawn += indices
-    return shuffled.select(sorted(drawn))
+    groups, drawn, n_rows = groups_of(shuffled) or range(len(shuffled)), set(), 0
+    for group, size in Counter(groups).items():
+        if n_rows + size <= limit:
+            drawn.add(group)
+            n_rows += size
+    return shuffled.select([index for index, group in enumerate(groups) if group in drawn])
 
 
 def groups_of(dataset: Dataset) -> list[str] | None:
@@ -96,9 +84,7 @@ def groups_of(dataset: Dataset) -> list[str] | None:
 
 
 def split_overlap(splits: Mapping[str, Dataset]) -> dict[str, int]:
-    """Return for each split but train how many of its rows have an input text of train, case and spaces aside."""
-    texts = {
-        name: [" ".join(text.casefold().split()) for text in rows["input_text"]] for name, rows in splits.items()
-    }
+    """Return for each split but train how many of its input texts train has too, case and spaces aside."""
+    texts = {name: [" ".join(text.casefold().split()) for text in of["input_text"]] for name, of in splits.items()}
     train = set(texts.pop("train"))
     return {name: sum(text in train for text in rows) for name, rows in texts.items()}

@@ -30,9 +30,9 @@ def test_template_reads_any_column_by_its_whole_name(name):
         render(template, {"a": "Hi"})
 
 
-@pytest.mark.parametrize("template", ["{}", "no field", "{a", "a}", "{a:{b}}", "{{a}}", "{a}}", None])
+@pytest.mark.parametrize("template", ["{}", "no field", "{a", "a}", "{a:{b}}", "{{a}}", "{a}}"])
 def test_template_without_clear_fields_is_refused(template):
-    with pytest.raises(TaskError, match=r"^template .*expected fields"):
+    with pytest.raises(TaskError, match=r"^template .*expected some"):
         template_fields(template)
 
 
@@ -58,7 +58,7 @@ def test_rendering_names_the_expected_fields(row):
         ([" \n\t\u3000", "x"], "input 1 has no text"),
         ([{"text": None}], "input 1 has no text"),
         ([{"text": float("nan")}], "input 1 has no text"),
-        (["x", "a\ud800"], "input 2 has .* half a surrogate pair"),
+        (["x", "a\ud800"], "input 2 has half a surrogate pair"),
         ([3], "input 1 is of the type int"),
         ([{"text": "x"}, {"body": "x"}], "input 2 lacks 'text'"),
     ],
@@ -90,11 +90,11 @@ def test_as_text_writes_values_as_json_does():
 
 
 def test_cut_keeps_start_and_chosen_side():
-    assert cut_to_fit([1, 2, 3, 4], [0], 3) == ([0, 3, 4], 2)
+    assert cut_to_fit([1, 2, 3, 4], [0], 3, side="left") == ([0, 3, 4], 2)
     assert cut_to_fit([1, 2, 3, 4], [0], 3, side="right") == ([0, 1, 2], 2)
-    assert cut_to_fit([1, 2], [0], 3, side="right") == cut_to_fit([1, 2], [0], 3) == ([0, 1, 2], 0)
+    assert cut_to_fit([1, 2], [0], 3, side="right") == cut_to_fit([1, 2], [0], 3, side="left") == ([0, 1, 2], 0)
     with pytest.raises(TaskError, match="no token"):
-        cut_to_fit([], [], 3)
+        cut_to_fit([], [], 3, side="left")
 
 
 def test_length_sorted_batches_fit_the_token_budget():

@@ -7,7 +7,6 @@ import re
 import tracemalloc
 import warnings
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +19,7 @@ from dhrd_lib.data.files import read_splits, read_table
 from dhrd_lib.inputs import TaskError
 
 FUZZED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-ROWS = [{"text": "one, two", "label": "NA"}, {"text": "null", "label": "nan"}]
+ROWS = [{"text": "one, two\u2028b\x85c\x0bd", "label": "NA"}, {"text": "null", "label": "nan"}]
 
 
 def records(path, **options):
@@ -47,8 +46,8 @@ def write_parquet(path, **columns):
         ("a.csv", "\ufeff" + as_csv(ROWS)),
         ("a.csv", as_csv(ROWS).encode("utf-16")),
         ("a.csv", "\n\r\n" + as_csv(ROWS).replace("\r\n", "\n\n")),
-        ("a.csv", ',text,label,,\n0,"one, two",NA,,\n1,null,nan,,\n'),
-        ("a.csv", 'text , label\n"one, two", NA\nnull, "nan"\n'),
+        ("a.csv", ',text,label,,\n0,"one, two\u2028b\x85c\x0bd",NA,,\n1,null,nan,,\n'),
+        ("a.csv", 'text , label\n"one, two\u2028b\x85c\x0bd", NA\nnull, "nan"\n'),
         ("a.tsv", as_csv(ROWS, "\t")),
         ("a.jsonl", "\n".join(json.dumps(row) for row in ROWS) + "\n\n"),
         ("a.jsonl", "\ufeff" + "\r\n".join(json.dumps(row) for row in ROWS)),
@@ -69,13 +68,6 @@ def test_parquet_values_become_text(tmp_path):
     assert second["n"] == "0.5"
 
 
-def test_parquet_class_labels_become_names(tmp_path):
-    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["neg", "pos"]))
-    rows = {"text": ["a", "b", "c"], "label": [1, 0, -1]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
-    assert read_table(tmp_path / "a.parquet")["label"].fillna("missing").tolist() == ["pos", "neg", "missing"]
-
-
 def test_json_values_become_text_and_late_columns_fill_up(tmp_path):
     rows = [{"a": 2**60 + 1, "b": 1.0, "c": [{"d": None}]}] * 1200 + [{"a": None, "new": "NA"}]
     table = read_table(write_jsonl(tmp_path / "a.jsonl", rows))
@@ -83,12 +75,6 @@ def test_json_values_become_text_and_late_columns_fill_up(tmp_path):
     assert table.iloc[0, :3].tolist() == [str(2**60 + 1), "1", '[{"d": null}]']
     assert table["new"].isna().sum() == 1200
     assert table.iloc[-1].isna().tolist() == [True, True, True, False]
-
-
-def test_unicode_line_separators_stay_in_their_text(tmp_path):
-    rows = [{"text": "a\u2028b\x85c\x0bd", "label": "x"}]
-    for name, content in (("a.jsonl", json.dumps(rows[0], ensure_ascii=False)), ("a.csv", as_csv(rows))):
-        assert records(write(tmp_path / name, content)) == rows
 
 
 def test_stray_quotation_marks_in_tsv_lose_no_row(tmp_path):
@@ -117,7 +103,7 @@ def test_other_encodings_are_read_by_name(tmp_path):
     assert records(path, encoding="cp1252")[1]["text"] == "café"
     with pytest.raises(TaskError, match=r"a\.csv, line 3 isn't utf-8 text; .*`encoding`"):
         read_table(path)
-    for encoding in ("nonsense", "base64", "utf-16"):
+    for encoding in ("nonsense", "base64"):
         with pytest.raises(TaskError, match=f"isn't {encoding} text"):
             read_table(path, encoding=encoding)
 
@@ -130,18 +116,18 @@ def test_file_without_header_is_read_by_column_names(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "text,label\nx,a\nshort\n", "line 3 has a row of 1; expected 2 values"),
-        ("a.csv", "text,label\nx,a\nx,a,b\n", "line 3 has a row of 3; expected 2 values"),
+        ("a.csv", "text,label\nx,a\nshort\n", "line 3 has 1 values; expected one for each .* text, label"),
+        ("a.csv", "text,label\nx,a\nx,a,b\n", "line 3 has 3 values"),
         ("a.csv", 'text,label\nx,a\n"never closed,a\n', r"line 3 isn't well-formed CSV"),
         ("a.csv", 'text,label\n"Great" thing,a\n', r"line 2 isn't well-formed CSV"),
-        ("a.csv", "text,label,text\nx,a,y\n", "2 columns 'text'"),
+        ("a.csv", "text,label,text\nx,a,y\n", "different columns, here text, label, text"),
         ("a.csv", "text,label\nx,a\ny\0,b\n", "line 3 isn't utf-8 text"),
         ("a.csv", "text,label\nx,a\n".encode("utf-16-le"), "line 1 isn't utf-8 text"),
         ("a.jsonl", '{"a": 1}\n{"a": ', "line 2 isn't one JSON object"),
         ("a.jsonl", '{"a": 1}\n[1]\n', r"line 2 isn't one JSON object \(it is a list\)"),
         ("a.json", "[1]", r"line 1 isn't one JSON object \(it is a int\)"),
         ("a.jsonl", '{"a": 1}\n' + "[" * 200_000, "line 2 isn't one JSON object"),
-        ("a.jsonl", '{"a": "\\ud83d"}\n', "half a surrogate pair from row 1 on"),
+        ("a.jsonl", '{"a": "\\ud83d"}\n', "broken text from row 1 on"),
         ("a.parquet", b"PAR1 and no more", "expected a Parquet file"),
         ("a.xlsx", b"x", r"ends in '\.xlsx'; expected one of \.csv"),
     ],
@@ -150,13 +136,6 @@ def test_malformed_file_is_refused_by_line(tmp_path, name, content, message):
     path = write(tmp_path / name, content)
     with pytest.raises(TaskError, match=f"^{re.escape(str(path))}.*{message}"):
         read_table(path)
-
-
-def test_malformed_byte_far_down_is_refused_by_line(tmp_path):
-    lines = [b"text,label\n", *(b"some text,a\n" for _ in range(5000))]
-    lines[3210] = b"\xff text,a\n"
-    with pytest.raises(TaskError, match="line 3211 "):
-        read_table(write(tmp_path / "a.csv", b"".join(lines)))
 
 
 def test_folder_is_read_by_split_and_shard(tmp_path):
@@ -174,7 +153,7 @@ def test_folder_is_read_by_split_and_shard(tmp_path):
     ("names", "message"),
     [
         (["validation.csv", "train.txt"], "has no train file"),
-        (["train.csv", "train.jsonl"], r"train\.csv and train\.jsonl; expected 1"),
+        (["train.csv", "train.jsonl"], "2 files of train; expected 1"),
         (["train-00000-of-00002.csv"], "expected 2"),
         (["train.csv", "valid.csv"], r"valid\.csv is no split"),
     ],
@@ -184,9 +163,6 @@ def test_folder_without_clear_splits_is_refused(tmp_path, names, message):
         write(tmp_path / name, "text,label\n")
     with pytest.raises(TaskError, match=message):
         read_splits(tmp_path)
-
-
-# --- files that unfold
 
 
 def bomb_parquet(path, rows, value):
@@ -208,7 +184,6 @@ def test_unfolding_parquet_is_refused_before_it_fills_memory(tmp_path):
 
 def test_parquet_lists_are_refused_under_a_byte_limit(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", text=["a"], many=[[0] * 1000])
-    assert len(read_table(path)) == 1
     with pytest.raises(TaskError, match="lists or records in the column 'many'"):
         read_table(path, max_bytes=10**9)
 
@@ -225,9 +200,6 @@ def test_too_many_rows_are_not_read_to_the_end(tmp_path, suffix):
         read_table(path, max_rows=5000)
     if suffix == "csv":
         assert len(read_table(write(path, "x\n" * 7001))) == 7000
-
-
-# --- anything at all
 
 
 @FUZZED
@@ -247,7 +219,6 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 
 @FUZZED
 @given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=4))
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_csv_is_read_back_cell_by_cell(tmp_path, rows):
     rows = [{"text": text, "label": label} for text, label in rows]
     with warnings.catch_warnings(action="ignore"):
