@@ -249,8 +249,7 @@ def user_path(name: str | Path) -> Path:
 
 def cache_dir() -> Path:
     """Return the folder of cached backbones, states and graphs: `DHRD_CACHE`, or the user's cache folder."""
-    named = os.environ.get("DHRD_CACHE")
-    return user_path(named) if named else Path.home() / ".cache" / "dhrd"
+    return user_path(os.environ.get("DHRD_CACHE") or "~/.cache/dhrd")
 
 
 def read_json(path: str | Path) -> Any:
@@ -263,5 +262,4 @@ def read_json(path: str | Path) -> Any:
 
 def reason_of(error: Exception) -> str:
     """Return the first sentence of another library's error, on one line and without its full stop."""
-    line = str(error).strip().partition("\n")[0]
-    return line.partition(". ")[0].rstrip(" .:")
+    return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(" .:")

@@ -241,8 +241,8 @@ def _labels(rows: pd.DataFrame, column: str) -> pd.Series:
 
 def _row_hashes(columns: Iterable[pd.Series]) -> pd.Series:
     """Return an identity of each row that stays when rows are added; equal rows are numbered."""
-    cells = zip(*(column.tolist() for column in columns), strict=True)  # several times faster than Arrow arrays
-    hashes = pd.Series([hashlib.sha256("\0".join(row).encode()).hexdigest()[:16] for row in cells], dtype="str")
+    joined = ("\0".join(row) for row in zip(*(column.tolist() for column in columns), strict=True))
+    hashes = pd.Series([hashlib.sha256(row.encode()).hexdigest()[:16] for row in joined], dtype="str")
     number = hashes.groupby(hashes).cumcount()
     return hashes.where(number == 0, hashes + "-" + number.astype("str"))
 

@@ -133,8 +133,9 @@ def _csv_rows(path: Path, encoding: str | None, columns: Sequence[str]) -> Itera
     delimiter = "\t" if is_tsv else next((sign for sign in ",;\t" if sign in header), ",")
     widths = Counter(line.count(delimiter) for line in lines if line.strip("\r\n"))
     is_plain = is_tsv and len(widths) == 1
-    style = {"delimiter": delimiter, "quoting": csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL, "strict": True}
-    reader = csv.reader(lines, skipinitialspace=f"{delimiter} " in header, **style)  # as in `"text", "label"`
+    quoting = csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL
+    spaced = f"{delimiter} " in header  # as in `"text", "label"`
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, skipinitialspace=spaced, strict=True)
     names, n_records = list(columns), 0
     try:
         for cells in filter(None, reader):

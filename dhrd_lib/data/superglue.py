@@ -35,24 +35,17 @@ def read_superglue(name: str, fields: Sequence[str], label_names: Sequence[str],
             hub = datasets.load_dataset("aps/super_glue", name)
         except (OSError, ValueError, RuntimeError) as error:
             found = f"task {name!r} can't be loaded from the hub ({reason_of(error)})"
-            others = (
-                "SuperGLUE's JSONL files in the folder DHRD_DATA_DIR, or the task everyday_nli or support_triage"
-            )
+            others = "SuperGLUE's JSONL files in the folder DHRD_DATA_DIR, or everyday_nli or support_triage"
             raise TaskError(f"{found}; expected a network, or {others}.") from error
         raw = {split: (f"the hub's {split}", hub[split]) for split in ("train", "validation")}
-    unpack = {"multirc": _multirc, "wsc": _wsc}.get(name, lambda row: [row])
     kept = (*fields, "idx", "text", "group", "label")
+    names = dict(enumerate(label_names))  # JSONL has names or truth values, which equal 0 and 1, the hub has ids
     splits = {}
     for split, (where, rows) in raw.items():
-        flat = ({key: row[key] for key in kept if key in row} for nested in rows for row in unpack(nested))
-        table = ({**row, "label": _label_name(row.get("label"), label_names)} for row in flat)
-        splits[split] = (where, text_table(table, where))
+        flat = rows if name not in _UNPACK else (row for nested in rows for row in _UNPACK[name](nested))
+        flat = ({**row, "label": names.get(row.get("label"), row.get("label"))} for row in flat)
+        splits[split] = (where, text_table(({key: row[key] for key in kept if key in row} for row in flat), where))
     return splits
-
-
-def _label_name(label: str | int, names: Sequence[str]) -> str | int:
-    """Return the name of a class; SuperGLUE has names or truth values, the hub ids, and -1 for a missing label."""
-    return names[label] if isinstance(label, int) and 0 <= label < len(names) else label
 
 
 def _multirc(row: Row) -> Iterator[Row]:
@@ -76,3 +69,6 @@ def _wsc(row: Row) -> Iterator[Row]:
     starts = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(pronoun)}(?!\w)", text)]
     start = min(starts, key=lambda start: abs(len(text[:start].split()) - row["span2_index"]))
     yield {**row, "marked_text": f"{text[:start]}*{pronoun}*{text[start + len(pronoun) :]}"}
+
+
+_UNPACK = {"multirc": _multirc, "wsc": _wsc}

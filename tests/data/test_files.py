@@ -42,7 +42,6 @@ def write_parquet(path, **columns):
     [
         ("a.csv", as_csv(ROWS)),
         ("a.csv", as_csv(ROWS, ";")),
-        ("a.csv", as_csv(ROWS, "\t")),
         ("a.csv", "\ufeff" + as_csv(ROWS)),
         ("a.csv", as_csv(ROWS).encode("utf-16")),
         ("a.csv", "\n\r\n" + as_csv(ROWS).replace("\r\n", "\n\n")),

@@ -13,10 +13,6 @@ from dhrd_lib.tasks import TASKS, TaskError, load_task
 OUR_COLUMNS = {"idx", "input_text", "label", "rationale", "group"}
 
 
-def ids(split):
-    return set(split["idx"])
-
-
 def superglue_row(name, n):
     """Row n in SuperGLUE's JSONL schema."""
     nli = {"premise": f"Shed {n} is red.", "hypothesis": f"Shed {n} has a color."}
@@ -78,10 +74,8 @@ def test_superglue_cuts_dev_and_tests_on_validation(name, superglue_dir):
     rows = 4 if name == "multirc" else 1
     assert task == TASKS[name]
     assert list(data) == ["train", "dev", "validation"]
-    assert task.test_splits == ("validation",)
-    assert len(data["train"]) + len(data["dev"]) == 24 * rows
-    assert len(data["validation"]) == 6 * rows
-    assert not ids(data["train"]) & ids(data["dev"])
+    assert (len(data["train"]) + len(data["dev"]), len(data["validation"])) == (24 * rows, 6 * rows)
+    assert not set(data["train"]["idx"]) & set(data["dev"]["idx"])
     assert set(data["train"]["label"]) == set(data["dev"]["label"]) == set(range(len(task.label_names)))
     for split in data.values():
         assert OUR_COLUMNS | set(task.fields) <= set(split.column_names)
