@@ -2,7 +2,7 @@
 
     accelerate launch --config_file FILE --num_processes 2 tests/many_processes.py ROOT CONFIG...
 
-A configuration whose name begins with "stopped" is stopped in its fifth step and taken up again.
+A configuration whose name begins with "stopped" is stopped in its fifth step and resumed.
 """
 
 from __future__ import annotations

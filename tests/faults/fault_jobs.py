@@ -1,6 +1,6 @@
 """Jobs that are to be killed: each works in one folder, goes on where it was stopped, and can be compared.
 
-A job is deterministic, and started anew it ends where an unkilled one ends. `OUTCOMES` says what it gave, without
+A job is deterministic, and started again it ends where an unkilled one ends. `OUTCOMES` says what it gave, without
 times; `whole` what a reader finds in the folder of a job that may have been killed at any moment.
 """
 
