@@ -143,7 +143,7 @@ class Backend:
             raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; expected 1 to {MAX_NEW_TOKENS}.")
         with self._computing:
             cot = self._cot(task, run, picked)
-            (text,) = _check([row], cot.template)
+            (text,) = _check([row], cot.task.template)
             elapsed_ms = _clock(cot.lm.device)
             tokens_read = len(cot.encode_prompt(text))
             before_ms, generations = elapsed_ms(), None
@@ -154,7 +154,8 @@ class Backend:
                         return
             last = _generated(cot, generations, before_ms)
             (label,) = cot.parse(generations).labels
-            by_label = dict(zip(cot.label_names, cot.score(generations).probabilities[0].tolist(), strict=True))
+            probabilities = cot.score(generations).probabilities[0].tolist()
+            by_label = dict(zip(cot.task.label_names, probabilities, strict=True))
             yield replace(last, answer=Answer(label, by_label, last.latency_ms, tokens_read, last.tokens))
 
     def _classifier(self, name: str) -> DHRDModel:
@@ -205,7 +206,7 @@ class Backend:
 def _warm_up(cot: CoT) -> None:
     """Decode twice: a model's first calls are slower, and no visitor's latency shall be one of them."""
     for text in _WARM_UP:
-        cot.generate([dict.fromkeys(template_fields(cot.template), text)], Decoding(max_new_tokens=2))
+        cot.generate([dict.fromkeys(template_fields(cot.task.template), text)], Decoding(max_new_tokens=2))
 
 
 def _check(rows: Sequence[Row], template: str) -> list[str]:

@@ -7,9 +7,10 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import torch
@@ -75,35 +76,22 @@ def stream(
 ) -> Iterator[tuple[list[int], float]]:
     """Yield the new ids after each token of one row, with the seconds since the start; options as of `generate`.
 
-    Decoding runs in a thread; closing the iterator ends it at its next token and waits for it. What it raises is
-    raised here.
+    Decoding runs in a thread; closing the iterator ends it at its next token and waits for it.
     """
-    steps: SimpleQueue[tuple[list[int], float] | BaseException | None] = SimpleQueue()
-    closed = Event()
-    started = time.perf_counter()
+    steps, closed, started = SimpleQueue(), Event(), time.perf_counter()
 
     def on_step(rows: list[list[int]]) -> bool:
         steps.put((rows[0], time.perf_counter() - started))
         return closed.is_set()
 
-    def run() -> None:
-        outcome: BaseException | None = None
+    with ThreadPoolExecutor(1) as thread:
+        decoding = thread.submit(generate, lm, tokenizer, [prompt], on_step=on_step, **options)
+        decoding.add_done_callback(lambda _: steps.put(None))
         try:
-            generate(lm, tokenizer, [prompt], on_step=on_step, **options)
-        except BaseException as error:
-            outcome = error
-        steps.put(outcome)
-
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while isinstance(step := steps.get(), tuple):
-            yield step
-        if step is not None:
-            raise step
-    finally:
-        closed.set()
-        thread.join()
+            yield from iter(steps.get, None)
+            decoding.result()
+        finally:
+            closed.set()
 
 
 def left_padded(
@@ -112,8 +100,8 @@ def left_padded(
     """Return ids and mask, both `(B, S)` int64: what continues a row has to follow its last token."""
     longest = max(map(len, rows))
     ids = torch.tensor([[pad_token_id] * (longest - len(row)) + row for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids, (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
 
 
 def end_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -129,11 +117,9 @@ def context_length(lm: PreTrainedModel) -> float:
 
 def check_context(lm: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
     """Raise `ConfigError` where the longest prompt and the new tokens do not fit the backbone's context."""
-    needed = max(map(len, prompts), default=0) + max_new_tokens
-    if needed > context_length(lm):
-        raise ConfigError(
-            f"Prompt and new tokens need {needed} positions; the backbone's context is {context_length(lm)}."
-        )
+    needed, context = max(map(len, prompts), default=0) + max_new_tokens, context_length(lm)
+    if needed > context:
+        raise ConfigError(f"Prompt and new tokens need {needed} positions; the backbone's context is {context}.")
 
 
 def encode_chat(
@@ -150,8 +136,7 @@ def encode_chat(
     special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     spelled = re.compile("|".join(special) or "(?!)")
     fence = secrets.token_hex(16)  # put around such spellings; no content can contain it
-    fenced = [(role, spelled.sub(rf"{fence}\g<0>{fence}", content)) for role, content in turns]
-    messages = [{"role": role, "content": content} for role, content in fenced]
+    messages = [{"role": role, "content": spelled.sub(rf"{fence}\g<0>{fence}", content)} for role, content in turns]
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
     ids = []
     for place, part in enumerate(chat.split(fence)):  # The template writes the start token itself.

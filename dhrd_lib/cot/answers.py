@@ -33,12 +33,16 @@ class AnswerReader:
         classes = {_normalized(name).strip(): i for i, name in [*enumerate(label_names), *enumerate(verbalizers)]}
         names = sorted(classes, key=len, reverse=True)
         self._classes = [classes[name] for name in names]
-        either = "|".join(f"({_flexible(name)})" for name in names)
+        # Words of a label may be separated otherwise, or by an escaped underscore.
+        words = [regex.split(rf"(?<={_WORD})[\s_-]+(?={_WORD})", name) for name in names]
+        flexible = [r"[\s_\\-]*".join(map(regex.escape, parts)) for parts in words]
+        either = "|".join(f"({label})" for label in flexible)
         self._label = regex.compile(either)
         # A hyphen or an underscore joins words: "pre-refund" is not "refund".
-        whole = rf"(?<!{_WORD}[_-]?)(?:{either})(?![_-]?{_WORD})"
-        inside = rf"(?<!{_SEPARATED}[_-]?)(?:{either})(?![_-]?{_SEPARATED})"
-        self._whole, self._inside = (regex.compile(pattern, regex.V1) for pattern in (whole, inside))
+        whole, inside = (
+            rf"(?<!{character}[_-]?)(?:{either})(?![_-]?{character})" for character in (_WORD, _SEPARATED)
+        )
+        self._whole, self._inside = regex.compile(whole, regex.V1), regex.compile(inside, regex.V1)
 
     def read(self, text: str) -> int:
         """Return the class that is named first; `NO_ANSWER` where the marker is missing or no label follows it."""
@@ -63,20 +67,19 @@ class AnswerReader:
         if matches := list(self._whole.finditer(line)):
             return matches
         # A short label may be a part of a longer one that begins later.
-        longest_first = sorted(self._inside.finditer(line, overlapped=True), key=lambda m: m.start() - m.end())
-        for match in longest_first:
+        for match in sorted(self._inside.finditer(line, overlapped=True), key=lambda m: m.start() - m.end()):
             if not any(match.start() < other.end() and other.start() < match.end() for other in matches):
                 matches.append(match)
         return sorted(matches, key=regex.Match.start)
 
     def _answer_line(self, text: str) -> tuple[str, bool]:
         """Return the line with the answer, and whether it is complete."""
-        lines = [line.lstrip() for line in _normalized(text.partition(self.marker)[2]).split("\n")]
-        for line in lines[:-1]:
+        *complete, last = [line.lstrip() for line in _normalized(text.partition(self.marker)[2]).split("\n")]
+        for line in complete:
             is_heading = line.rstrip("*_`# \t\r").endswith((":", ">")) and not self._find(line)
             if regex.search(_WORD, line) and not is_heading:
                 return line[:MAX_ANSWER_CHARACTERS], True
-        return lines[-1][:MAX_ANSWER_CHARACTERS], len(lines[-1]) >= MAX_ANSWER_CHARACTERS
+        return last[:MAX_ANSWER_CHARACTERS], len(last) >= MAX_ANSWER_CHARACTERS
 
 
 def vote(read: np.ndarray, probabilities: np.ndarray | None = None) -> np.ndarray:
@@ -87,8 +90,7 @@ def vote(read: np.ndarray, probabilities: np.ndarray | None = None) -> np.ndarra
     """
     voted = np.full(len(read), NO_ANSWER)
     for row, votes in enumerate(read):
-        classes = [c for c in dict.fromkeys(votes.tolist()) if c != NO_ANSWER]
-        if classes:
+        if classes := [c for c in dict.fromkeys(votes.tolist()) if c != NO_ANSWER]:
             weight = {c: 0.0 if probabilities is None else probabilities[row, :, c].sum() for c in classes}
             voted[row] = max(classes, key=lambda c: ((votes == c).sum(), weight[c]))
     return voted
@@ -96,9 +98,3 @@ def vote(read: np.ndarray, probabilities: np.ndarray | None = None) -> np.ndarra
 
 def _normalized(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()
-
-
-def _flexible(name: str) -> str:
-    """Return a pattern of a label whose words may be separated otherwise, or by an escaped underscore."""
-    words = regex.split(rf"(?<={_WORD})[\s_-]+(?={_WORD})", name)
-    return r"[\s_\\-]*".join(map(regex.escape, words))

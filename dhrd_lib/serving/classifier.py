@@ -5,6 +5,7 @@ An export for ONNX Runtime or OpenVINO starts without torch, transformers and da
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -65,24 +66,16 @@ class ExportedClassifier:
         return self.config.label_names
 
     def encode(self, inputs: Inputs) -> list[dict[str, Any]]:
-        """Return the token rows of inputs: each a dict of the template's fields, or a str where it has one field.
-
-        One input may come alone, and many as a list or a DataFrame. A row has `input_ids`, `input_length` and
-        `input_tokens_cut`, the number of tokens that were cut off.
-        """
+        """Return token rows with `input_ids`, `input_length` and `input_tokens_cut`, as of `DHRDModel.encode`."""
         config, rows = self.config, []
-        for encoding in self.tokenizer.encode_batch(
-            render_inputs(config.template, inputs), add_special_tokens=False
-        ):
+        texts = render_inputs(config.template, inputs)
+        for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False):
             ids, cut = cut_to_fit(encoding.ids, config.start_ids, config.max_input_tokens, config.truncation_side)
             rows.append({"input_ids": ids, "input_length": len(ids), "input_tokens_cut": cut})
         return rows
 
     def logits(self, rows: Sequence[Mapping[str, Any]], max_batch_tokens: int = 4096) -> np.ndarray:
-        """Return class logits `(N, K)`, float32, of encoded inputs, in their order.
-
-        Inputs of similar length share a batch of at most `max_batch_tokens` tokens, padding counted.
-        """
+        """Return class logits `(N, K)`, float32, in batches of at most `max_batch_tokens` tokens."""
         lengths = [len(row["input_ids"]) for row in rows]
         logits = np.zeros((len(rows), len(self.label_names)), dtype=np.float32)
         for places in length_sorted_batches(lengths, min(max_batch_tokens, MAX_TOKENS_PER_CPU_BATCH)):
@@ -95,16 +88,15 @@ class ExportedClassifier:
         return logits
 
     def predict(self, inputs: Inputs, max_batch_tokens: int = 4096) -> Predictions:
-        """Return label names and probabilities of inputs, in their order (see `encode` and `logits`)."""
-        logits = self.logits(self.encode(inputs), max_batch_tokens)
-        return Predictions.from_logits(logits, self.label_names)
+        """Return label names and probabilities of inputs, in their order."""
+        return Predictions.from_logits(self.logits(self.encode(inputs), max_batch_tokens), self.label_names)
 
 
 def load_classifier(path: str | Path) -> DHRDModel | ExportedClassifier:
     """Load a classifier from a run's folder, one that `DHRDModel.save_pretrained` wrote, or an export.
 
-    Exports run on the CPU, on OMP_NUM_THREADS threads or as many as the process has cores, and may be called from
-    several threads at once; a DHRDModel is in evaluation mode. Raises `ConfigError` as `classifier_folder` does.
+    Exports run on the CPU, on OMP_NUM_THREADS threads or all cores, and may be called from several threads at once.
+    Raises `ConfigError` as `classifier_folder` does.
     """
     folder = classifier_folder(path)
     values = read_json(folder / "config.json")
@@ -122,32 +114,25 @@ def load_classifier(path: str | Path) -> DHRDModel | ExportedClassifier:
 
 
 def classifier_folder(path: str | Path) -> Path:
-    """Return the folder with a classifier's config.json: the one given, or `model` in a run's.
-
-    Raises `ConfigError` where there is no classifier, or one that was never trained.
-    """
+    """Return the folder given, or `model` in it; raise `ConfigError` where it has no trained classifier."""
     folder = Path(path)
     folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    config = _read_config(folder)
+    files = (folder / "config.json", folder.parent / "config.json")
+    config, run = (read_json(file) if file.is_file() else {} for file in files)
     if EXPORT_KEY not in config and config.get("model_type") != "dhrd":
         raise ConfigError(f"{path} holds no classifier; expected a finished run, a saved DHRDModel or an export.")
     # Models of version 0.1 don't know whether their classifier was trained, but their runs do.
-    training = _read_config(folder.parent).get("training", {}) if folder.name == "model" else {}
-    if not config.get("classifier_trained", True) or training.get("beta") == 0:
+    beta = run.get("training", {}).get("beta") if folder.name == "model" else None
+    if not config.get("classifier_trained", True) or beta == 0:
         raise ConfigError(f"{path} has an untrained classifier (beta = 0); expected CoT decoding (dhrd_lib.cot).")
     return folder
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-
-
 def _threads() -> int:
+    """Return OMP_NUM_THREADS, or the cores that the process may use: engines count all of the machine's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     named = os.environ.get("OMP_NUM_THREADS", "")
-    if named.isdigit():
-        return int(named)
-    # The engines themselves count all cores of the machine, not those that the process may use.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return int(named) if named.isdigit() else cores
 
 
 def _onnx_engine(folder: Path) -> Engine:
@@ -167,8 +152,15 @@ def _openvino_engine(folder: Path) -> Engine:
         "INFERENCE_NUM_THREADS": _threads(),
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",  # on some processors the engine would choose bfloat16
-        **_compile_cache(graph),
     }
+    # What is compiled is kept for the next start. OpenVINO identifies a graph by its path, size and time, but not
+    # all weights are read from the export again: the cache folder is named after their file's size and time.
+    weights = graph.with_suffix(".bin").stat()
+    cache = cache_dir() / "openvino" / f"{weights.st_size}-{weights.st_mtime_ns}"
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+    if os.access(cache, os.W_OK):
+        settings |= {"CACHE_DIR": str(cache), "CACHE_MODE": "OPTIMIZE_SIZE"}
     model = openvino.Core().compile_model(graph, "CPU", settings)
     # A request takes one call at a time, and the model itself has a single one for all its callers.
     local = threading.local()
@@ -179,21 +171,6 @@ def _openvino_engine(folder: Path) -> Engine:
         return local.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)["logits"]
 
     return run
-
-
-def _compile_cache(graph: Path) -> dict[str, str]:
-    """Return OpenVINO's settings that keep the compiled graph for the next start, where the cache can be written.
-
-    OpenVINO identifies a graph by its path, size and time, and most weights are read from the export again, but not
-    all: size and time of the weights' file are put into the cache folder's name.
-    """
-    try:
-        weights = graph.with_suffix(".bin").stat()
-        folder = cache_dir() / "openvino" / f"{weights.st_size}-{weights.st_mtime_ns}"
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return {}
-    return {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SIZE"} if os.access(folder, os.W_OK) else {}
 
 
 def _hf_engine(folder: Path) -> Engine:

@@ -1,9 +1,7 @@
 """Export: a trained classifier as a folder for ONNX Runtime, OpenVINO, or transformers' own classes.
 
-Backbone and classifier only, without the LM head; adapters are merged, batch and length stay free. The folder holds
-all that `load_classifier` needs: the graph or the weights, the tokenizer, and a config.json with template, labels,
-limits, format and precision. Tracing, the repair of what tracing breaks, and quantization are
-`transformers.exporters`'.
+Backbone and classifier only, without the LM head; adapters are merged, batch and length stay free. Tracing, the
+repair of what tracing breaks, and quantization are `transformers.exporters`'.
 """
 
 from __future__ import annotations
@@ -30,19 +28,11 @@ from dhrd_lib.serving.quantization import Int8Quantizer, smooth
 
 
 def export(source: str | Path, format: Format, *, int8: bool = False, out: str | Path | None = None) -> Path:
-    """Write a classifier to a new, self-contained folder, and return the folder.
+    """Write the classifier of a finished run or a saved `DHRDModel` to a new, self-contained folder; return it.
 
-    Args:
-        source: a finished run's folder, or one that `DHRDModel.save_pretrained` wrote.
-        format: "onnx" or "openvino" (graphs for these engines), or "hf" (a plain folder of transformers'
-            `AutoModelForSequenceClassification`, for `linear` heads on `last` pooling).
-        int8: 8-bit weights, and activations quantized on the fly. Processors with VNNI gain speed. It may cost
-            accuracy: compare the two exports on your rows.
-        out: a folder that doesn't exist yet; by default one in `source` named after format and precision.
-
-    Raises:
-        ConfigError: an unknown format, a folder that exists, a classifier that the format can't hold or that is
-            untrained, or a source without one.
+    "onnx" and "openvino" are graphs, "hf" a folder of transformers' `AutoModelForSequenceClassification` (`linear`
+    heads on `last` pooling). `int8`: 8-bit weights, and activations quantized on the fly; faster with VNNI, perhaps
+    less accurate. `out` is by default a folder in `source` named after format and precision. Raises `ConfigError`.
     """
     if format not in get_args(Format):
         raise ConfigError(f"format is {format!r}; expected one of {', '.join(map(repr, get_args(Format)))}.")
@@ -55,14 +45,29 @@ def export(source: str | Path, format: Format, *, int8: bool = False, out: str |
     if out.exists():
         raise ConfigError(f"{out} exists already; expected a folder that doesn't.")
     model = _load(folder)
+    config = ExportConfig(
+        format=format,
+        precision="int8" if int8 else "float32",
+        backbone=model.config.backbone_name,
+        pooling=model.config.pooling,
+        head=model.config.head,
+        template=model.config.template,
+        label_names=model.label_names,
+        max_input_tokens=model.config.max_input_tokens,
+        truncation_side=model.config.truncation_side,
+        start_ids=model.sequence_format.start_ids,
+        pad_token_id=model.tokenizer.pad_token_id,
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"), new_folder(out) as scratch:
+        path, transformers_own = scratch / "config.json", {}
         if format == "hf":
             sequence_classifier(model).save_pretrained(scratch)
+            transformers_own = read_json(path)
         else:
             _write_graph(model, format, int8, scratch)
         model.tokenizer.save_pretrained(scratch)
-        _write_config(model, format, int8, scratch)
+        write_json(path, {**transformers_own, EXPORT_KEY: config.to_dict()})
     if format == "openvino":
         load_classifier(out)  # Compiling takes seconds: its cache serves the first start on this machine.
     return out
@@ -79,12 +84,13 @@ def _load(folder: Path) -> DHRDModel:
             module.merge()
             model.backbone.set_submodule(name, module.get_base_layer())
     # Set here, these are saved with the tokenizer: transformers' pipeline then encodes inputs as in training.
-    as_in_training = {
-        "truncation_side": model.config.truncation_side,
-        "model_max_length": model.config.max_input_tokens,
-        "split_special_tokens": True,
-    }
-    model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **as_in_training)
+    model.tokenizer = AutoTokenizer.from_pretrained(
+        folder,
+        trust_remote_code=False,
+        truncation_side=model.config.truncation_side,
+        model_max_length=model.config.max_input_tokens,
+        split_special_tokens=True,
+    )
     return model
 
 
@@ -100,7 +106,6 @@ class _Classify(nn.Module):
 
 
 def _write_graph(model: DHRDModel, format: Format, int8: bool, folder: Path) -> None:
-    """Trace, convert and save the graph, with batch and length free."""
     if format == "onnx":
         if int8:
             smooth(model)
@@ -119,25 +124,6 @@ def _write_graph(model: DHRDModel, format: Format, int8: bool, folder: Path) -> 
     inputs = {"input_ids": torch.full_like(mask, 3), "attention_mask": mask}
     program, _ = exporter.export_program(_Classify(model), inputs, config)
     exporter.save_program(program, path)
-
-
-def _write_config(model: DHRDModel, format: Format, int8: bool, folder: Path) -> None:
-    path = folder / "config.json"
-    config = ExportConfig(
-        format=format,
-        precision="int8" if int8 else "float32",
-        backbone=model.config.backbone_name,
-        pooling=model.config.pooling,
-        head=model.config.head,
-        template=model.config.template,
-        label_names=model.label_names,
-        max_input_tokens=model.config.max_input_tokens,
-        truncation_side=model.config.truncation_side,
-        start_ids=model.sequence_format.start_ids,
-        pad_token_id=model.tokenizer.pad_token_id,
-    )
-    transformers_own = read_json(path) if path.is_file() else {}
-    write_json(path, {**transformers_own, EXPORT_KEY: config.to_dict()})
 
 
 def sequence_classifier(model: DHRDModel) -> PreTrainedModel:

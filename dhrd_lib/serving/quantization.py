@@ -26,9 +26,9 @@ class Int8Quantizer(OnnxRuntimeQuantizer):
     """8-bit weights for the decoder's products, with activations quantized on the fly.
 
     Activations have outliers, and one scale for a whole tensor would round the rest away: a scale for each row and
-    `BLOCK_SIZE` inputs keeps it. The products that lead into the MLPs (gate and up, one product in the graph), half
-    of the work, tolerate one scale and are faster with it. Their weights have 7 bits, because sums of 8-bit
-    products overflow on processors without VNNI. The classifier's products stay in float32.
+    `BLOCK_SIZE` inputs keeps it. The products that lead into the MLPs (gate and up, one in the graph), half of the
+    work, tolerate one scale, and have 7 bits: sums of 8-bit products overflow on processors without VNNI. The
+    classifier's products stay in float32.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,9 @@ class Int8Quantizer(OnnxRuntimeQuantizer):
 
     def quantize(self, model: onnx_ir.Model, *arguments: Any) -> onnx_ir.Model:
         """Quantize in blocks all products but those that lead into an MLP, then those dynamically."""
-        into_mlp = [node.name for node in model.graph if _widens(node)]
+        weights = {node.name: node.inputs[1].const_value for node in model.graph if node.op_type == "MatMul"}
+        # These are more than three times as wide as their input; query, key and value are not.
+        into_mlp = [name for name, of in weights.items() if of is not None and of.shape[1] > 3 * of.shape[0]]
         blockwise = matmul_nbits_quantizer()(
             onnx_ir.to_proto(model),
             bits=8,
@@ -49,12 +51,6 @@ class Int8Quantizer(OnnxRuntimeQuantizer):
         model = onnx_ir.from_proto(blockwise.model.model)
         self.config.nodes_to_quantize = into_mlp
         return super().quantize(model, *arguments) if into_mlp else model  # An empty list would mean all of them.
-
-
-def _widens(node: onnx_ir.Node) -> bool:
-    """Return whether a product is more than three times as wide as its input; query, key and value are not."""
-    weight = node.inputs[1].const_value if node.op_type == "MatMul" else None
-    return weight is not None and weight.shape[1] > 3 * weight.shape[0]
 
 
 def matmul_nbits_quantizer() -> type:
@@ -77,8 +73,21 @@ def smooth(model: DHRDModel) -> None:
     """
     if model.config.backbone_config.model_type not in SMOOTHED:
         return
+    largest: dict[nn.Module, torch.Tensor] = {}  # magnitude of each input of a product, over the packaged tasks
+
+    def record(product: nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        magnitudes = arguments[0].abs().flatten(0, -2).amax(0)
+        largest[product] = torch.maximum(largest.get(product, magnitudes), magnitudes)
+
     layers = layers_of(model.backbone)
-    largest = _largest_inputs(model, layers)
+    products = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+    hooks = [product.register_forward_pre_hook(record) for product in products]
+    for task in CALIBRATION_TASKS:
+        texts = load_task(task)[1]["train"]["input_text"][:CALIBRATION_ROWS]
+        for row in encode_examples(model.sequence_format, texts):
+            model.logits([row])  # one by one, because padding's states must not count
+    for hook in hooks:
+        hook.remove()
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
         for source, products in (
@@ -92,23 +101,3 @@ def smooth(model: DHRDModel) -> None:
                 product.weight.data *= scale
             for parameter in source.parameters():
                 parameter.data /= scale.view(-1, *[1] * (parameter.dim() - 1))
-
-
-def _largest_inputs(model: DHRDModel, layers: nn.ModuleList) -> dict[nn.Module, torch.Tensor]:
-    """Return the largest magnitude of each input of the layers' products, over texts of the packaged tasks."""
-    largest: dict[nn.Module, torch.Tensor] = {}
-
-    def record(product: nn.Module, arguments: tuple[torch.Tensor]) -> None:
-        magnitudes = arguments[0].abs().flatten(0, -2).amax(0)
-        largest[product] = torch.maximum(largest.get(product, magnitudes), magnitudes)
-
-    products = [module for module in layers.modules() if isinstance(module, nn.Linear)]
-    hooks = [product.register_forward_pre_hook(record) for product in products]
-    texts = [
-        text for name in CALIBRATION_TASKS for text in load_task(name)[1]["train"]["input_text"][:CALIBRATION_ROWS]
-    ]
-    for row in encode_examples(model.sequence_format, texts):
-        model.logits([row])  # one by one, because padding's states must not count
-    for hook in hooks:
-        hook.remove()
-    return largest

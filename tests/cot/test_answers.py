@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhrd_lib.cot import AnswerReader, vote
+from dhrd_lib.cot.answers import AnswerReader, vote
 from dhrd_lib.evaluation import NO_ANSWER
 
 NLI = AnswerReader("\nAnswer:", ["entailment", "not_entailment"], ["entailment", "not entailment"])

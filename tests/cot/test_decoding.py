@@ -13,7 +13,8 @@ from conftest import ARCHITECTURES, tiny_backbone, tiny_model
 from datasets import Dataset
 
 from dhrd_lib.config import ConfigError
-from dhrd_lib.cot import CoT, Decoding, Generations, decoding, pick_examples, score_continuations
+from dhrd_lib.cot import CoT, Decoding, Generations, decoding, pick_examples
+from dhrd_lib.cot.scoring import score_continuations
 from dhrd_lib.evaluation import NO_ANSWER
 from dhrd_lib.inputs import SENTINEL
 from dhrd_lib.modeling import DHRDModel
@@ -87,9 +88,10 @@ class TestPrompts:
 
 
 class TestDecoding:
-    def test_defaults_are_the_papers(self):
+    def test_defaults_are_the_papers(self, cot):
         expected = {"do_sample": True, "temperature": 0.1, "top_p": 0.7, "top_k": 0, "max_new_tokens": 500}
-        assert Decoding().arguments() == {**expected, "repetition_penalty": 1.0}
+        expected |= {"repetition_penalty": 1.0, "seed": 0, "is_complete": cot.reader.is_settled}
+        assert Decoding().arguments(cot.reader) == expected
 
     @pytest.mark.parametrize(
         ("changes", "field"),
@@ -133,8 +135,6 @@ class TestDecoding:
         steps = list(cot.stream(TEXTS[1], SHORT))
         assert steps[-1].samples == cot.generate([TEXTS[1]], SHORT).samples
         assert [len(step.samples[0][0]) for step in steps] == list(range(1, 25))
-        with pytest.raises(ConfigError, match="n_samples is 2"):
-            next(cot.stream(TEXTS[0], SHORT.replace({"n_samples": 2})))
 
 
 class TestReading:
@@ -146,11 +146,10 @@ class TestReading:
         assert predictions.tokens.tolist() == list(map(len, rows))
         assert predictions.probabilities.tolist() == [[0, 1, 0], [0, 0, 0]]
 
-    def test_predict_takes_one_text_a_row_or_a_frame(self, cot):
-        options = {"max_new_tokens": 3, "reading": "scored"}
-        expected = cot.predict(TEXTS[:1], **options).probabilities
+    def test_generate_takes_one_text_a_row_or_a_frame(self, cot):
+        expected = cot.generate(TEXTS[:1], SHORT).samples
         for inputs in (TEXTS[0], {"text": TEXTS[0]}, pd.DataFrame({"text": TEXTS[:1]})):
-            assert np.array_equal(cot.predict(inputs, **options).probabilities, expected)
+            assert cot.generate(inputs, SHORT).samples == expected
 
     def test_rationale_ends_before_the_marker(self, cot, model):
         before, marker = ids(model, " It is owed"), ids(model, "\nAnswer:")
@@ -202,5 +201,3 @@ def test_scores_equal_a_whole_forward(task, architecture):
     for max_batch_tokens in (1, 10_000):
         scores = score_continuations(model.backbone, prefixes, labels, 0, max_batch_tokens=max_batch_tokens)
         np.testing.assert_allclose(scores, expected, atol=1e-4)
-    means = score_continuations(model.backbone, prefixes, labels, 0, mean=True)
-    np.testing.assert_allclose(means, expected / [len(label) for label in labels], atol=1e-4)
