@@ -1,7 +1,4 @@
-"""Inference: `load_classifier` loads a trained model or an export of one; both predict in the same way.
-
-An export for ONNX Runtime or OpenVINO starts without torch, transformers and datasets: none is imported here.
-"""
+"""Inference with a trained model, or an export that starts without torch, transformers and datasets."""
 
 from __future__ import annotations
 
@@ -62,7 +59,7 @@ class ExportedClassifier:
 
     @property
     def label_names(self) -> list[str]:
-        """The labels' names, in the order of the logits."""
+        """Labels in the order of the logits."""
         return self.config.label_names
 
     def encode(self, inputs: Inputs) -> list[dict[str, Any]]:
@@ -117,15 +114,18 @@ def classifier_folder(path: str | Path) -> Path:
     """Return the folder given, or `model` in it; raise `ConfigError` where it has no trained classifier."""
     folder = Path(path)
     folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    files = (folder / "config.json", folder.parent / "config.json")
-    config, run = (read_json(file) if file.is_file() else {} for file in files)
+    config = _read_config(folder)
     if EXPORT_KEY not in config and config.get("model_type") != "dhrd":
         raise ConfigError(f"{path} holds no classifier; expected a finished run, a saved DHRDModel or an export.")
     # Models of version 0.1 don't know whether their classifier was trained, but their runs do.
-    beta = run.get("training", {}).get("beta") if folder.name == "model" else None
-    if not config.get("classifier_trained", True) or beta == 0:
+    training = _read_config(folder.parent).get("training", {}) if folder.name == "model" else {}
+    if not config.get("classifier_trained", True) or training.get("beta") == 0:
         raise ConfigError(f"{path} has an untrained classifier (beta = 0); expected CoT decoding (dhrd_lib.cot).")
     return folder
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
 def _threads() -> int:
@@ -180,8 +180,8 @@ def _hf_engine(folder: Path) -> Engine:
     from dhrd_lib.backbones import check_own_weights
 
     check_own_weights(folder)
-    arguments = {"use_safetensors": True, "trust_remote_code": False}
-    model = AutoModelForSequenceClassification.from_pretrained(folder, **arguments).eval()
+    own = {"use_safetensors": True, "trust_remote_code": False}
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **own).eval()
 
     @torch.inference_mode()
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -1,8 +1,4 @@
-"""Export: a trained classifier as a folder for ONNX Runtime, OpenVINO, or transformers' own classes.
-
-Backbone and classifier only, without the LM head; adapters are merged, batch and length stay free. Tracing, the
-repair of what tracing breaks, and quantization are `transformers.exporters`'.
-"""
+"""Export: backbone and classifier as a folder for ONNX Runtime, OpenVINO, or transformers' own classes."""
 
 from __future__ import annotations
 
@@ -60,14 +56,14 @@ def export(source: str | Path, format: Format, *, int8: bool = False, out: str |
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"), new_folder(out) as scratch:
-        path, transformers_own = scratch / "config.json", {}
+        path, written = scratch / "config.json", {}
         if format == "hf":
             sequence_classifier(model).save_pretrained(scratch)
-            transformers_own = read_json(path)
+            written = read_json(path)
         else:
             _write_graph(model, format, int8, scratch)
         model.tokenizer.save_pretrained(scratch)
-        write_json(path, {**transformers_own, EXPORT_KEY: config.to_dict()})
+        write_json(path, {**written, EXPORT_KEY: config.to_dict()})
     if format == "openvino":
         load_classifier(out)  # Compiling takes seconds: its cache serves the first start on this machine.
     return out
@@ -116,7 +112,7 @@ def _write_graph(model: DHRDModel, format: Format, int8: bool, folder: Path) -> 
 
         exporter, path = OpenVINOExporter(), folder / "openvino_model.xml"
         config = OpenVINOConfig(quantizer=NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig()) if int8 else None)
-    free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}  # batch and length
     config.dynamic_shapes = {"input_ids": free, "attention_mask": free}
     # Two rows of different length: a trace of a batch of one, or without padding, may take them for constants.
     # Ids and mask are two tensors: one alone would be traced as one input.
@@ -127,15 +123,11 @@ def _write_graph(model: DHRDModel, format: Format, int8: bool, folder: Path) -> 
 
 
 def sequence_classifier(model: DHRDModel) -> PreTrainedModel:
-    """Return transformers' `AutoModelForSequenceClassification` around the model's own weights, which it shares.
-
-    It pools the last token that isn't padding and has one linear layer; raises `ConfigError` for other models.
-    """
-    if model.config.pooling != "last" or model.config.head != "linear":
-        raise ConfigError(
-            f"pooling is {model.config.pooling!r} and head {model.config.head!r}; expected 'last' and 'linear', "
-            "which are all that transformers' classifier has."
-        )
+    """Return transformers' `AutoModelForSequenceClassification` on the model's weights; raise `ConfigError`."""
+    pooling, head = model.config.pooling, model.config.head
+    if (pooling, head) != ("last", "linear"):
+        found = f"pooling is {pooling!r} and head {head!r}"
+        raise ConfigError(f"{found}; expected 'last' and 'linear', all that transformers' classifier has.")
     config = copy.deepcopy(model.backbone.config)
     config.id2label, config.label2id = dict(model.config.id2label), dict(model.config.label2id)
     config.pad_token_id = model.tokenizer.pad_token_id
