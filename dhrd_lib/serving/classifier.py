@@ -92,8 +92,8 @@ class ExportedClassifier:
 def load_classifier(path: str | Path) -> DHRDModel | ExportedClassifier:
     """Load a classifier from a run's folder, one that `DHRDModel.save_pretrained` wrote, or an export.
 
-    Exports run on the CPU, on OMP_NUM_THREADS threads or all cores, and may be called from several threads at once.
-    Raises `ConfigError` as `classifier_folder` does.
+    Exports run on the CPU, on OMP_NUM_THREADS threads or all cores, and serve several threads at once. Raises
+    `ConfigError` where there is no classifier, or one that was never trained.
     """
     folder = classifier_folder(path)
     values = read_json(folder / "config.json")
@@ -129,10 +129,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _threads() -> int:
-    """Return OMP_NUM_THREADS, or the cores that the process may use: engines count all of the machine's."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    named = os.environ.get("OMP_NUM_THREADS", "")
-    return int(named) if named.isdigit() else cores
+    if (named := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+        return int(named)
+    # The engines themselves count all cores of the machine, not those that the process may use.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _onnx_engine(folder: Path) -> Engine:

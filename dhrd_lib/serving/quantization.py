@@ -39,14 +39,8 @@ class Int8Quantizer(OnnxRuntimeQuantizer):
         weights = {node.name: node.inputs[1].const_value for node in model.graph if node.op_type == "MatMul"}
         # These are more than three times as wide as their input; query, key and value are not.
         into_mlp = [name for name, of in weights.items() if of is not None and of.shape[1] > 3 * of.shape[0]]
-        blockwise = matmul_nbits_quantizer()(
-            onnx_ir.to_proto(model),
-            bits=8,
-            block_size=BLOCK_SIZE,
-            is_symmetric=True,
-            accuracy_level=INT8_PRODUCTS,
-            nodes_to_exclude=into_mlp,
-        )
+        settings = {"bits": 8, "block_size": BLOCK_SIZE, "is_symmetric": True, "accuracy_level": INT8_PRODUCTS}
+        blockwise = matmul_nbits_quantizer()(onnx_ir.to_proto(model), nodes_to_exclude=into_mlp, **settings)
         blockwise.process()
         model = onnx_ir.from_proto(blockwise.model.model)
         self.config.nodes_to_quantize = into_mlp
@@ -67,9 +61,8 @@ def matmul_nbits_quantizer() -> type:
 def smooth(model: DHRDModel) -> None:
     """Share activations' outliers with the weights that they meet, because both will have 8 bits (SmoothQuant).
 
-    Inputs that are large relative to their weights are divided where they are computed, and the weights are
-    multiplied (Xiao et al. 2023, equation 4, with alpha = 0.5): in float32 the model's function is the same.
-    Decoders of other families are left as they are.
+    Large inputs are divided where they are computed, and their weights multiplied (Xiao et al. 2023, equation 4,
+    alpha = 0.5): the model's function is the same. Decoders of other families are left as they are.
     """
     if model.config.backbone_config.model_type not in SMOOTHED:
         return
