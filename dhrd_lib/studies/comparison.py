@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
+from transformers import TrainerCallback
 
 from dhrd_lib.config import ConfigError, RunConfig
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from transformers import TrainerCallback
-
-    from dhrd_lib.runs import Run
+from dhrd_lib.runs import Run
+from dhrd_lib.studies.report import write_report
+from dhrd_lib.studies.statistics import Interval, points_interval
+from dhrd_lib.studies.tables import collect, compare, summarize
+from dhrd_lib.training import train
 
 PROFILES = {
     # Two epochs with the lowest 20 of 30 layers frozen take about 22 minutes on two CPU cores.
@@ -25,14 +26,12 @@ PROFILES = {
 def profile_config(profile: str = "quick", task: str = "support_triage") -> RunConfig:
     """Return a profile's DHRD configuration for a task, without a seed in its name."""
     sizes = PROFILES[profile]
-    return RunConfig.from_dict(
-        {
-            "name": f"{profile}-{task}",
-            "model": {"freeze_layers": sizes["freeze_layers"]},
-            "data": {"task": task, "max_input_tokens": 256, "max_rationale_tokens": 128},
-            "training": {"epochs": sizes["epochs"], "batch_size": 8, "learning_rate": 2e-4},
-        }
-    )
+    sections = {
+        "model": {"freeze_layers": sizes["freeze_layers"]},
+        "data": {"task": task, "max_input_tokens": 256, "max_rationale_tokens": 128},
+        "training": {"epochs": sizes["epochs"], "batch_size": 8, "learning_rate": 2e-4},
+    }
+    return RunConfig.from_dict({"name": f"{profile}-{task}", **sections})
 
 
 def comparison(profile: str = "quick") -> list[RunConfig]:
@@ -50,13 +49,14 @@ def with_baselines(config: RunConfig, seeds: Iterable[int]) -> list[RunConfig]:
     alpha, beta = config.training.alpha, config.training.beta
     if alpha == 0 or beta == 0:
         raise ConfigError(f"alpha and beta are {alpha} and {beta}; expected both above 0, as in DHRD.")
+    # DHRD first: the cached states of its rows serve the baseline too, whose rows are the inputs alone.
+    weights = {"dhrd": alpha, "baseline": 0.0}
     return [
         config.replace(
             {"name": f"{config.name}-{setting}-seed{seed}", "training.alpha": weight, "training.seed": seed}
         )
         for seed in seeds
-        # DHRD first: the cached states of its rows serve the baseline too, whose rows are the inputs alone.
-        for setting, weight in (("dhrd", alpha), ("baseline", 0.0))
+        for setting, weight in weights.items()
     ]
 
 
@@ -82,8 +82,6 @@ class Comparison:
         Columns: those of `tables.summarize`, then difference, diff_low, diff_high, p_value (setting minus baseline,
         seed by seed on the same rows; NaN for the baseline).
         """
-        from dhrd_lib.studies.tables import collect, compare, summarize
-
         rows, keys = collect(self.runs), ["task", "split", "setting", "n_seeds"]
         differences = compare(rows, ["setting"], {"setting": "pooled baseline"})
         differences = differences[[*keys, "difference", "low", "high", "p_value"]]
@@ -92,14 +90,10 @@ class Comparison:
 
     def write_report(self, path: str | Path) -> pd.DataFrame:
         """Write the HTML report of the runs (see `studies.report.write_report`) and return its main table."""
-        from dhrd_lib.studies.report import write_report
-
         return write_report(self.runs, path)
 
     def takeaways(self) -> str:
         """Return DHRD's differences on the final splits and the training times, as Markdown."""
-        from dhrd_lib.studies.statistics import Interval, points_interval
-
         lines, table = [], self.table()
         for row in table[table["split"] != "dev"].dropna(subset="difference").itertuples():
             value = Interval(row.value, row.low, row.high)
@@ -124,6 +118,4 @@ def compare_with_baseline(
 
     Finished runs in `runs` are reused, stopped ones resume. Raises `ConfigError` where alpha or beta is 0.
     """
-    from dhrd_lib.training import train
-
     return Comparison([train(run, runs, callbacks) for run in with_baselines(config, seeds)])

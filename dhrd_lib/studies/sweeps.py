@@ -166,10 +166,11 @@ def _train_cells(threads: int, grid: Grid, root: Path, storage: str | None) -> N
                 with run_lock(root / run).acquire(timeout=0):
                     if _state(grid, root, run)[0] not in _DONE:  # Another process may have been faster.
                         _train_cell(grid, root, run)
-                if storage:
-                    _list_finished(grid, root, storage)
             except Timeout:
                 time.sleep(1)  # Another process trains it; one that is killed leaves its cell to this one.
+                continue
+            if storage:
+                _list_finished(grid, root, storage)
 
 
 def _train_cell(grid: Grid, root: Path, run: str) -> None:
@@ -187,7 +188,7 @@ def _list_finished(grid: Grid, root: Path, url: str) -> None:
     with FileLock(root / f"{grid.name}.lock"):
         study = grid.open_study(url)
         listed = {trial.user_attrs["run"] for trial in study.trials}
-        for run in grid.cells.keys() - listed:
+        for run in [run for run in grid.cells if run not in listed]:
             if _state(grid, root, run)[0] == "finished" and grid.config(run).training.beta > 0:
                 value = load_run(root / run).metrics["splits"]["dev"]["primary"]
                 trial = {"params": grid.cells[run], "distributions": choices, "user_attrs": {"run": run}}
@@ -207,16 +208,14 @@ class Search(_Plan):
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's distribution of each field; raises `ConfigError` where a range isn't one."""
-        distributions = {}
+        choices: dict[str, BaseDistribution] = {}
         for name, values in self.space.items():
             numbers = IntDistribution if type(DEFAULTS[name]) is int else FloatDistribution
             try:
-                distributions[name] = (
-                    numbers(**values) if isinstance(values, dict) else CategoricalDistribution(values)
-                )
+                choices[name] = CategoricalDistribution(values) if isinstance(values, tuple) else numbers(**values)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"space.{name}: {str(error).rstrip('.')}.") from error
-        return distributions
+        return choices
 
 
 def tune(
@@ -306,9 +305,7 @@ class _Pruning(TrainerCallback):
     def __init__(self, trial: optuna.Trial) -> None:
         self.trial = trial
 
-    def on_evaluate(
-        self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, _args: Any, state: TrainerState, _control: Any, metrics: dict, **_: Any) -> None:
         self.trial.report(metrics["eval_primary"], state.global_step)
         if self.trial.should_prune():
             raise optuna.TrialPruned

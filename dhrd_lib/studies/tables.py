@@ -43,16 +43,13 @@ def collect(runs: Sequence[Run]) -> pd.DataFrame:
         shared |= {name: run.metrics[name] for name in TOTALS} | {"environment": run.environment}
         for split in run.metrics["splits"]:
             frame, cot = run.predictions(split).sort_values("idx"), run.folder / f"cot_{split}.json"
-            if run.config.training.beta > 0:
-                predictions = frame["prediction_id"].tolist()
-            elif cot.is_file():
-                predictions = json.loads(cot.read_text(encoding="utf-8"))["predictions"]
-            else:
-                continue
-            row = {"split": split, "task_metrics": tuple(run.metrics["task_metrics"])}
-            row["groups"] = tuple(frame["group"]) if frame["group"].notna().all() else None
-            row |= {"labels": tuple(frame["label_id"].tolist()), "predictions": tuple(predictions)}
-            rows.append(shared | row)
+            if cot.is_file():
+                frame["prediction_id"] = json.loads(cot.read_text(encoding="utf-8"))["predictions"]
+            if "prediction_id" in frame:
+                row = {"split": split, "task_metrics": tuple(run.metrics["task_metrics"])}
+                row["groups"] = tuple(frame["group"]) if frame["group"].notna().all() else None
+                row |= {"labels": tuple(frame["label_id"]), "predictions": tuple(frame["prediction_id"])}
+                rows.append(shared | row)
     return pd.DataFrame(rows)
 
 
@@ -130,13 +127,12 @@ def summarize(table: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] | N
     Columns: task, split, those in `by`, n_seeds, value, low, high (fractions) and std (over seeds; NaN for one).
     Raises `ResultsError` where a setting has two runs with one seed, or runs of a split have other rows.
     """
-    rows, by = [], list(by)
-    for key, runs in table.groupby(["task", "split", *by], sort=False, dropna=False):
+    rows, by = [], ["task", "split", *by]
+    for key, runs in table.groupby(by, sort=False, dropna=False):
         labels, groups, names = _gold(runs)
-        predictions = list(_predictions_by_seed(runs, by))
-        interval = bootstrap_interval(metrics or names, labels, predictions, groups)
+        interval = bootstrap_interval(metrics or names, labels, list(_predictions_by_seed(runs, by)), groups)
         figures = {"n_seeds": len(runs), **vars(interval), "std": by_seed(runs, metrics)["value"].std()}
-        rows.append(dict(zip(["task", "split", *by], key, strict=True)) | figures)
+        rows.append(dict(zip(by, key, strict=True)) | figures)
     return pd.DataFrame(rows)
 
 
@@ -144,22 +140,21 @@ def compare(table: pd.DataFrame, by: Sequence[str], reference: Mapping[str, Any]
     """Return each setting minus the reference (a value for each field in `by`), seed by seed on the same rows.
 
     Columns: task, split, those in `by`, the fields of `PairedComparison` (a is the reference), and p_holm, which is
-    corrected for the settings compared on that task and split. Only the seeds of both count; a setting without any
-    is left out. Raises `ResultsError` where no run is of the reference, and as `summarize`.
+    corrected for that task and split. Only the seeds of both count; a setting without any is left out. Raises
+    `ResultsError` where no run is of the reference, and as `summarize`.
     """
     rows, by = [], list(by)
     is_reference = (table[by] == [reference[name] for name in by]).all(axis=1)
     if not is_reference.any():
         raise ResultsError(f"no run is of the reference {dict(reference)}; expected one or more.")
-    for key, part in table.groupby(["task", "split"], sort=False):
+    for (task, split), part in table.groupby(["task", "split"], sort=False):
         labels, groups, metrics = _gold(part)
-        chosen = is_reference[part.index]
-        base = _predictions_by_seed(part[chosen], by)
-        for setting, runs in part[~chosen].groupby(by, sort=False, dropna=False):
+        base = _predictions_by_seed(part[is_reference[part.index]], by)
+        for setting, runs in part[~is_reference[part.index]].groupby(by, sort=False, dropna=False):
             others = _predictions_by_seed(runs, by)
             if seeds := sorted(set(others.index) & set(base.index)):
                 pair = paired_comparison(metrics, labels, list(base[seeds]), list(others[seeds]), groups)
-                rows.append(dict(zip(["task", "split", *by], (*key, *setting), strict=True)) | vars(pair))
+                rows.append({"task": task, "split": split, **dict(zip(by, setting, strict=True)), **vars(pair)})
     frame = pd.DataFrame(rows, columns=["task", "split", *by, *(field.name for field in fields(PairedComparison))])
     return frame.assign(p_holm=frame.groupby(["task", "split"])["p_value"].transform(holm))
 
@@ -168,16 +163,13 @@ def _gold(runs: pd.DataFrame) -> tuple:
     """Return labels, groups and metrics that the runs of a split share."""
     first = runs.iloc[0]
     if other := runs[runs["labels"] != first["labels"]]["run"].tolist():
-        where = f"{first['task']} {first['split']}"
-        raise ResultsError(
-            f"runs {first['run']!r} and {other[0]!r} have different rows of {where}; expected the same."
-        )
+        pair, where = f"{first['run']!r} and {other[0]!r}", f"{first['task']} {first['split']}"
+        raise ResultsError(f"runs {pair} have different rows of {where}; expected the same.")
     return first["labels"], first["groups"], first["task_metrics"]
 
 
 def _predictions_by_seed(runs: pd.DataFrame, by: Sequence[str]) -> pd.Series:
-    twice = runs[runs["seed"].duplicated(keep=False)]["run"].tolist()
-    if twice:
+    if twice := runs[runs["seed"].duplicated(keep=False)]["run"].tolist():
         pair = " and ".join(map(repr, twice[:2]))
         raise ResultsError(f"runs {pair} have the same {', '.join(by)} and seed; expected another field in `by`.")
     return runs.set_index("seed")["predictions"]

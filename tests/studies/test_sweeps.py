@@ -15,7 +15,7 @@ import optuna
 import pytest
 from conftest import ROOT
 from typer.testing import CliRunner
-from workers import finish, launch
+from workers import finish, launch, record_trained
 
 from dhrd_lib import __main__ as cli
 from dhrd_lib.config import ConfigError
@@ -56,20 +56,6 @@ def states(grid: Grid, root: Path) -> dict[str, str]:
     return dict(cells(grid, root)[["run", "state"]].values)
 
 
-def record_trained(monkeypatch, interrupted: str | None = None) -> list[str]:
-    """Return the list of runs whose training begins from now on; finished runs that are reused aren't in it."""
-    begun, original = [], sweeps.train
-
-    def recording(config, root):
-        begun.append(config.name)
-        if config.name == interrupted:
-            raise KeyboardInterrupt
-        return original(config, root)
-
-    monkeypatch.setattr(sweeps, "train", recording)
-    return begun
-
-
 def test_every_cell_is_trained_once(tmp_path, monkeypatch):
     begun = record_trained(monkeypatch)
     grid = a_grid(training__alpha=[0, 1], training__seed=[0, 1])
@@ -83,15 +69,6 @@ def test_every_cell_is_trained_once(tmp_path, monkeypatch):
     shutil.copytree(tmp_path / "g-seed0", tmp_path / "copy")
     assert cells(grid, tmp_path).equals(table)
     assert len(begun) == 4
-
-
-def test_grids_of_one_base_share_cells(tmp_path, monkeypatch):
-    begun = record_trained(monkeypatch)
-    sweep(a_grid(training__alpha=[0, 1], training__seed=[0]), tmp_path)
-    grid = a_grid(model__pooling=["last", "mean"], training__seed=[0])
-    sweep(grid, tmp_path)
-    assert sorted(begun) == ["g-alpha0-seed0", "g-poolingmean-seed0", "g-seed0"]
-    assert states(grid, tmp_path) == {"g-seed0": "finished", "g-poolingmean-seed0": "finished"}
 
 
 def test_values_that_look_alike_have_separate_runs():
@@ -151,18 +128,6 @@ def test_run_without_class_loss_has_no_metrics(tmp_path):
     (study,) = optuna.get_all_study_names(url)
     (trial,) = optuna.load_study(study_name=study, storage=url).trials
     assert trial.params == {"training.beta": 1.0}
-
-
-def test_interrupted_cell_resumes(tmp_path, monkeypatch):
-    record_trained(monkeypatch, interrupted="g")
-    grid = a_grid(training__alpha=[1])
-    (tmp_path / "g").mkdir()
-    grid.config("g").save(tmp_path / "g" / "config.json")
-    with pytest.raises(KeyboardInterrupt):
-        sweep(grid, tmp_path)
-    assert states(grid, tmp_path) == {"g": "stopped"}
-    monkeypatch.undo()
-    assert set(sweep(grid, tmp_path)["state"]) == {"finished"}
 
 
 @pytest.mark.timeout(120)

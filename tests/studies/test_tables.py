@@ -73,7 +73,7 @@ def test_runs_that_cannot_be_compared_are_named():
     runs = made({(0.0, 0): [0, 1], (1.0, 0): [0, 1]}, [0, 1])
     with pytest.raises(ResultsError, match=r"no run is of the reference \{'alpha': 3.0\}"):
         compare(runs, ["alpha"], {"alpha": 3.0})
-    with pytest.raises(ResultsError, match="'a0.0-s0' and 'a1.0-s0' have the same head and seed"):
+    with pytest.raises(ResultsError, match="'a0.0-s0' and 'a1.0-s0' have the same task, split, head and seed"):
         summarize(runs.assign(head="mlp"), ["head"])
     with pytest.raises(ResultsError, match="'a0.0-s0' and 'a1.0-s0' have different rows of t test"):
         compare(runs.assign(labels=[(0, 1), (1, 1)]), ["alpha"], {"alpha": 0.0})

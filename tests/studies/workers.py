@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
+from dhrd_lib.studies import sweeps
 from dhrd_lib.studies.sweeps import Grid, Search
 
 SCRIPT = """
@@ -42,3 +44,10 @@ def finish(process: subprocess.Popen, code: int = 0) -> list[str]:
     output, _ = process.communicate(timeout=100)
     assert process.returncode == code, output
     return re.findall(r"^(\S+) · train:", output, re.MULTILINE)
+
+
+def record_trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list of runs whose training begins from now on; finished runs that are reused aren't in it."""
+    begun, original = [], sweeps.train
+    monkeypatch.setattr(sweeps, "train", lambda config, *args: begun.append(config.name) or original(config, *args))
+    return begun
