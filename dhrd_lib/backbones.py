@@ -9,18 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dhrd_lib.config import BackboneError, reason_of, user_path
+from dhrd_lib.config import BackboneError, ConfigError, reason_of, user_path
 from dhrd_lib.data.embedded import EMBEDDED, embedded_folder, gguf_folder, tiny_model
-
-_DECODER_WANTED = "expected a decoder-only LM, in which no position sees a later one."
 
 
 @dataclass(frozen=True)
@@ -34,34 +26,38 @@ class Backbone:
 
 
 def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | None = None) -> Backbone:
-    """Load a causal decoder and its tokenizer.
+    """Load a causal decoder and its tokenizer; raise `BackboneError` where the name has none.
 
-    `name` is "smollm2-135m" (embedded), "tiny" (random, for tests), a folder with safetensors, a
-    `.gguf` file, or a hub id. `device` and `dtype` of None or "auto" mean: the GPU where there is one,
-    bfloat16 on it, float32 elsewhere. Raises `BackboneError` where nothing is found under the name, or
-    the model isn't a causal decoder with an LM head that this project knows.
+    `name` is "smollm2-135m" (embedded), "tiny" (random, for tests), a folder with safetensors, a `.gguf` file, or a
+    hub id; `device` and `dtype` of None or "auto" are the GPU where there is one and bfloat16 on it, else float32.
     """
     device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, device)
+    torch_dtype, source = resolve_dtype(dtype, device), "random weights"
     if name == "tiny":
-        model, tokenizer, source = *tiny_model(torch_dtype), "random weights"
+        model, tokenizer = tiny_model(torch_dtype)
     else:
         try:
             source = _locate(name)
-            model, tokenizer = _from_pretrained(name, source, torch_dtype)
-        except BackboneError:
-            raise
+            if AutoConfig.from_pretrained(source, trust_remote_code=False).is_encoder_decoder:
+                raise BackboneError(f"{name} is an encoder-decoder; expected a decoder-only LM.")
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            safe = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+            model, report = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **safe)
+            # transformers draws these at random with a warning, as of a classifier's checkpoint without an LM head.
+            if missing := sorted(report["missing_keys"]):
+                raise BackboneError(f"{name} lacks {len(missing)} weights, as {missing[0]!r}; expected a whole LM.")
         except (OSError, ValueError) as error:
+            if isinstance(error, BackboneError):
+                raise
             raise BackboneError(
                 f"{name} can't be loaded as a causal LM ({reason_of(error)}); expected a folder with safetensors, "
                 f"a .gguf file, a reachable hub id, or the embedded {EMBEDDED}."
             ) from error
-    if tokenizer.pad_token_id is None:
-        # Padding is masked by length, so any id serves.
+    if tokenizer.pad_token_id is None:  # Padding is masked by length, so any id serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     model = model.to(device).eval()
     _check_causal_decoder(model, name)
-    return Backbone(model=model, tokenizer=tokenizer, name=name, source=str(source))
+    return Backbone(model, tokenizer, name, str(source))
 
 
 def _locate(name: str) -> Path | str:
@@ -73,29 +69,11 @@ def _locate(name: str) -> Path | str:
         return gguf_folder(path)
     if path.is_dir():
         check_own_weights(path)
-        return path
-    if path.is_absolute() or name.startswith((".", "~")):
-        raise BackboneError(f"{name}: no such folder; expected a backbone's folder, GGUF file or hub id.")
-    return name
-
-
-def _from_pretrained(
-    name: str, source: Path | str, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if AutoConfig.from_pretrained(source, trust_remote_code=False).is_encoder_decoder:
-        raise BackboneError(f"{name} is an encoder-decoder; {_DECODER_WANTED}")
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
-    # transformers draws these at random with a warning, as of a classifier's checkpoint without an LM head.
-    if missing := sorted(report["missing_keys"]):
-        raise BackboneError(f"{name} lacks {len(missing)} weights, the first {missing[0]!r}; expected a whole LM.")
-    return model, tokenizer
+    return path if path.is_dir() else name
 
 
 def check_own_weights(folder: Path) -> None:
-    """Refuse a model's folder whose weights aren't its own safetensors files; raises `BackboneError`.
+    """Raise `BackboneError` where a model's folder has other weights than safetensors files of its own.
 
     transformers follows an index to any path, takes a file in it that isn't called .safetensors for a pickle, and
     an adapter to the model that it names, wherever that is.
@@ -109,20 +87,14 @@ def check_own_weights(folder: Path) -> None:
 
 
 def resolve_device(device: str | None) -> torch.device:
-    """Return the named device, or this process's own GPU where there is one and the CPU elsewhere.
-
-    Raises `BackboneError` on a name that isn't a device's, and on a GPU where there is none.
-    """
-    n_gpus = torch.cuda.device_count()
+    """Return the named device, or this process's own GPU where there is one and the CPU elsewhere."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if device in (None, "auto"):
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if n_gpus else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        resolved = torch.device("meta")
-    if resolved.type not in ("cpu", "cuda") or (resolved.type == "cuda" and (resolved.index or 0) >= n_gpus):
-        raise BackboneError(f"device is {device!r} and torch sees {n_gpus} GPUs; expected 'auto', 'cpu' or 'cuda'.")
-    return resolved
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu")
+    known = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    if device not in known:
+        raise BackboneError(f"device is {device!r}; expected one of auto, {', '.join(known)}.")
+    return torch.device(device)
 
 
 def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
@@ -146,10 +118,17 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     raise BackboneError(f"{type(model).__name__} has no list of {n_layers} layers.")
 
 
+def lowest_layers(model: PreTrainedModel, n_layers: int) -> list[nn.Module]:
+    """Return the decoder's embeddings and its lowest layers; raise `ConfigError` where it has fewer."""
+    layers = layers_of(model)
+    if n_layers > len(layers):
+        raise ConfigError(f"freeze_layers is {n_layers}; the backbone has {len(layers)} layers.")
+    return [*(m for m in decoder_of(model).modules() if isinstance(m, nn.Embedding)), *layers[:n_layers]]
+
+
 def lm_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Return the pretrained LM head's logits `(..., V)` of hidden states `(..., H)`."""
-    logits = model.get_output_embeddings()(hidden)
-    softcap = logit_softcap(model)
+    logits, softcap = model.get_output_embeddings()(hidden), logit_softcap(model)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -164,10 +143,8 @@ def _check_causal_decoder(model: PreTrainedModel, name: str) -> None:
     rows = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
     hidden = decoder_of(model)(input_ids=rows, use_cache=False).last_hidden_state  # (2, 4, H)
     if not torch.allclose(hidden[0, :3], hidden[1, :3], rtol=0, atol=1e-3):
-        raise BackboneError(f"{name} attends to later tokens (an encoder); {_DECODER_WANTED}")
+        raise BackboneError(f"{name} attends to later tokens (an encoder); expected a decoder-only LM.")
     expected = model(input_ids=rows, use_cache=False).logits  # (2, 4, V)
     if not torch.allclose(lm_logits(model, hidden).to(expected), expected, rtol=1e-2, atol=1e-2):
-        raise BackboneError(
-            f"{name} changes its logits after the LM head in a way this project doesn't know "
-            f"({type(model).__name__}); expected plain or soft-capped logits."
-        )
+        found = f"{name} ({type(model).__name__}) changes its logits after the LM head"
+        raise BackboneError(f"{found}; expected plain or soft-capped logits.")

@@ -135,7 +135,6 @@ class ModelConfig(Config):
     backbone: Name = "smollm2-135m"
     pooling: Pooling = "last"
     head: Head = "mlp"
-    markers: Literal["text", "special"] = "text"
     finetune: Literal["auto", "full", "lora"] = "auto"
     freeze_layers: Count = 0
     lora_r: PositiveInt = 16
@@ -144,11 +143,16 @@ class ModelConfig(Config):
     device: Name = "auto"
     dtype: DType = "auto"
 
+    def __init__(self, **values: Any) -> None:
+        # Older configurations name their markers, of which the text ones are left.
+        if (markers := values.pop("markers", "text")) != "text":
+            raise ConfigError(f"markers is {markers!r}, which is no longer supported; expected 'text'.")
+        super().__init__(**values)
+
     @model_validator(mode="after")
     def _check_frozen_layers(self) -> Self:
-        if self.freeze_layers and (self.finetune == "lora" or self.markers == "special"):
-            other = "finetune='lora'" if self.finetune == "lora" else "markers='special', which train embeddings"
-            raise ConfigError(f"freeze_layers is {self.freeze_layers} with {other}; expected freeze_layers=0.")
+        if self.freeze_layers and self.finetune == "lora":
+            raise ConfigError(f"freeze_layers is {self.freeze_layers} with finetune='lora'; expected 0.")
         return self
 
 

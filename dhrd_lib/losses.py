@@ -20,11 +20,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk_tokens, softcap, grad_enabled):
         # needs_input_grad ignores torch.no_grad.
-        needs = [need and grad_enabled for need in ctx.needs_input_grad[:3]]
-        grads = [
-            torch.zeros_like(tensor) if need else None
-            for tensor, need in zip((hidden, weight, bias), needs, strict=True)
-        ]
+        needed = [need and grad_enabled for need in ctx.needs_input_grad[:3]]
+        inputs = zip((hidden, weight, bias), needed, strict=True)
+        grads = [torch.zeros_like(tensor) if need else None for tensor, need in inputs]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(targets), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -32,7 +30,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
             log_probs = F.log_softmax(capped, dim=-1)
             total -= log_probs.gather(1, targets[rows, None]).sum()
-            if not any(needs):
+            if not any(needed):
                 continue
             # d loss / d logits = softmax - one hot, in the memory of the log-probabilities.
             grad = log_probs.exp_()
@@ -40,11 +38,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if softcap is not None:
                 grad *= 1 - (capped / softcap) ** 2
             grad = grad.to(hidden.dtype)
-            if needs[0]:
+            if needed[0]:
                 grads[0][rows] = grad @ weight
-            if needs[1]:
+            if needed[1]:
                 grads[1].addmm_(grad.T, hidden[rows])
-            if needs[2]:
+            if needed[2]:
                 grads[2] += grad.sum(0)
         ctx.save_for_backward(*grads)
         return total
@@ -64,38 +62,18 @@ def lm_cross_entropy_sum(
     chunk_tokens: int = 512,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the causal LM cross-entropy, summed over the supervised positions (paper, L_reason before division).
+    """Return the summed causal LM cross-entropy, float32, and its number of target tokens, int64 (paper, L_reason).
 
     `hidden (B, S, H)` are the decoder's last states, `lm_labels (B, S)` int64 the ids at the same positions with
     `IGNORE_INDEX` where nothing is supervised; position t predicts the label at t + 1. `weight (V, H)` and
     `bias (V,)` are the LM head's, `softcap` the bound on its logits. The head reads supervised positions alone,
     `chunk_tokens` of them at a time, so the peak memory is `chunk_tokens x V`, whatever the batch and length.
-    Returns the sum (float32 scalar, a zero that has gradients where nothing is supervised) and the number of
-    valid target tokens (int64 scalar).
     """
     targets = lm_labels[:, 1:]
     valid = targets != IGNORE_INDEX
-    total = _ChunkedCrossEntropy.apply(
-        hidden[:, :-1][valid],
-        weight,
-        bias,
-        targets[valid],
-        chunk_tokens,
-        softcap,
-        torch.is_grad_enabled(),
-    )
+    states, grad_enabled = hidden[:, :-1][valid], torch.is_grad_enabled()
+    total = _ChunkedCrossEntropy.apply(states, weight, bias, targets[valid], chunk_tokens, softcap, grad_enabled)
     return total, valid.sum()
-
-
-def class_cross_entropy_sum(
-    logits: torch.Tensor, class_labels: torch.Tensor, class_weights: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return the cross-entropy of `logits (B, K)` against `class_labels (B,)` int64, summed over rows (float32).
-
-    `class_weights (K,)` weigh a row's term by its label; with `balanced_class_weights` their mean over the train
-    rows is 1, so the sum is divided by the number of examples, with and without them.
-    """
-    return F.cross_entropy(logits.float(), class_labels, weight=class_weights, reduction="sum")
 
 
 def balanced_class_weights(class_labels: Sequence[int], num_labels: int) -> torch.Tensor:
@@ -108,12 +86,10 @@ def balanced_class_weights(class_labels: Sequence[int], num_labels: int) -> torc
 def dhrd_loss(
     class_loss: torch.Tensor | None, lm_loss: torch.Tensor | None, alpha: float, beta: float
 ) -> torch.Tensor | None:
-    """Return `beta * class_loss + alpha * lm_loss` (paper, L_total).
+    """Return `beta * class_loss + alpha * lm_loss` (paper, L_total), or None where no term is left.
 
-    A term whose weight is 0 is left out, not multiplied by 0, so that `alpha = 0` is the pooled baseline to
-    the last bit. Returns None where no term is left.
+    A term whose weight is 0 is left out, not multiplied by 0: `alpha = 0` is the pooled baseline to the last bit.
     """
-    terms = [
-        weight * term for weight, term in ((beta, class_loss), (alpha, lm_loss)) if term is not None and weight
-    ]
+    weighted = ((beta, class_loss), (alpha, lm_loss))
+    terms = [weight * term for weight, term in weighted if term is not None and weight]
     return sum(terms) if terms else None

@@ -12,60 +12,30 @@ import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from dhrd_lib import generation
-from dhrd_lib.backbones import (
-    Backbone,
-    check_own_weights,
-    decoder_of,
-    layers_of,
-    load_backbone,
-    logit_softcap,
-)
+from dhrd_lib.backbones import Backbone, check_own_weights, decoder_of, load_backbone, logit_softcap, lowest_layers
 from dhrd_lib.config import ConfigError, ModelConfig
-from dhrd_lib.inputs import (
-    MAX_TOKENS_PER_CPU_BATCH,
-    Inputs,
-    Predictions,
-    length_sorted_batches,
-    render_inputs,
-)
-from dhrd_lib.losses import class_cross_entropy_sum, dhrd_loss, lm_cross_entropy_sum
-from dhrd_lib.sequences import (
-    SPECIAL_MARKERS,
-    TEXT_MARKERS,
-    DHRDCollator,
-    SequenceFormat,
-    encode_examples,
-)
+from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, Inputs, Predictions, length_sorted_batches, render_inputs
+from dhrd_lib.losses import dhrd_loss, lm_cross_entropy_sum
+from dhrd_lib.sequences import ANSWER_MARKER, REASON_MARKER, DHRDCollator, SequenceFormat, encode_examples
 from dhrd_lib.tasks import Task
-
-FULL_FINETUNE_BELOW = 500_000_000
 
 
 class DHRDConfig(PreTrainedConfig):
     """What a saved model needs to be used alone: backbone, heads, label names, template, markers and limits.
 
-    `lora` is None, or the keyword arguments of `peft.LoraConfig`; `verbalizers` are the labels as the LM head
-    writes them, in the order of `id2label`. `classifier_trained` is False after training with beta = 0: then CoT
-    decoding alone gives predictions.
+    `lora` has the arguments of `peft.LoraConfig`; `verbalizers` are the labels as the LM head writes them, in the
+    order of `id2label`. `classifier_trained` is False after training with beta = 0: only CoT predicts then.
     """
 
     model_type = "dhrd"
     keys_to_ignore_at_inference = ["class_loss", "lm_loss"]  # noqa: RUF012
-    sub_configs_defaults = {  # noqa: RUF012 (transformers reads a plain class attribute)
-        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
-    }
+    sub_configs_defaults = {"backbone_config": SubConfigSpec(AutoConfig, "llama")}  # noqa: RUF012
 
     backbone_config: dict | PreTrainedConfig | None = None
     backbone_name: str = ""
@@ -73,8 +43,8 @@ class DHRDConfig(PreTrainedConfig):
     head: str = "mlp"
     template: str = "{text}"
     verbalizers: list[str] | tuple[str, ...] = ()
-    reason_marker: str = TEXT_MARKERS[0]
-    answer_marker: str = TEXT_MARKERS[1]
+    reason_marker: str = REASON_MARKER
+    answer_marker: str = ANSWER_MARKER
     max_input_tokens: int = 512
     max_rationale_tokens: int = 256
     truncation_side: str = "left"
@@ -116,42 +86,36 @@ def pool(
         weights = mask.to(hidden.dtype)
     elif mode == "weightedmean":
         weights = input_mask.long().cumsum(1).to(hidden.dtype) * mask
-    elif mode == "attention":
+    else:
         scores = (hidden @ query.to(hidden.dtype)) / hidden.shape[-1] ** 0.5
         weights = scores.masked_fill(~mask, float("-inf")).softmax(1)
-    else:
-        raise ConfigError(f"pooling is {mode!r}; expected last, mean, weightedmean, max or attention.")
     return torch.einsum("bsh,bs->bh", hidden, weights / weights.sum(1, keepdim=True))
 
 
 class DHRDModel(PreTrainedModel):
-    """A causal decoder with two heads: a pooled classifier, and its own pretrained LM head.
-
-    `build_model` and `from_pretrained` make it; its tokenizer is `tokenizer`.
-    """
+    """A causal decoder with two heads: a pooled classifier, and its own pretrained LM head."""
 
     config_class = DHRDConfig
     base_model_prefix = "backbone"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     # Small, and trained: in bfloat16 they would lose the small steps of training.
-    _keep_in_fp32_modules_strict = ["classifier", "pooling_query", "lora_", "trainable_tokens"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["classifier", "pooling_query", "lora_"]  # noqa: RUF012
 
-    def __init__(self, config: DHRDConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(self, config: DHRDConfig, lm: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.backbone = backbone or AutoModelForCausalLM.from_config(
-            config.backbone_config, trust_remote_code=False
-        )
+        self.tokenizer = None  # `build_model` and `from_pretrained` set it.
+        self.backbone = lm or AutoModelForCausalLM.from_config(config.backbone_config, trust_remote_code=False)
         if config.lora:
             inject_adapter_in_model(LoraConfig(**config.lora), self.backbone)
-            _rename_tied_weights(self.backbone)
         hidden_size = self.lm_head.weight.shape[1]
-        self.classifier = make_classifier(config.head, hidden_size, config.num_labels)
+        if config.head == "linear":  # as in transformers
+            self.classifier = nn.Linear(hidden_size, config.num_labels, bias=False)
+        else:  # the paper's
+            hidden = nn.Linear(hidden_size, hidden_size)
+            self.classifier = nn.Sequential(hidden, nn.GELU(), nn.Linear(hidden_size, config.num_labels))
         if config.pooling == "attention":
             self.pooling_query = nn.Parameter(torch.zeros(hidden_size))
         self.post_init()
@@ -165,11 +129,8 @@ class DHRDModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The backbone's; it is what a saved model is loaded in, its float32 heads aside."""
+        """The backbone's, which a saved model is loaded in, its float32 heads aside."""
         return self.backbone.dtype
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -180,21 +141,13 @@ class DHRDModel(PreTrainedModel):
     @property
     def sequence_format(self) -> SequenceFormat:
         """The format of this model's token rows; `lm_span` belongs to the training configuration."""
-        return SequenceFormat(
-            tokenizer=self.tokenizer,
-            reason_marker=self.config.reason_marker,
-            answer_marker=self.config.answer_marker,
-            max_input_tokens=self.config.max_input_tokens,
-            max_rationale_tokens=self.config.max_rationale_tokens,
-            truncation_side=self.config.truncation_side,
-        )
+        fields = ("reason_marker", "answer_marker", "max_input_tokens", "max_rationale_tokens", "truncation_side")
+        return SequenceFormat(self.tokenizer, **{name: getattr(self.config, name) for name in fields})
 
     @property
     def label_names(self) -> list[str]:
         """The labels' names, in the order of the logits."""
         return [self.config.id2label[i] for i in range(self.config.num_labels)]
-
-    # ------------------------------------------------------------------ one forward for both heads
 
     def forward(
         self,
@@ -213,39 +166,33 @@ class DHRDModel(PreTrainedModel):
 
         `input_ids`, `attention_mask`, `input_mask`, `lm_labels`: `(B, S)` int64, padded on the right;
         `class_labels (B,)` int64; `class_weights (K,)` float32. `class_loss` is summed over rows and divided by
-        `num_examples`, `lm_loss` summed over supervised tokens and divided by `num_lm_tokens`: pass the counts of
-        the whole effective batch when this is a part of one; left out, they are this batch's own.
+        `num_examples`, `lm_loss` over target tokens and by `num_lm_tokens`: by default, this batch's own counts.
         """
-        decoder = decoder_of(self.backbone)
-        hidden = decoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # (B, S, H)
+        outputs = decoder_of(self.backbone)(input_ids, attention_mask=attention_mask, use_cache=False)
+        hidden = outputs.last_hidden_state  # (B, S, H)
         pooled = pool(hidden, input_mask, self.config.pooling, getattr(self, "pooling_query", None))  # (B, H)
         logits = self.classifier(pooled.to(next(self.classifier.parameters()).dtype)).float()  # (B, K)
         class_loss = lm_loss = None
         if class_labels is not None:
             count = len(class_labels) if num_examples is None else num_examples
-            class_loss = class_cross_entropy_sum(logits, class_labels, class_weights) / count
+            # Balanced weights have the mean 1 over the train rows, so the count is that of examples with them, too.
+            class_loss = F.cross_entropy(logits, class_labels, weight=class_weights, reduction="sum") / count
         if lm_labels is not None and alpha > 0:
             total, valid_tokens = self.lm_loss_sum(hidden, lm_labels)
             count = valid_tokens if num_lm_tokens is None else num_lm_tokens
             lm_loss = total / count.clamp(min=1)
-        loss = dhrd_loss(class_loss, lm_loss, alpha, beta)
-        return DHRDOutput(loss=loss, class_loss=class_loss, lm_loss=lm_loss, logits=logits)
+        return DHRDOutput(dhrd_loss(class_loss, lm_loss, alpha, beta), class_loss, lm_loss, logits)
 
     def lm_loss_sum(self, hidden: torch.Tensor, lm_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum and the token count of the LM loss; training reads the head's weights here alone."""
         weight, bias = self.lm_head.weight, getattr(self.lm_head, "bias", None)  # (V, H), (V,)
-        if adapter := getattr(self.lm_head, "token_adapter", None):  # the trained rows of special markers
-            weight = adapter.get_merged_weights(adapter.active_adapters)
         chunk_tokens, softcap = self.config.lm_chunk_tokens, logit_softcap(self.backbone)
         return lm_cross_entropy_sum(hidden, lm_labels, weight, bias, chunk_tokens=chunk_tokens, softcap=softcap)
 
-    # ------------------------------------------------------------------ from text
-
     def encode(self, inputs: Inputs) -> list[dict[str, Any]]:
-        """Return the token rows of inputs: each a dict of the template's fields, or a str where it has one field.
+        """Return token rows with `input_ids`, `input_length` and `input_tokens_cut`, the number that were cut off.
 
-        One input may come alone, and many as a list or a DataFrame. A row has `input_ids`, `input_length` and
-        `input_tokens_cut`, the number of tokens that were cut off.
+        An input is a dict of the template's fields, or a str where it has one; many are a list or a DataFrame.
         """
         return encode_examples(self.sequence_format, render_inputs(self.config.template, inputs))
 
@@ -253,8 +200,7 @@ class DHRDModel(PreTrainedModel):
     def logits(self, rows: Sequence[Mapping[str, Any]], max_batch_tokens: int = 4096) -> np.ndarray:
         """Return class logits `(N, K)`, float32, of encoded inputs, in their order; the LM head isn't computed.
 
-        Inputs of similar length share a batch of at most `max_batch_tokens` tokens, padding counted. Raises
-        `ConfigError` where the classifier was never trained.
+        A batch has at most `max_batch_tokens` tokens, padding counted. Raises `ConfigError` where beta was 0.
         """
         if not self.config.classifier_trained:
             raise ConfigError("the classifier is untrained (training had beta = 0); expected CoT decoding.")
@@ -271,51 +217,40 @@ class DHRDModel(PreTrainedModel):
 
     def predict(self, inputs: Inputs, max_batch_tokens: int = 4096) -> Predictions:
         """Return label names and probabilities of inputs, in their order (see `encode` and `logits`)."""
-        logits = self.logits(self.encode(inputs), max_batch_tokens)
-        return Predictions.from_logits(logits, self.label_names)
+        return Predictions.from_logits(self.logits(self.encode(inputs), max_batch_tokens), self.label_names)
 
     def generate_rationale(
         self, input: str | Mapping[str, Any], max_new_tokens: int = 128, stream: bool = False, **options: Any
     ) -> str | Iterator[str]:
         """Generate an explanation after `<REASON>` with the reasoning head; the prediction doesn't depend on it.
 
-        Greedy unless `options` (of the backbone's `generate`) say otherwise; ends at `<ANS>`, at an end token or at
-        `max_new_tokens`. With `stream`, yields the text piece by piece. Raises `ConfigError` where input and new
-        tokens don't fit the backbone's context.
+        Greedy unless `options` (of the backbone's `generate`) say otherwise; `stream` yields the text in pieces.
+        Raises `ConfigError` where input and new tokens don't fit the backbone's context.
         """
         (row,) = self.encode(input)
         prompt = row["input_ids"] + self.sequence_format.encode(self.config.reason_marker)
         generation.check_context(self.backbone, [prompt], max_new_tokens)
-        defaults = {"do_sample": False, "is_complete": lambda text: self.config.answer_marker in text}
-        options = {"max_new_tokens": max_new_tokens, **defaults, **options}
         self.eval()
-        if stream:
-            return self._stream_rationale(prompt, **options)
-        return self._rationale(generation.generate(self.backbone, self.tokenizer, [prompt], **options)[0])
+        pieces = self._stream_rationale(prompt, **{"max_new_tokens": max_new_tokens, "do_sample": False, **options})
+        return pieces if stream else "".join(pieces)
 
     def _stream_rationale(self, prompt: list[int], **options: Any) -> Iterator[str]:
-        text, n_shown = "", 0
+        marker, text, n_shown = self.config.answer_marker, "", 0
+        options["is_complete"] = lambda text: marker in text
         with closing(generation.stream(self.backbone, self.tokenizer, prompt, **options)) as steps:
             for ids, _ in steps:
-                text = self._rationale(ids)
+                text = self.tokenizer.decode(ids, skip_special_tokens=True).split(marker)[0].strip()
                 # Hold back what may be the start of the marker, or a part of a character.
-                ready = max(len(text) - len(self.config.answer_marker), n_shown)
+                ready = max(len(text) - len(marker), n_shown)
                 if ready > n_shown:
                     yield text[n_shown:ready]
                     n_shown = ready
         yield text[n_shown:]
 
-    def _rationale(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text.split(self.config.answer_marker)[0].strip()
-
-    # ------------------------------------------------------------------ save and load
-
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write configuration, weights (safetensors) and tokenizer to a folder that is enough by itself."""
         super().save_pretrained(save_directory, **kwargs)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(save_directory)
+        self.tokenizer.save_pretrained(save_directory)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> DHRDModel:
@@ -330,29 +265,10 @@ class DHRDModel(PreTrainedModel):
         if not isinstance(config, cls.config_class):
             raise ConfigError(f"{folder} holds a model of the type {config.model_type!r}; expected 'dhrd'.")
         check_own_weights(Path(folder))
-        arguments = {"config": config, "use_safetensors": True, "trust_remote_code": False, **kwargs}
-        model = super().from_pretrained(folder, **arguments)
+        safe = {"use_safetensors": True, "trust_remote_code": False}
+        model = super().from_pretrained(folder, config=config, **safe, **kwargs)
         model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return model
-
-
-def _rename_tied_weights(backbone: PreTrainedModel) -> None:
-    """Rename the tied weights between which and their modules PEFT puts its trainable token rows."""
-    tied = backbone.all_tied_weights_keys
-    for target, source in list(tied.items()):
-        if hasattr(backbone.get_submodule(source.rpartition(".")[0]), "token_adapter"):
-            del tied[target]
-            for name in ("base_layer.weight", "trainable_tokens_delta.default"):
-                old, new = "weight", f"token_adapter.{name}"
-                tied[target.removesuffix(old) + new] = source.removesuffix(old) + new
-            backbone._tied_weights_keys = dict(tied)
-
-
-def make_classifier(head: str, hidden_size: int, num_labels: int) -> nn.Module:
-    """Return the paper's two layers with a GELU ("mlp"), or one without bias, as in transformers ("linear")."""
-    if head == "linear":
-        return nn.Linear(hidden_size, num_labels, bias=False)
-    return nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_labels))
 
 
 def build_model(
@@ -368,37 +284,25 @@ def build_model(
 ) -> DHRDModel:
     """Build a model for a task, ready to train: backbone loaded, new head drawn with the seed, weights frozen.
 
-    Raises `ConfigError` where the configuration doesn't fit the backbone (more frozen layers than it has,
-    limits beyond its context).
+    Raises `ConfigError` where the backbone has fewer layers than are frozen, or a context too short for the limits.
     """
     backbone = backbone or load_backbone(config.backbone, config.device, config.dtype)
     lm, tokenizer = backbone.model, backbone.tokenizer
-    markers = TEXT_MARKERS
-    if config.markers == "special":
-        markers = SPECIAL_MARKERS
-        tokenizer.add_special_tokens({"additional_special_tokens": list(markers)})
-        lm.resize_token_embeddings(max(len(tokenizer), lm.get_input_embeddings().num_embeddings))
-    fmt = SequenceFormat(tokenizer, *markers)
     # Markers and label need a few positions beyond the two limits, and a label may be a whole sentence.
-    after = len(fmt.encode(markers[0])) + max(len(fmt.encode_label(words)) for words in task.verbalizers)
+    fmt = SequenceFormat(tokenizer)
+    after = len(fmt.encode(REASON_MARKER)) + max(len(fmt.encode_label(words)) for words in task.verbalizers)
     needed = max_input_tokens + max_rationale_tokens + max(after, 32)
     if needed > (context := generation.context_length(lm)):
         raise ConfigError(
             f"max_input_tokens={max_input_tokens} and max_rationale_tokens={max_rationale_tokens} need a context "
             f"of {needed} tokens with markers and label; the backbone's is {context}."
         )
-    large = lm.num_parameters() >= FULL_FINETUNE_BELOW and config.freeze_layers == 0
+    large = lm.num_parameters() >= 500_000_000 and config.freeze_layers == 0
     lora = None
     if config.finetune == "lora" or (config.finetune == "auto" and large):
-        lora = {
-            "r": config.lora_r,
-            "lora_alpha": config.lora_alpha,
-            "lora_dropout": config.lora_dropout,
-            # On Llama and Qwen: q, k, v, o, gate, up and down, as in the paper; the LM head is left out.
-            "target_modules": "all-linear",
-        }
-        if config.markers == "special":
-            lora["trainable_token_indices"] = tokenizer.convert_tokens_to_ids(list(markers))
+        # On Llama and Qwen: q, k, v, o, gate, up and down, as in the paper; the LM head is left out.
+        lora = {"target_modules": "all-linear"}
+        lora |= {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     elif config.dtype == "auto":
         lm.float()  # Weights that are trained stay in float32; on a GPU, autocast computes in bfloat16.
     model_config = DHRDConfig(
@@ -410,8 +314,6 @@ def build_model(
         head=config.head,
         template=task.template,
         verbalizers=list(task.verbalizers),
-        reason_marker=markers[0],
-        answer_marker=markers[1],
         max_input_tokens=max_input_tokens,
         max_rationale_tokens=max_rationale_tokens,
         truncation_side=truncation_side,
@@ -422,23 +324,13 @@ def build_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DHRDModel(model_config, backbone=lm)
+        model = DHRDModel(model_config, lm)
     model.tokenizer = tokenizer
     model.to(lm.device)
     for name, parameter in model.named_parameters():
         if any(part in name for part in DHRDModel._keep_in_fp32_modules_strict):
             parameter.data = parameter.data.float()
-    freeze(model, config.freeze_layers)
+    if config.freeze_layers:
+        for module in lowest_layers(lm, config.freeze_layers):
+            module.requires_grad_(False)
     return model
-
-
-def freeze(model: DHRDModel, n_layers: int) -> None:
-    """Freeze the embeddings and the lowest `n_layers` layers; 0 freezes nothing."""
-    if not n_layers:
-        return
-    layers = layers_of(model.backbone)
-    if n_layers > len(layers):
-        raise ConfigError(f"freeze_layers is {n_layers}; the backbone has {len(layers)} layers.")
-    embeddings = [m for m in decoder_of(model.backbone).modules() if isinstance(m, nn.Embedding)]
-    for module in [*embeddings, *layers[:n_layers]]:
-        module.requires_grad_(False)

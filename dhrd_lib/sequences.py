@@ -1,7 +1,6 @@
-"""Token rows: `[input][<REASON> rationale][<ANS> label][pad]`, so that one forward serves both heads.
+"""Token rows `[input][<REASON> rationale][<ANS> label][pad]` (paper, "Model"): one forward serves both heads.
 
-Paper, "Model": the training sequence of example i is `s_i = [x_i, <REASON>, r_i, <ANS>, y_i]`. The parts are
-encoded apart and joined as ids, so the input's ids are the same with and without what follows it.
+The parts are encoded apart and joined as ids, so the input's ids are the same with and without what follows it.
 """
 
 from __future__ import annotations
@@ -17,12 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_lib.config import ConfigError
-from dhrd_lib.data.alignment import align
 from dhrd_lib.inputs import cut_to_fit, whole_characters
 
 IGNORE_INDEX = -100
-TEXT_MARKERS = ("\nReasoning:", "\nAnswer:")
-SPECIAL_MARKERS = ("<REASON>", "<ANS>")
+REASON_MARKER, ANSWER_MARKER = "\nReasoning:", "\nAnswer:"
 # Rows held as Python objects at once, in which tokens take several times their size in Arrow.
 CHUNK_ROWS = 1000
 # Four bytes hold any token's id; left to itself, Arrow takes eight.
@@ -36,8 +33,8 @@ class SequenceFormat:
     """How token rows are made: tokenizer, marker texts, the limits in tokens, and the span of the LM loss."""
 
     tokenizer: PreTrainedTokenizerBase
-    reason_marker: str = TEXT_MARKERS[0]
-    answer_marker: str = TEXT_MARKERS[1]
+    reason_marker: str = REASON_MARKER
+    answer_marker: str = ANSWER_MARKER
     max_input_tokens: int = 512
     max_rationale_tokens: int = 256
     lm_span: str = "all"
@@ -54,23 +51,10 @@ class SequenceFormat:
         return self.tokenizer(marker, add_special_tokens=False).input_ids
 
     def encode_texts(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        """Map each text to its ids, encoded in one call.
-
-        A special token that a text spells, such as `<|im_end|>`, is text here, and controls nothing.
-        """
+        """Map each text to its ids; a special token that a text spells, such as `<|im_end|>`, is text here."""
         parts = [whole_characters(text, "a text") for text in dict.fromkeys(texts)]
-        encoded = self.tokenizer(
-            parts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
-        )
+        encoded = self.tokenizer(parts, add_special_tokens=False, split_special_tokens=True)
         return dict(zip(parts, encoded.input_ids, strict=True))
-
-    def encode_input(self, text: str) -> tuple[list[int], int]:
-        """Return the ids of an input, with the tokenizer's own start token, and how many were cut off.
-
-        The cut doesn't depend on what follows the input, so that the class logits don't either.
-        """
-        ids = self.encode_texts([text])[text]
-        return cut_to_fit(ids, self.start_ids, self.max_input_tokens, self.truncation_side)
 
     def encode_label(self, verbalizer: str) -> list[int]:
         """Return the ids of `<ANS> y`."""
@@ -85,44 +69,33 @@ def encode_examples(
 ) -> list[dict[str, Any]]:
     """Encode examples as token rows (paper, "Model").
 
-    With a rationale and a verbalizer a row is `[x, <REASON>, r, <ANS>, y]`, with a verbalizer alone
-    `[x, <ANS>, y]` (the paper's OnlyLabel), with neither `[x]`. It has `input_ids` and `lm_labels` (lists of
-    the same length; `lm_labels` is `IGNORE_INDEX` where nothing is predicted, and always at the first token),
-    `input_length`, and the numbers of tokens cut from the input and from the rationale (at its end).
+    With a rationale and a verbalizer a row is `[x, <REASON>, r, <ANS>, y]`, with a verbalizer alone `[x, <ANS>, y]`
+    (the paper's OnlyLabel), with neither `[x]`. It has `input_ids`, `lm_labels` (of the same length, `IGNORE_INDEX`
+    where nothing is predicted), `input_length`, and the numbers of tokens cut from the input and the rationale.
     """
     if not inputs:
         return []
-    rationales = rationales or [None] * len(inputs)
-    verbalizers = verbalizers or [None] * len(inputs)
-    rationales = [None if rationale is None else f" {rationale.strip()}" for rationale in rationales]
-    labels = [None if verbalizer is None else f" {verbalizer}" for verbalizer in verbalizers]
+    rationales = [None if text is None else f" {text.strip()}" for text in rationales or [None] * len(inputs)]
+    labels = [None if text is None else f" {text}" for text in verbalizers or [None] * len(inputs)]
     ids_of = fmt.encode_texts(part for part in (*inputs, *rationales, *labels) if part is not None)
     start, reason, answer = fmt.start_ids, fmt.encode(fmt.reason_marker), fmt.encode(fmt.answer_marker)
     rows = []
     for text, rationale, label in zip(inputs, rationales, labels, strict=True):
+        # The cut doesn't depend on what follows the input, so the class logits don't either.
         ids, input_cut = cut_to_fit(ids_of[text], start, fmt.max_input_tokens, fmt.truncation_side)
-        input_length = unsupervised = len(ids)
-        rationale_cut = 0
+        input_length, rationale_cut = len(ids), 0
         if rationale is not None:
             body = ids_of[rationale]
             rationale_cut = max(len(body) - fmt.max_rationale_tokens, 0)
             ids = ids + reason + body[: fmt.max_rationale_tokens]
-            unsupervised += len(reason)
         if label is not None:
             ids = ids + answer + ids_of[label]
-        if fmt.lm_span == "all":
-            unsupervised = 1
+        unsupervised = 1 if fmt.lm_span == "all" else input_length + len(reason) * (rationale is not None)
         # A row without a label is an input alone: it trains the classifier and adds nothing to the LM loss.
         supervised = ids[unsupervised:] if label is not None else []
-        rows.append(
-            {
-                "input_ids": ids,
-                "input_length": input_length,
-                "lm_labels": [IGNORE_INDEX] * (len(ids) - len(supervised)) + supervised,
-                "input_tokens_cut": input_cut,
-                "rationale_tokens_cut": rationale_cut,
-            }
-        )
+        lm_labels = [IGNORE_INDEX] * (len(ids) - len(supervised)) + supervised
+        cut = {"input_tokens_cut": input_cut, "rationale_tokens_cut": rationale_cut}
+        rows.append({"input_ids": ids, "input_length": input_length, "lm_labels": lm_labels, **cut})
     return rows
 
 
@@ -131,6 +104,39 @@ def encode_example(
 ) -> dict[str, Any]:
     """Encode one example (see `encode_examples`)."""
     return encode_examples(fmt, [input], [rationale], [verbalizer])[0]
+
+
+def derangement(n: int, seed: int) -> list[int]:
+    """Return a permutation in which no index stays in place, by Sattolo's shuffle: one cycle has no fixed point."""
+    if n < 2:
+        raise ConfigError(f"Shuffling rationales needs at least 2 rows that have one; found {n}.")
+    generator = np.random.default_rng(seed)
+    order = list(range(n))
+    for last in range(n - 1, 0, -1):
+        other = int(generator.integers(0, last))
+        order[last], order[other] = order[other], order[last]
+    return order
+
+
+def align(
+    rationales: Sequence[str | None], labels: Sequence[int], alignment: str, seed: int, shuffled_share: float = 1.0
+) -> tuple[list[str | None], list[int | None]]:
+    """Return the rationale and the label that the LM head is trained on after each row's input.
+
+    A row without a rationale gets no label either, so that it adds nothing to the LM loss, and isn't shuffled.
+    A larger share of shuffled rows contains every smaller one.
+    """
+    rows = [i for i, rationale in enumerate(rationales) if rationale]
+    source = {i: i for i in rows}
+    if alignment.startswith("shuffle") and shuffled_share > 0:
+        drawn = np.random.default_rng(seed).permutation(rows)[: round(shuffled_share * len(rows))]
+        drawn = sorted(drawn.tolist())
+        source |= {row: drawn[other] for row, other in zip(drawn, derangement(len(drawn), seed), strict=True)}
+    labeled = source if alignment == "shuffle_rationale_label" else {i: i for i in rows}
+    is_shown = alignment != "only_label"
+    shown = [rationales[source[i]] if i in source and is_shown else None for i in range(len(labels))]
+    answers = [labels[labeled[i]] if i in labeled else None for i in range(len(labels))]
+    return shown, answers
 
 
 @dataclass(frozen=True)
@@ -162,15 +168,11 @@ def encode_split(
     shuffled_share: float = 1.0,
     seed: int = 0,
 ) -> tuple[Dataset, SequenceReport]:
-    """Encode a split of `load_task`.
+    """Encode a split of `load_task`: its `input_ids`, `lm_labels`, `input_length`, `class_labels` and `length`.
 
-    Without rationales (at test time, or for the pooled baseline) each row is its input alone. Returns a
-    dataset of `input_ids`, `lm_labels`, `input_length`, `class_labels` and `length`, and a report. Raises
-    `ConfigError` where no row is left to encode.
+    Without rationales (at test time, or for the pooled baseline) each row is its input alone.
     """
     labels = dataset["label"][:]
-    if not labels:
-        raise ConfigError("The split has no rows; expected one or more to encode.")
     rationales, answers = [None] * len(labels), [None] * len(labels)
     if with_rationale:
         rationales, answers = align(dataset["rationale"][:], labels, alignment, seed, shuffled_share)
@@ -200,8 +202,7 @@ class DHRDCollator:
     """Joins encoded rows to a batch, padded on the right; masks come from lengths, never from token ids.
 
     Returns `input_ids`, `attention_mask`, `input_mask`, `lm_labels` (each `(B, S)`, int64), `class_labels` `(B,)`
-    and, where the rows have them, `trunk_states (B, S, H)`. `lm_labels` is left out where no row has any, so
-    that no LM loss is computed. Rows of 3 and 2 tokens, the input of each 2 long, make
+    and `trunk_states (B, S, H)`, the last three where the rows have any. Rows of 3 and 2 tokens, inputs of 2, make
 
         input_ids       [[5, 6, 7], [8, 9, pad]]
         attention_mask  [[1, 1, 1], [1, 1, 0]]
@@ -211,25 +212,19 @@ class DHRDCollator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        input_lengths = torch.tensor([row["input_length"] for row in rows])
-        longest = int(lengths.max())
-        positions = torch.arange(longest)
-        batch = {
-            "input_ids": self._pad([row["input_ids"] for row in rows], longest, self.pad_token_id),
-            "attention_mask": (positions < lengths[:, None]).long(),
-            "input_mask": (positions < input_lengths[:, None]).long(),
-        }
+        def padded(name: str, value: int) -> torch.Tensor:
+            return pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value)
+
+        def mask(lengths: Sequence[int]) -> torch.Tensor:
+            return (torch.arange(batch["input_ids"].shape[1]) < torch.tensor(lengths)[:, None]).long()
+
+        batch = {"input_ids": padded("input_ids", self.pad_token_id)}
+        batch["attention_mask"] = mask([len(row["input_ids"]) for row in rows])
+        batch["input_mask"] = mask([row["input_length"] for row in rows])
         if "class_labels" in rows[0]:
             batch["class_labels"] = torch.tensor([row["class_labels"] for row in rows])
-        lm_labels = self._pad([row.get("lm_labels", ()) for row in rows], longest, IGNORE_INDEX)
-        if (lm_labels != IGNORE_INDEX).any():
-            batch["lm_labels"] = lm_labels
+        if "lm_labels" in rows[0] and ((labels := padded("lm_labels", IGNORE_INDEX)) != IGNORE_INDEX).any():
+            batch["lm_labels"] = labels
         if "trunk_states" in rows[0]:
-            states = [torch.from_numpy(np.array(row["trunk_states"])) for row in rows]
-            batch["trunk_states"] = pad_sequence(states, batch_first=True)
+            batch["trunk_states"] = padded("trunk_states", 0)
         return batch
-
-    @staticmethod
-    def _pad(rows: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
-        return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

@@ -185,7 +185,7 @@ class DHRDTrainer(Trainer):
         states = inputs.pop("trunk_states", None)  # (B, S, H)
         with ExitStack() as stack:
             if states is not None:
-                stack.enter_context(skip_layers(self.model, self.trunk_layers, states))
+                stack.enter_context(skip_layers(self.model, range(self.trunk_layers), states))
             if self.is_fsdp_enabled:
                 stack.enter_context(gathered_lm_head(self.model))
             outputs = model(

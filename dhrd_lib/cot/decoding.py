@@ -27,6 +27,7 @@ from dhrd_lib.evaluation import NO_ANSWER
 from dhrd_lib.generation import check_context, encode_chat, end_ids, generate, stream
 from dhrd_lib.inputs import SENTINEL, Inputs, render, render_inputs
 from dhrd_lib.modeling import DHRDModel
+from dhrd_lib.sequences import encode_example
 from dhrd_lib.tasks import Task
 
 PROMPT = """Read the text and answer its question. Explain step by step, in two or three sentences, which facts \
@@ -155,7 +156,7 @@ class CoT:
         task = Task("", config.template, tuple(model.label_names), tuple(config.verbalizers))
 
         def encode(text: str) -> list[int]:
-            return fmt.encode_input(text)[0]
+            return encode_example(fmt, text)["input_ids"]
 
         backbone = model.backbone, model.tokenizer
         return cls("fine-tuned", *backbone, task, fmt.answer_marker, lambda text: encode(text) + reason, encode)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import Trainer
 
 from dhrd_lib.backbones import Backbone, load_backbone, resolve_device, resolve_dtype
 from dhrd_lib.config import ConfigError, ModelConfig
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    from dhrd_lib.modeling import DHRDModel
+from dhrd_lib.modeling import DHRDModel
 
 
 def prepare_fsdp(trainer: Trainer) -> None:
@@ -24,11 +20,6 @@ def prepare_fsdp(trainer: Trainer) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ConfigError(f"accelerate's fsdp_version is {plugin.fsdp_version}; expected 2.")
-    if hasattr(trainer.model.lm_head, "token_adapter"):
-        raise ConfigError(
-            "FSDP can't shard the token rows that LoRA trains with markers='special'; expected markers='text', or "
-            "accelerate's distributed_type MULTI_GPU."
-        )
     if trainer.args.bf16:
         # accelerate's policy would round the model's outputs and the gradients summed over the processes.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -44,22 +35,15 @@ def load_unsharded(config: ModelConfig) -> Backbone | None:
 
 @contextmanager
 def gathered_lm_head(model: DHRDModel) -> Iterator[None]:
-    """Compute the LM loss as the LM head's own forward while this is open.
-
-    The loss reads the head's weights without computing all logits, and FSDP gathers those weights when the head is
-    called, and at no other time.
-    """
+    """Compute the LM loss as the LM head's forward while this is open: FSDP gathers its weights for a call."""
     loss_sum, head = model.lm_loss_sum, model.lm_head
 
     def as_head(hidden: torch.Tensor, lm_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         head.forward = loss_sum
-        try:
-            return head(hidden, lm_labels)
-        finally:
-            del head.forward  # Uncovers the class's own.
+        sum_and_count = head(hidden, lm_labels)
+        del head.forward  # Uncovers the class's own.
+        return sum_and_count
 
     model.lm_loss_sum = as_head
-    try:
-        yield
-    finally:
-        del model.lm_loss_sum
+    yield
+    del model.lm_loss_sum

@@ -1,7 +1,4 @@
-"""Frozen-trunk cache: with the lowest k layers frozen, the states that leave them are the same in every step.
-
-They are computed once a row and kept on disk, memory-mapped, and training runs the upper layers from there.
-"""
+"""Frozen-trunk cache: the states that leave frozen layers are computed once a row, and mapped from disk."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from dhrd_lib.backbones import decoder_of, layers_of
+from dhrd_lib.backbones import decoder_of, layers_of, lowest_layers
 from dhrd_lib.config import cache_dir
 from dhrd_lib.data.embedded import new_folder
 from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, length_sorted_batches
@@ -32,7 +29,7 @@ Rows = Sequence[Mapping[str, Any]]
 class _SkippedLayer(nn.Module):
     """Takes the place of a decoder layer, and returns `output`, or what it reads."""
 
-    def __init__(self, layer: nn.Module, output: torch.Tensor | None = None) -> None:
+    def __init__(self, layer: nn.Module, output: torch.Tensor | None) -> None:
         super().__init__()
         self.attention_type = getattr(layer, "attention_type", None)
         self.output = output
@@ -42,40 +39,31 @@ class _SkippedLayer(nn.Module):
 
 
 @contextmanager
-def _replaced(layers: nn.ModuleList, substitutes: Mapping[int, nn.Module]) -> Iterator[None]:
-    originals = {i: layers[i] for i in substitutes}
-    try:
-        for i, substitute in substitutes.items():
-            layers[i] = substitute
-        yield
-    finally:
-        for i, layer in originals.items():
-            layers[i] = layer
+def skip_layers(model: DHRDModel, skipped: range, output: torch.Tensor | None = None) -> Iterator[None]:
+    """Skip decoder layers while this is open: they return `output (B, S, H)`, or what they read.
 
-
-@contextmanager
-def skip_layers(model: DHRDModel, n_layers: int, states: torch.Tensor) -> Iterator[None]:
-    """Run the decoder from layer `n_layers` on while this is open, on the states `(B, S, H)` that enter it.
-
-    The lower layers are replaced, and not left out: what a decoder does before and between its layers differs
-    between architectures.
+    They are replaced, and not left out: what a decoder does before and between its layers differs between
+    architectures.
     """
     layers = layers_of(model.backbone)
-    substitutes = {i: _SkippedLayer(layers[i]) for i in range(n_layers)}
-    substitutes[n_layers - 1].output = states
-    with _replaced(layers, substitutes):
+    originals = list(layers)
+    try:
+        for i in skipped:
+            layers[i] = _SkippedLayer(originals[i], output)
         yield
+    finally:
+        for i in skipped:
+            layers[i] = originals[i]
 
 
 @torch.no_grad()
-def trunk_states(
-    model: DHRDModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, n_layers: int
-) -> torch.Tensor:
+def trunk_states(model: DHRDModel, batch: Mapping[str, torch.Tensor], n_layers: int) -> torch.Tensor:
     """Return the states `(B, S, H)` that leave the lowest `n_layers` layers; the others aren't run."""
     layers, recorded = layers_of(model.backbone), []
     hook = layers[n_layers - 1].register_forward_hook(lambda layer, inputs, output: recorded.append(output))
-    with _replaced(layers, {i: _SkippedLayer(layers[i]) for i in range(n_layers, len(layers))}):
-        decoder_of(model.backbone)(input_ids, attention_mask=attention_mask, use_cache=False)
+    with skip_layers(model, range(n_layers, len(layers))):
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        decoder_of(model.backbone)(ids, attention_mask=mask, use_cache=False)
     hook.remove()
     return recorded[0]
 
@@ -83,9 +71,8 @@ def trunk_states(
 def cached_trunk_states(model: DHRDModel, splits: Mapping[str, Rows], n_layers: int) -> dict[str, list[np.ndarray]]:
     """Return, for each split's rows, the float32 states `(S_i, H)` that leave the lowest `n_layers` layers.
 
-    They are computed once and kept by a hash of the frozen weights, and within it by the row's `input_ids`, so a
-    changed backbone, template or row never meets old states. Attention is causal: a row also serves for its input
-    alone. Layers are run in evaluation mode: dropout in them is off.
+    They are computed once, in evaluation mode, and kept by a hash of the frozen weights and the row's `input_ids`.
+    Attention is causal: a row also serves for its input alone.
     """
     folder, cached = cache_dir() / "trunk" / _hash_weights(model, n_layers), {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +84,7 @@ def cached_trunk_states(model: DHRDModel, splits: Mapping[str, Rows], n_layers: 
                 _compute(model, list(missing.values()), n_layers, folder)
                 index = _read_index(folder)
             files = {path: np.load(path, mmap_mode="r") for path, _, _ in index.values()}
-            places = [index[name] for name in names]
+            places = (index[name] for name in names)
             cached[split] = [files[path][start : start + length] for path, start, length in places]
     return cached
 
@@ -117,8 +104,7 @@ def _hash_ids(ids: Sequence[int]) -> str:
 
 def _hash_weights(model: DHRDModel, n_layers: int) -> str:
     digest = hashlib.sha256()
-    embeddings = [m for m in decoder_of(model.backbone).modules() if isinstance(m, nn.Embedding)]
-    for module in [*embeddings, *layers_of(model.backbone)[:n_layers]]:
+    for module in lowest_layers(model.backbone, n_layers):
         for parameter in module.parameters():
             digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
     shape = model.config.backbone_config.to_dict()
@@ -130,28 +116,25 @@ def _hash_weights(model: DHRDModel, n_layers: int) -> str:
 def _compute(model: DHRDModel, rows: Rows, n_layers: int, folder: Path) -> None:
     """Write the states of rows and their index to a new folder, under another name until both are whole."""
     lengths = [len(row["input_ids"]) for row in rows]
-    starts = np.cumsum([0, *lengths[:-1]]).tolist()
     shape = (sum(lengths), model.config.backbone_config.get_text_config().hidden_size)
     collate = DHRDCollator(model.tokenizer.pad_token_id)
     model.eval()
     target = folder / _hash_ids([token for row in rows for token in row["input_ids"]])
     bar = tqdm(total=len(rows), desc=f"states of {n_layers} frozen layers", unit="row")
+    index, start = {}, 0
     # Written, and not mapped: on a full disk a write raises, where a mapped page would end the process.
     with new_folder(target) as part, (part / "states.npy").open("wb") as file, bar:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        origin = file.tell()
         for places in length_sorted_batches(lengths, MAX_TOKENS_PER_CPU_BATCH):
-            batch = collate([rows[place] for place in places])
-            ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-            states = trunk_states(model, ids, mask, n_layers).float().cpu().numpy()  # (B, S, H)
-            for place, row in zip(places, states, strict=True):
-                file.seek(origin + starts[place] * row[0].nbytes)
-                file.write(row[: lengths[place]].tobytes())
-            bar.update(len(places))
-        index = {}
-        for row, start in zip(rows, starts, strict=True):
-            for ids in (row["input_ids"][: row["input_length"]], row["input_ids"]):
-                index[_hash_ids(ids)] = (start, len(ids))
+            batch = [rows[place] for place in places]
+            states = trunk_states(model, collate(batch), n_layers).float().cpu().numpy()  # (B, S, H)
+            for row, of in zip(batch, states, strict=True):
+                length = len(row["input_ids"])
+                file.write(of[:length].tobytes())
+                for ids in (row["input_ids"][: row["input_length"]], row["input_ids"]):
+                    index[_hash_ids(ids)] = (start, len(ids))
+                start += length
+            bar.update(len(batch))
         (part / "index.json").write_text(json.dumps(index))
 
 
@@ -159,7 +142,7 @@ def logits_from_states(model: DHRDModel, rows: Rows, states: Sequence[np.ndarray
     """Return class logits `(N, K)`, float32, of encoded inputs whose trunk states are known, in their order."""
     logits = np.zeros((len(rows), model.config.num_labels), dtype=np.float32)
     for places in length_sorted_batches([len(row["input_ids"]) for row in rows], MAX_TOKENS_PER_CPU_BATCH):
-        batch = pad_sequence([torch.from_numpy(np.array(states[i])) for i in places], batch_first=True)
-        with skip_layers(model, n_layers, batch.to(model.device)):
+        batch = pad_sequence([torch.tensor(states[i]) for i in places], batch_first=True)
+        with skip_layers(model, range(n_layers), batch.to(model.device)):
             logits[places] = model.logits([rows[i] for i in places], MAX_TOKENS_PER_CPU_BATCH)
     return logits

@@ -9,7 +9,6 @@ from typing import get_args
 import torch
 from filelock import FileLock
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.export import Dim
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
@@ -73,10 +72,7 @@ def _load(folder: Path) -> DHRDModel:
     """Return the trained model on the CPU, in float32, its adapters merged."""
     model = DHRDModel.from_pretrained(folder).float()
     for name, module in list(model.backbone.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper):  # trained token rows
-            module.token_adapter.merge()
-            model.backbone.set_submodule(name, module.token_adapter.get_base_layer())
-        elif isinstance(module, BaseTunerLayer) and not name.endswith("token_adapter"):
+        if isinstance(module, BaseTunerLayer):
             module.merge()
             model.backbone.set_submodule(name, module.get_base_layer())
     # Set here, these are saved with the tokenizer: transformers' pipeline then encodes inputs as in training.

@@ -36,6 +36,10 @@ def test_json_round_trip(tmp_path):
     assert (config.data.text, config.training.report_to) == (("a", "b"), ("tensorboard",))
 
 
+def test_old_config_with_text_markers_loads():
+    assert RunConfig.from_dict({"model": {"markers": "text"}}) == RunConfig()
+
+
 def test_replace_reaches_into_sections():
     config = RunConfig().replace({"name": "other", "training.alpha": 0.25, "data": {"task": "cb"}})
     assert (config.name, config.training.alpha, config.data.task) == ("other", 0.25, "cb")
@@ -54,7 +58,7 @@ def test_replace_reaches_into_sections():
         (ModelConfig, {"freeze_layers": -1}),
         (ModelConfig, {"lora_dropout": 1.0}),
         (ModelConfig, {"freeze_layers": 2, "finetune": "lora"}),
-        (ModelConfig, {"freeze_layers": 2, "markers": "special"}),
+        (ModelConfig, {"markers": "special"}),
         (DataConfig, {"alignment": "random"}),
         (DataConfig, {"text": 3}),
         (DataConfig, {"label": 3}),

@@ -509,7 +509,6 @@ CHANGES = {
     "model__backbone": "saved folder",
     "model__pooling": "mean",
     "model__head": "linear",
-    "model__markers": "special",
     "model__finetune": "lora",
     "model__freeze_layers": 1,
     "model__dtype": "bfloat16",

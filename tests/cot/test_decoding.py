@@ -169,13 +169,6 @@ class TestReading:
         rows = [encode_example(fmt, text, rationale, "fix")["input_ids"] for rationale in ("Because.", None)]
         assert scored == [row[: -len(ids(model, " fix"))] for row in rows]
 
-    def test_special_markers_are_read(self, task):
-        model = tiny_model(task, markers="special")
-        cot = CoT.from_model(model)
-        row = ids(model, " so") + ids(model, "<ANS>") + ids(model, " refund")
-        assert cot.parse(Generations(["x"], [[row]], 9, 1.0)).labels == ["refund"]
-        assert cot._rationale(row) == (ids(model, " so"), len(ids(model, " so")) + 1)
-
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_scores_equal_a_whole_forward(task, architecture):

@@ -127,7 +127,7 @@ def test_special_tokens_in_a_text_are_text(exports, format, head):
     np.testing.assert_allclose(logits(exported, texts), logits(model, texts), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"finetune": "lora"}, {"finetune": "lora", "markers": "special"}])
+@pytest.mark.parametrize("changes", [{}, {"finetune": "lora"}])
 def test_transformers_pipeline_loads_an_hf_export(plain, tmp_path, changes):
     model = saved(plain, tmp_path / "model", side="right" if changes else "left", head="linear", **changes)
     folder = export(tmp_path / "model", "hf")
