@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from conftest import ARCHITECTURES, tiny_backbone
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
     CohereConfig,
@@ -49,15 +47,12 @@ def test_local_folder_loads_with_its_lm_head(architecture, tmp_path):
 
 
 def test_tiny_is_deterministic_and_round_trips_text():
-    one, two = load_backbone("tiny"), load_backbone("tiny")
+    one, two = load_backbone("tiny", device="cpu"), load_backbone("tiny", device="cpu")
     state = two.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in one.model.state_dict().items())
     text = "The guest's card — charged twice: 20 €.\nReasoning: é"
     assert one.tokenizer.decode(one.tokenizer(text).input_ids) == text
-
-
-def test_dtype_is_the_callers_or_the_devices():
-    assert load_backbone("tiny", device="cpu").model.dtype == torch.float32
+    assert one.model.dtype == torch.float32
     assert load_backbone("tiny", device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
 
 
@@ -71,10 +66,6 @@ def encoder(folder: Path) -> None:
     BertLMHeadModel(BertConfig(**SMALL, intermediate_size=16)).save_pretrained(folder)
 
 
-def encoder_decoder(folder: Path) -> None:
-    T5Config().save_pretrained(folder)
-
-
 def scaled_logits(folder: Path) -> None:
     config = CohereConfig(**SMALL, intermediate_size=16, num_key_value_heads=2, logit_scale=7.0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -86,24 +77,15 @@ def classifier(folder: Path) -> None:
     LlamaForSequenceClassification(config).save_pretrained(folder)
 
 
-def pickle_alone(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
-
-
-def no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
         (encoder, r"attends to later tokens \(an encoder\); expected a decoder-only LM"),
-        (encoder_decoder, "is an encoder-decoder; expected a decoder-only LM"),
-        (scaled_logits, "changes its logits after the LM head .*CohereForCausalLM"),
-        (classifier, "lacks 1 weights, the first 'lm_head.weight'"),
-        (pickle_alone, "can't be loaded as a causal LM .*safetensors"),
-        (no_config, "can't be loaded as a causal LM"),
+        (lambda folder: T5Config().save_pretrained(folder), "is an encoder-decoder; expected a decoder-only LM"),
+        (scaled_logits, "CohereForCausalLM.* changes its logits after the LM head"),
+        (classifier, "lacks 1 weights, as 'lm_head.weight'"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "can't be loaded as a causal LM .*safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), "can't be loaded as a causal LM"),
     ],
 )
 def test_folder_without_a_causal_lm_is_refused(alter, message, tmp_path):
@@ -113,20 +95,11 @@ def test_folder_without_a_causal_lm_is_refused(alter, message, tmp_path):
         load_backbone(str(tmp_path), device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("./nowhere", "no such folder; expected a backbone's folder, GGUF file or hub id"),
-        ("nowhere.gguf", "nowhere.gguf can't be loaded .* expected a folder with safetensors, a .gguf file"),
-        ("some-org/some-model", "can't be loaded .* the embedded smollm2-135m"),
-    ],
-)
-def test_unknown_name_is_refused_with_alternatives(name, message):
-    with pytest.raises(BackboneError, match=message):
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere.gguf", "some-org/some-model"])
+def test_unknown_name_is_refused_with_alternatives(name):
+    message = "can't be loaded .* expected a folder with safetensors, a .gguf file, .* the embedded smollm2-135m"
+    with pytest.raises(BackboneError, match=f"{name} {message}"):
         load_backbone(name)
-
-
-# ---------------------------------------------------------------------------- conversion
 
 
 @pytest.fixture
@@ -141,7 +114,7 @@ def test_altered_embedded_file_is_refused_without_import(tmp_path, monkeypatch, 
     (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
     (package / embedded.EMBEDDED_FILE).write_bytes(b"GGUF cut off")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(BackboneError, match=r"has SHA-256 [0-9a-f]{12}…; expected b179c9523d0e…"):
+    with pytest.raises(BackboneError, match="isn't the expected file; expected .* --force-reinstall"):
         load_backbone("smollm2-135m")
 
 
@@ -151,28 +124,12 @@ def test_missing_package_is_named_with_its_command(monkeypatch, empty_cache):
         load_backbone("smollm2-135m")
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF" + bytes(64)])
-def test_broken_gguf_leaves_nothing_in_the_cache(content, tmp_path, empty_cache):
+def test_broken_gguf_leaves_nothing_in_the_cache(tmp_path, empty_cache):
     gguf = tmp_path / "broken.gguf"
-    gguf.write_bytes(content)
+    gguf.write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(BackboneError, match=r"broken\.gguf can't be loaded"):
         load_backbone(str(gguf))
     assert not [path for path in (empty_cache / "backbones").iterdir() if path.is_dir()]
-
-
-def test_interrupted_conversion_leaves_nothing_half_made(tmp_path, monkeypatch, empty_cache):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", interrupt)
-    gguf = tmp_path / "any.gguf"
-    gguf.write_bytes(b"GGUF")
-    with pytest.raises(KeyboardInterrupt):
-        load_backbone(str(gguf))
-    assert not [path for path in (empty_cache / "backbones").iterdir() if path.is_dir()]
-
-
-# ---------------------------------------------------------------------------- the real backbone
 
 
 @pytest.fixture(scope="module")
@@ -191,19 +148,9 @@ def test_conversion_keeps_the_embedded_logits(smollm2):
 def test_embedded_backbone_predicts_and_generates(smollm2):
     task, splits = load_task("support_triage")
     model = build_model(ModelConfig(), task, backbone=smollm2)
-    texts = splits["test"]["text"][:20]
-    labels, probabilities = model.predict(texts)
-    assert len(labels) == 20
-    assert set(labels) <= set(task.label_names)
-    one_by_one = np.concatenate([model.predict(text).probabilities for text in texts[:4]])
-    np.testing.assert_allclose(one_by_one, probabilities[:4], rtol=0, atol=1e-5)
-    options = {"max_new_tokens": 16, "min_new_tokens": 12}  # Untrained, it would end at once.
-    rationale = model.generate_rationale(texts[0], **options)
-    assert len(rationale.split()) >= 4
-    assert "".join(model.generate_rationale(texts[0], **options, stream=True)) == rationale
-
-
-def test_converted_folder_is_enough_by_itself(smollm2, tmp_path):
-    shutil.copytree(smollm2.source, tmp_path / "copy")
-    again = load_backbone(str(tmp_path / "copy"), device="cpu")
-    assert torch.equal(again.model.lm_head.weight, smollm2.model.lm_head.weight)
+    texts = splits["test"]["text"][:4]
+    probabilities = model.predict(texts).probabilities
+    one_by_one = np.concatenate([model.predict(text).probabilities for text in texts])
+    np.testing.assert_allclose(one_by_one, probabilities, rtol=0, atol=1e-5)
+    # Untrained, it would end at once.
+    assert len(model.generate_rationale(texts[0], max_new_tokens=16, min_new_tokens=12).split()) >= 4

@@ -13,7 +13,6 @@ from conftest import tiny_model
 from safetensors import SafetensorError, safe_open
 
 from dhrd_lib.backbones import load_backbone
-from dhrd_lib.inputs import TaskError
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.serving.classifier import load_classifier
 from dhrd_lib.serving.export import export
@@ -103,15 +102,8 @@ def custom_code_of_an_unknown_type(folder: Path, marker: Path) -> None:
 
 # The export has no tokenizer of transformers' to load, and its model is of a type that transformers has itself.
 HARMLESS = {("export", custom_code)}
-MALICIOUS = [
-    pickled_weights,
-    pickle_named_safetensors,
-    index_to_a_pickle,
-    index_out_of_the_folder,
-    adapter_with_a_pickle,
-    custom_code,
-    custom_code_of_an_unknown_type,
-]
+MALICIOUS = [pickled_weights, pickle_named_safetensors, index_to_a_pickle, index_out_of_the_folder]
+MALICIOUS += [adapter_with_a_pickle, custom_code, custom_code_of_an_unknown_type]
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -141,31 +133,8 @@ def test_pickles_beside_safetensors_are_not_read(saved, tmp_path, kind):
     assert marker.exists()  # The payload does run where a pickle is loaded.
 
 
-def test_link_is_read_as_safetensors_alone(saved, tmp_path):
-    """Links are allowed, because the hub's own cache is made of them."""
-    folder, other = tmp_path / "folder", tmp_path / "other"
-    shutil.copytree(saved / "model", folder)
-    shutil.move(folder / "model.safetensors", other)
-    (folder / "model.safetensors").symlink_to(other)
-    assert isinstance(load_classifier(folder), DHRDModel)
-    other.write_text("root:x:0:0:")
-    with pytest.raises(REFUSALS) as caught:
-        load_classifier(folder)
-    assert "root:x" not in str(caught.value)
-
-
 def test_folder_of_another_kind_is_refused(saved, tmp_path):
     with pytest.raises(ValueError, match="model of the type 'llama'; expected 'dhrd'"):
         DHRDModel.from_pretrained(saved / "backbone")
     with pytest.raises(FileNotFoundError, match="holds no model"):
         DHRDModel.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("template", ["{text.__class__}", "{text[0]}", "{text!r}", "{text:>999999999}", "{}"])
-def test_saved_template_reaches_the_texts_alone(saved, tmp_path, template):
-    folder = tmp_path / "folder"
-    shutil.copytree(saved / "model", folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "template": template}))
-    with pytest.raises(TaskError):
-        load_classifier(folder).predict([{"text": "x"}])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dhrd_lib import generation
-from dhrd_lib.backbones import decoder_of, layers_of, load_backbone
+from dhrd_lib.backbones import layers_of, load_backbone
 from dhrd_lib.config import POOLING_MODES, ConfigError, ModelConfig
-from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, TaskError
+from dhrd_lib.inputs import TaskError
 from dhrd_lib.modeling import DHRDModel, build_model, pool
-from dhrd_lib.sequences import IGNORE_INDEX, DHRDCollator, encode_example
+from dhrd_lib.sequences import DHRDCollator, encode_example
 
 TEXTS = ["My lamp broke.", "I was charged twice for one night, and want the money back.", "Why?"]
 RATIONALE = "The guest paid for a night that was never slept, so the sum is owed."
@@ -34,13 +32,6 @@ def rows(model: DHRDModel, with_rationale: bool) -> list[dict]:
 def forward(model: DHRDModel, rows: list[dict], **kwargs):
     with torch.no_grad():
         return model(**DHRDCollator(model.tokenizer.pad_token_id)(rows), **kwargs)
-
-
-@cache
-def fuzzed_model(task) -> DHRDModel:
-    return build_model(
-        ModelConfig(), task, backbone=tiny_backbone("llama"), max_input_tokens=16, max_rationale_tokens=16
-    ).eval()
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -90,17 +81,6 @@ def test_predict_takes_one_input_or_a_frame(task):
         model.predict(TEXTS)
 
 
-def test_saved_truncation_side_cuts_as_in_training(task, tmp_path):
-    build_model(
-        ModelConfig(), task, backbone=tiny_backbone("llama"), max_input_tokens=8, truncation_side="right"
-    ).save_pretrained(tmp_path)
-    model = DHRDModel.from_pretrained(tmp_path)
-    (row,) = model.encode(TEXTS[1])
-    whole = model.tokenizer(f"Customer: {TEXTS[1]}\nWhat must happen next?").input_ids
-    assert row["input_ids"] == whole[:8]
-    assert row["input_tokens_cut"] == len(whole) - 8
-
-
 def test_class_weights_weigh_rows_by_their_label(task):
     model = tiny_model(task)
     one_by_one = torch.stack([forward(model, [row]).class_loss for row in rows(model, False)])
@@ -117,64 +97,36 @@ def test_lm_loss_equals_the_backbones_loss(model):
     torch.testing.assert_close(forward(model, rows(model, True)).lm_loss, own, rtol=1e-5, atol=1e-5)
 
 
-TEXT = st.text(max_size=40)
-
-
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(TEXT, st.none() | TEXT, st.sampled_from([0, 1])), min_size=1, max_size=4))
+@given(st.lists(st.tuples(st.text(), st.none() | st.text(), st.sampled_from([0, 1])), min_size=1, max_size=4))
 def test_any_texts_give_a_finite_loss_and_gradient(task, drawn):
-    model = fuzzed_model(task)
+    model = build_model(
+        ModelConfig(), task, backbone=tiny_backbone("llama"), max_input_tokens=16, max_rationale_tokens=16
+    )
     fmt, made = model.sequence_format, []
     for text, rationale, label in drawn:
         verbalizer = None if rationale is None else task.verbalizers[label]
         made.append({**encode_example(fmt, f"Customer: {text}", rationale, verbalizer), "class_labels": label})
     loss = model(**DHRDCollator(model.tokenizer.pad_token_id)(made)).loss
-    model.zero_grad()
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)
 
 
-def test_losses_are_divided_by_given_counts(task):
-    model = tiny_model(task)
-    made = rows(model, True)
-    whole = forward(model, made)
-    tokens = sum(label != IGNORE_INDEX for row in made for label in row["lm_labels"])
-    counts = {"num_examples": torch.tensor(3.0), "num_lm_tokens": torch.tensor(float(tokens))}
-    parts = [forward(model, [row], **counts) for row in made]
-    torch.testing.assert_close(sum(part.class_loss for part in parts), whole.class_loss)
-    torch.testing.assert_close(sum(part.lm_loss for part in parts), whole.lm_loss)
-
-
 def test_pool_modes_equal_hand_computation():
     hidden = torch.tensor([[[1.0, 4.0], [3.0, 2.0], [9.0, 9.0]]])
     mask = torch.tensor([[1, 1, 0]])
-    expected = {
-        "last": [3.0, 2.0],
-        "mean": [2.0, 3.0],
-        "weightedmean": [(1 + 2 * 3) / 3, (4 + 2 * 2) / 3],
-        "max": [3.0, 4.0],
-    }
+    weighted = [(1 + 2 * 3) / 3, (4 + 2 * 2) / 3]
+    expected = {"last": [3.0, 2.0], "mean": [2.0, 3.0], "weightedmean": weighted, "max": [3.0, 4.0]}
     for mode, value in expected.items():
         torch.testing.assert_close(pool(hidden, mask, mode), torch.tensor([value]))
     query = torch.tensor([2.0, 0.0])
     weights = torch.softmax(torch.tensor([2.0, 6.0]) / 2**0.5, 0)
     found = pool(hidden, mask, "attention", query)
     torch.testing.assert_close(found, (weights[:, None] * hidden[0, :2]).sum(0)[None])
-    with pytest.raises(ConfigError, match="pooling is 'median'; expected last, mean"):
-        pool(hidden, mask, "median")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"finetune": "lora"},
-        {"finetune": "lora", "markers": "special"},
-        {"markers": "special"},
-        {"pooling": "attention", "head": "linear"},
-    ],
-)
+@pytest.mark.parametrize("changes", [{}, {"finetune": "lora"}, {"pooling": "attention", "head": "linear"}])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_saved_model_keeps_logits_and_labels(task, tmp_path, changes, architecture):
     model = tiny_model(task, architecture, **changes)
@@ -189,7 +141,6 @@ def test_saved_model_keeps_logits_and_labels(task, tmp_path, changes, architectu
     assert torch.equal(before.logits, after.logits)
     assert torch.equal(before.lm_loss, after.lm_loss)
     assert again.label_names == list(task.label_names)
-    assert again.config.template == task.template
     assert again.predict(TEXTS).labels == model.predict(TEXTS).labels
     tied = again.lm_head.weight is again.get_input_embeddings().weight
     assert tied == (model.lm_head.weight is model.get_input_embeddings().weight)
@@ -209,35 +160,17 @@ def test_head_and_adapters_stay_in_float32(task, tmp_path):
 
 
 def test_build_model_keeps_pretrained_weights(task):
-    own = {name: tensor.clone() for name, tensor in tiny_backbone("llama").model.state_dict().items()}
     kept = tiny_model(task).backbone.state_dict()
-    assert all(torch.equal(kept[name], tensor) for name, tensor in own.items())
+    assert all(torch.equal(kept[name], of) for name, of in tiny_backbone("llama").model.state_dict().items())
 
 
 def test_lora_trains_seven_projections_and_classifier(task):
     model = tiny_model(task, finetune="lora", lora_r=2)
-    trained = {name.split(".lora_")[0].rsplit(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
-    projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert {name for name in trained if name.endswith("_proj")} == projections
-    others = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
-    assert all(name.startswith("classifier.") for name in others)
-    rank, width = model.backbone.model.layers[0].mlp.up_proj.lora_A["default"].weight.shape
-    assert (rank, width) == (2, 16)
-
-
-def test_special_markers_have_trainable_rows_with_lora(task):
-    model = tiny_model(task, finetune="lora", markers="special")
-    assert len(model.sequence_format.encode("<REASON>")) == 1
-    row = encode_example(model.sequence_format, "text", "why", "fix")
-    marker = model.tokenizer.convert_tokens_to_ids("<REASON>")
-    assert row["input_ids"][row["input_length"]] == marker
-    batch = DHRDCollator(model.tokenizer.pad_token_id)([{**row, "class_labels": 0}])
-    model(**batch).loss.backward()
-    (rows,) = [p for n, p in model.named_parameters() if "trainable_tokens" in n]
-    assert (rows.grad.abs().sum(1) > 0).all()
-    torch.nn.init.normal_(rows)
-    own = model.backbone(input_ids=batch["input_ids"], labels=batch["lm_labels"]).loss
-    torch.testing.assert_close(model(**batch).lm_loss, own, rtol=1e-5, atol=1e-5)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    adapted = {name.split(".lora_")[0].rsplit(".")[-1] for name in trained if ".lora_" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all(".lora_" in name or name.startswith("classifier.") for name in trained)
+    assert model.backbone.model.layers[0].mlp.up_proj.lora_A["default"].weight.shape == (2, 16)
 
 
 def test_freeze_layers_freezes_embedding_and_lowest_layers(model, task, request):
@@ -257,12 +190,12 @@ def test_limits_beyond_the_context_are_refused(task):
 
 
 def test_seed_draws_the_head(task):
-    heads = [
+    one, same, other = (
         build_model(ModelConfig(), task, backbone=tiny_backbone("llama"), seed=seed).classifier[0].weight
         for seed in (1, 1, 2)
-    ]
-    assert torch.equal(heads[0], heads[1])
-    assert not torch.equal(heads[0], heads[2])
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
 
 
 def test_rationale_continues_from_the_reason_marker(task):
@@ -281,19 +214,8 @@ def test_rationale_continues_from_the_reason_marker(task):
 def test_rationale_ends_before_the_answer_marker(task, monkeypatch):
     model = tiny_model(task)
     ids = model.tokenizer(" money is owed\nAnswer: refund").input_ids
-    monkeypatch.setattr(generation, "generate", lambda *_, **__: [ids])
     monkeypatch.setattr(generation, "stream", lambda *_, **__: ((ids[:n], 0.0) for n in range(1, len(ids) + 1)))
     assert model.generate_rationale(TEXTS[0]) == "money is owed"
     pieces = list(model.generate_rationale(TEXTS[0], stream=True))
     assert "".join(pieces) == "money is owed"
     assert len(pieces) > 1
-
-
-def test_logits_splits_cpu_batches_by_tokens(task):
-    model, computed = tiny_model(task), []
-    decoder_of(model.backbone).register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].numel()))
-    rows = model.encode(["word " * 30] * 24)
-    whole = model.logits(rows)
-    np.testing.assert_allclose(model.logits(rows, max_batch_tokens=1), whole, **EXACT)
-    assert max(computed[:-24]) <= MAX_TOKENS_PER_CPU_BATCH
-    assert len(computed[:-24]) > 1

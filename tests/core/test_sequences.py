@@ -10,23 +10,24 @@ from conftest import tiny_backbone
 from datasets import Dataset, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import ALIGNMENTS, ConfigError
-from dhrd_lib.data.alignment import align, derangement
 from dhrd_lib.inputs import TaskError
 from dhrd_lib.sequences import (
     IGNORE_INDEX,
-    SPECIAL_MARKERS,
     DHRDCollator,
     SequenceFormat,
+    align,
+    derangement,
     encode_example,
     encode_split,
 )
 
+SPECIAL_MARKERS = ("<REASON>", "<ANS>")
 VERBALIZERS = ("fix", "refund")
 TEXTS = ["first text", "a second text, longer than the others of this split", "third", "fourth one"]
 RATIONALES = ["the booking is wrong", "money is owed", "a fault in the app", "she paid twice"]
@@ -58,7 +59,7 @@ def ids(fmt: SequenceFormat, *parts: str) -> list[int]:
     return [token for part in parts for token in fmt.tokenizer(part).input_ids]
 
 
-def test_row_is_input_reason_rationale_answer_label(fmt):
+def test_row_is_input_reason_rationale_answer_label(fmt, started):
     row = encode_example(fmt, "My lamp broke.", "It came broken.", "refund")
     assert row["input_ids"] == ids(fmt, "My lamp broke.", REASON, " It came broken.", ANSWER, " refund")
     assert row["input_length"] == len(ids(fmt, "My lamp broke."))
@@ -69,11 +70,8 @@ def test_row_is_input_reason_rationale_answer_label(fmt):
     alone = encode_example(fmt, "My lamp broke.")
     assert alone["input_ids"] == ids(fmt, "My lamp broke.")
     assert set(alone["lm_labels"]) == {IGNORE_INDEX}
-
-
-def test_start_token_of_the_tokenizer_starts_the_input(fmt, started):
-    row = encode_example(started, "My lamp", "because", "fix")
-    assert row["input_ids"] == [0, *ids(fmt, "My lamp", REASON, " because", ANSWER, " fix")]
+    begun = encode_example(started, "My lamp broke.", "It came broken.", "refund")
+    assert begun["input_ids"] == [0, *row["input_ids"]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -85,13 +83,9 @@ def test_long_input_is_cut_on_its_side_whatever_follows(started, side):
     followed = encode_example(short, text, "a rationale of more than four tokens", "fix")
     assert alone["input_ids"] == [0, *(whole[-7:] if side == "left" else whole[:7])]
     assert followed["input_ids"][:8] == alone["input_ids"]
-    assert short.encode_input(text) == (alone["input_ids"], len(whole) - 7)
     assert alone["input_tokens_cut"] == len(whole) - 7
     rationale = short.tokenizer(" a rationale of more than four tokens", add_special_tokens=False).input_ids
     assert followed["rationale_tokens_cut"] == len(rationale) - 4
-
-
-# ------------------------------------------------------------------ special tokens in a user's text
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -112,17 +106,7 @@ def characters() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def words() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, without bytes to fall back on."""
-    vocabulary = {word: i for i, word in enumerate(["[UNK]", "My", "lamp", "broke", "<|", "im", "_", "end", "|>"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="[UNK]")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", *SPECIAL_MARKERS]})
-    return tokenizer
-
-
-@pytest.mark.parametrize("make", [byte_level, characters, words])
+@pytest.mark.parametrize("make", [byte_level, characters])
 def test_special_tokens_in_a_text_are_text(make):
     tokenizer = make()
     fmt = SequenceFormat(tokenizer, *SPECIAL_MARKERS)
@@ -133,21 +117,11 @@ def test_special_tokens_in_a_text_are_text(make):
     assert row["input_ids"][row["input_length"]] == markers[0]
 
 
-@pytest.mark.parametrize("make", [byte_level, characters, words])
+@pytest.mark.parametrize("make", [byte_level, characters])
 @pytest.mark.parametrize("text", ["My lamp broke", " <b> spaces  and\nlines </s ", "café 😀 |im_end|"])
 def test_ids_of_ordinary_text_are_the_tokenizers(make, text):
     tokenizer = make()
-    assert SequenceFormat(tokenizer).encode_input(text)[0] == tokenizer(text).input_ids
-
-
-def test_embedded_tokenizer_reads_chat_tokens_as_text():
-    fmt = SequenceFormat(load_backbone("smollm2-135m", device="cpu").tokenizer)
-    encoded, _ = fmt.encode_input("My lamp broke<|im_end|>\n<|im_start|>system")
-    assert not set(encoded) & set(fmt.tokenizer.all_special_ids)
-    assert fmt.tokenizer.decode(encoded) == "My lamp broke<|im_end|>\n<|im_start|>system"
-
-
-# ------------------------------------------------------------------ splits
+    assert encode_example(SequenceFormat(tokenizer), text)["input_ids"] == tokenizer(text).input_ids
 
 
 def test_split_reports_what_is_cut_and_missing(fmt):
@@ -173,33 +147,24 @@ MIXED_RATIONALES = ["why", None, LONG, " ", "", "  spaced\n", "a text", "why"]
 
 
 @pytest.mark.parametrize("lm_span", ["all", "rationale_label"])
-@pytest.mark.parametrize("alignment", [None, *ALIGNMENTS])
-def test_chunks_of_a_split_have_the_rows_of_encode_example(fmt, started, alignment, lm_span, monkeypatch):
+def test_chunks_of_a_split_have_the_rows_of_encode_example(started, lm_span, monkeypatch):
     monkeypatch.setattr("dhrd_lib.sequences.CHUNK_ROWS", 3)
+    short = replace(started, max_input_tokens=8, max_rationale_tokens=4, lm_span=lm_span)
     labels = [0, 1, 0, 1, 1, 0, 1, 0]
-    columns = {"input_text": MIXED_TEXTS, "label": labels, "rationale": MIXED_RATIONALES}
-    shown = answers = [None] * len(labels)
-    if alignment:
-        shown, answers = align(MIXED_RATIONALES, labels, alignment, 3)
-    for one in (fmt, started):
-        short = replace(one, max_input_tokens=8, max_rationale_tokens=4, lm_span=lm_span)
-        options = {"alignment": alignment, "seed": 3} if alignment else {}
-        encoded, _ = encode_split(
-            Dataset.from_dict(columns), short, VERBALIZERS, with_rationale=alignment is not None, **options
-        )
-        for row, text, label, rationale, answer in zip(encoded, MIXED_TEXTS, labels, shown, answers, strict=True):
-            alone = encode_example(short, text, rationale, None if answer is None else VERBALIZERS[answer])
-            expected = {name: alone[name] for name in ("input_ids", "input_length", "lm_labels")}
-            assert row == {**expected, "class_labels": label, "length": len(alone["input_ids"])}
+    dataset = Dataset.from_dict({"input_text": MIXED_TEXTS, "label": labels, "rationale": MIXED_RATIONALES})
+    options = {"alignment": "shuffle_rationale_label", "seed": 3}
+    shown, answers = align(MIXED_RATIONALES, labels, **options)
+    encoded, _ = encode_split(dataset, short, VERBALIZERS, with_rationale=True, **options)
+    for row, text, label, rationale, answer in zip(encoded, MIXED_TEXTS, labels, shown, answers, strict=True):
+        alone = encode_example(short, text, rationale, None if answer is None else VERBALIZERS[answer])
+        expected = {name: alone[name] for name in ("input_ids", "input_length", "lm_labels")}
+        assert row == {**expected, "class_labels": label, "length": len(alone["input_ids"])}
 
 
 def test_input_without_a_token_is_refused(fmt):
     empty = Dataset.from_dict({"input_text": ["some", ""], "label": [0, 1], "rationale": ["r", "r"]})
     with pytest.raises(TaskError, match="input is empty"):
         encode_split(empty, fmt, VERBALIZERS, with_rationale=True)
-
-
-# ------------------------------------------------------------------ alignment
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
@@ -226,20 +191,13 @@ def test_larger_shuffled_share_contains_the_smaller():
 
 
 @given(n=st.integers(2, 60), seed=st.integers(0, 10_000))
-def test_derangement_is_a_permutation_without_fixed_points(n, seed):
+def test_derangement_has_no_fixed_point_and_is_pinned_by_its_seed(n, seed):
     order = derangement(n, seed)
     assert sorted(order) == list(range(n))
     assert all(place != other for place, other in enumerate(order))
-    assert derangement(n, seed) == order
-
-
-def test_derangement_is_pinned_by_its_seed():
     assert derangement(8, 1) == [1, 2, 4, 0, 5, 6, 7, 3]
     with pytest.raises(ConfigError, match=r"at least 2 rows that have one; found 1\."):
-        align(["only one", None], [0, 1], "shuffle_rationale", 0)
-
-
-# ------------------------------------------------------------------ batches
+        align(["only one", None], [0, 1], "shuffle_rationale", seed)
 
 
 def test_collator_masks_by_length_where_pad_is_eos(fmt):
@@ -248,17 +206,14 @@ def test_collator_masks_by_length_where_pad_is_eos(fmt):
         {"input_ids": [5, end, 7], "input_length": 2, "lm_labels": [IGNORE_INDEX, end, 7], "class_labels": 1},
         {"input_ids": [9], "input_length": 1, "lm_labels": [IGNORE_INDEX], "class_labels": 0},
     ]
-    batch = DHRDCollator(pad_token_id=end)(rows)
-    assert batch["input_ids"].tolist() == [[5, end, 7], [9, end, end]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["input_mask"].tolist() == [[1, 1, 0], [1, 0, 0]]
-    assert batch["lm_labels"].tolist() == [[IGNORE_INDEX, end, 7], [IGNORE_INDEX] * 3]
-    assert batch["class_labels"].tolist() == [1, 0]
-
-
-def test_collator_leaves_out_empty_lm_labels_and_pads_states():
-    rows = [{"input_ids": [5, 6], "input_length": 2}, {"input_ids": [7], "input_length": 1}]
-    states = [torch.ones(2, 3).numpy(), torch.ones(1, 3).numpy()]
-    batch = DHRDCollator(0)([{**row, "trunk_states": state} for row, state in zip(rows, states, strict=True)])
-    assert "lm_labels" not in batch
-    assert batch["trunk_states"].tolist() == [[[1.0] * 3, [1.0] * 3], [[1.0] * 3, [0.0] * 3]]
+    states = [torch.ones(3, 2).numpy(), torch.ones(1, 2).numpy()]
+    batch = DHRDCollator(end)([{**row, "trunk_states": of} for row, of in zip(rows, states, strict=True)])
+    assert {name: values.tolist() for name, values in batch.items()} == {
+        "input_ids": [[5, end, 7], [9, end, end]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "input_mask": [[1, 1, 0], [1, 0, 0]],
+        "lm_labels": [[IGNORE_INDEX, end, 7], [IGNORE_INDEX] * 3],
+        "class_labels": [1, 0],
+        "trunk_states": [[[1.0] * 2] * 3, [[1.0] * 2, [0.0] * 2, [0.0] * 2]],
+    }
+    assert "lm_labels" not in DHRDCollator(end)(rows[1:])

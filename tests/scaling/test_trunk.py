@@ -27,7 +27,7 @@ def computed(monkeypatch) -> list[int]:
     """Return the numbers of rows for which states are computed from here on."""
     numbers = []
     monkeypatch.setattr(
-        trunk_cache, "trunk_states", lambda *args: numbers.append(len(args[1])) or trunk_states(*args)
+        trunk_cache, "trunk_states", lambda *args: numbers.append(len(args[1]["input_ids"])) or trunk_states(*args)
     )
     return numbers
 
@@ -50,7 +50,7 @@ def test_skipped_layers_change_no_state(task, architecture, n_layers):
     decoder = decoder_of(model.backbone)
     with torch.no_grad():
         expected = decoder(ids, attention_mask=mask).last_hidden_state
-        with skip_layers(model, n_layers, trunk_states(model, ids, mask, n_layers)):
+        with skip_layers(model, range(n_layers), trunk_states(model, batch, n_layers)):
             states = decoder(ids, attention_mask=mask).last_hidden_state
         after = decoder(ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(states[mask.bool()], expected[mask.bool()], **EXACT)
@@ -62,8 +62,8 @@ def test_cached_states_and_their_logits_are_those_of_each_row_alone(task):
     inputs = rows(model, None)
     states = cached(model, inputs)
     for row, own in zip(inputs, states, strict=True):
-        ids = torch.tensor([row["input_ids"]])
-        np.testing.assert_allclose(own, trunk_states(model, ids, torch.ones_like(ids), 2)[0], **EXACT)
+        alone = DHRDCollator(model.tokenizer.pad_token_id)([row])
+        np.testing.assert_allclose(own, trunk_states(model, alone, 2)[0], **EXACT)
     np.testing.assert_allclose(logits_from_states(model, inputs, states, 2), model.logits(inputs), **EXACT)
 
 
