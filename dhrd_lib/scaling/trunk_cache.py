@@ -42,8 +42,7 @@ class _SkippedLayer(nn.Module):
 def skip_layers(model: DHRDModel, skipped: range, output: torch.Tensor | None = None) -> Iterator[None]:
     """Skip decoder layers while this is open: they return `output (B, S, H)`, or what they read.
 
-    They are replaced, and not left out: what a decoder does before and between its layers differs between
-    architectures.
+    They are replaced, not left out, because what a decoder does around its layers differs between architectures.
     """
     layers = layers_of(model.backbone)
     originals = list(layers)
@@ -121,20 +120,20 @@ def _compute(model: DHRDModel, rows: Rows, n_layers: int, folder: Path) -> None:
     model.eval()
     target = folder / _hash_ids([token for row in rows for token in row["input_ids"]])
     bar = tqdm(total=len(rows), desc=f"states of {n_layers} frozen layers", unit="row")
-    index, start = {}, 0
+    starts, start, index = {}, 0, {}
     # Written, and not mapped: on a full disk a write raises, where a mapped page would end the process.
     with new_folder(target) as part, (part / "states.npy").open("wb") as file, bar:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for places in length_sorted_batches(lengths, MAX_TOKENS_PER_CPU_BATCH):
-            batch = [rows[place] for place in places]
-            states = trunk_states(model, collate(batch), n_layers).float().cpu().numpy()  # (B, S, H)
-            for row, of in zip(batch, states, strict=True):
-                length = len(row["input_ids"])
-                file.write(of[:length].tobytes())
-                for ids in (row["input_ids"][: row["input_length"]], row["input_ids"]):
-                    index[_hash_ids(ids)] = (start, len(ids))
-                start += length
-            bar.update(len(batch))
+            batch = collate([rows[place] for place in places])
+            states = trunk_states(model, batch, n_layers).float().cpu().numpy()  # (B, S, H)
+            for place, of in zip(places, states, strict=True):
+                file.write(of[: lengths[place]].tobytes())
+                starts[place], start = start, start + lengths[place]
+            bar.update(len(places))
+        for place, row in enumerate(rows):
+            for ids in (row["input_ids"][: row["input_length"]], row["input_ids"]):
+                index[_hash_ids(ids)] = (starts[place], len(ids))
         (part / "index.json").write_text(json.dumps(index))
 
 
