@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import CoT, Decoding, Generations, decoding, pick_examples
-from dhrd_lib.cot.scoring import score_continuations
+from dhrd_lib.cot.decoding import score_continuations
 from dhrd_lib.evaluation import NO_ANSWER
 from dhrd_lib.inputs import SENTINEL
 from dhrd_lib.modeling import DHRDModel
