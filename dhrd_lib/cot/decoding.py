@@ -322,5 +322,4 @@ def pick_examples(train: Dataset, k: int, seed: int = 0) -> list[dict[str, Any]]
         raise ConfigError(f"{len(rows)} rows of train have a rationale; expected at least k={k}.")
     labels = pd.Series([row["label"] for row in rows])
     turns = labels.groupby(labels).cumcount()  # The n-th row of every label comes before the (n+1)-th of any.
-    order = sorted(range(len(rows)), key=lambda place: (turns[place], labels[place]))
-    return [rows[place] for place in order[:k]]
+    return [rows[place] for place in np.lexsort((labels, turns))[:k]]
