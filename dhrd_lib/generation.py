@@ -46,7 +46,7 @@ def generate(
     def watch(all_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         rows = all_ids[:, start:].tolist()
         for i, row in enumerate(rows):
-            # Markers may be special tokens, so these are not skipped.
+            # Marks of thinking may be special tokens, so these are not skipped.
             if is_complete and not lengths[i] and is_complete(tokenizer.decode(row[-TEXT_WINDOW:])):
                 lengths[i] = len(row)
         is_stopped = on_step is not None and on_step(rows)

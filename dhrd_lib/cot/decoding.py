@@ -260,7 +260,6 @@ class CoT:
     def _rationale(self, ids: list[int]) -> tuple[list[int], int]:
         """Return the ids before the marker (all where there is none), and how many were decoded up to its end."""
         kept, marker = self._without_end(ids), self.answer_marker
-        # Special tokens are not skipped, because markers may be some.
         start = self.tokenizer.decode(kept).find(marker)
         if start < 0:
             return kept, len(ids)
