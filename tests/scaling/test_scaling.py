@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_runs
 import torch
 from conftest import ROOT
 from filelock import FileLock
 from safetensors.torch import load_file
+from small_runs import write_table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dhrd_lib.backbones import load_backbone
-from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from dhrd_lib.config import RunConfig
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import Run, load_run
 from dhrd_lib.training import train
@@ -29,25 +30,16 @@ TERMS = ["step", "loss", "class_loss", "lm_loss"]
 CHANGES = {
     "tied": {},
     # A batch of one has a row without a rationale on one process alone: the others mustn't wait for it.
-    "untied": {"model.backbone": "untied", "training.batch_size": 1, "training.epochs": 1},
+    "untied": {"model.backbone": "untied", "training.batch_size": 2, "training.epochs": 1},
     "stopped": {"training.eval_steps": 2},
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A table of 48 rows, two of them without a rationale, and a backbone whose LM head has weights of its own."""
+    """A table, and a backbone whose LM head has weights of its own."""
     folder = tmp_path_factory.mktemp("scaling")
-    words = (["app", "fault", "crash"], ["money", "charged", "twice"])
-    rows = [
-        {
-            "text": " ".join(words[i % 2][j % 3] for j in range(i % 7 + 2)),
-            "label": ("fix", "refund")[i % 2],
-            "rationale": None if i in (4, 9) else f"case {i} is about {words[i % 2][0]}",
-        }
-        for i in range(48)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_table(folder)
     tiny = load_backbone("tiny", device="cpu")
     torch.manual_seed(0)
     untied = LlamaForCausalLM(LlamaConfig(**{**tiny.model.config.to_dict(), "tie_word_embeddings": False}))
@@ -57,24 +49,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 def config(folder: Path, name: str, processes: int) -> RunConfig:
-    """The configuration of a run: the same number of rows a step, however many processes share them."""
-    base = RunConfig(
-        name=f"{name}-{processes}",
-        model=ModelConfig(backbone="tiny", device="cpu"),
-        data=DataConfig(task=str(folder / "rows.jsonl"), text=("text",), label="label", dev_fraction=0.17),
-        training=TrainingConfig(
-            epochs=2,
-            batch_size=4,
-            learning_rate=3e-3,
-            classifier_learning_rate=1e-2,
-            warmup_steps=0,
-            logging_steps=1,
-        ),
-    )
-    changed = base.replace(CHANGES[name])
+    """Return a run's configuration with the same number of rows per step, however many processes share them."""
+    changed = small_runs.config(folder / "rows.jsonl", f"{name}-{processes}").replace(CHANGES[name])
     if changed.model.backbone == "untied":
         changed = changed.replace({"model.backbone": str(folder / "untied")})
-    return changed.replace({"training.batch_size": changed.training.batch_size * 2 // processes})
+    return changed.replace({"training.batch_size": changed.training.batch_size // processes})
 
 
 @pytest.fixture(scope="module")

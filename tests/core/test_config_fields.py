@@ -1,0 +1,173 @@
+"""No dead field: every configuration field changes a run, or reaches what it controls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_runs import config, weights, write_table
+
+from dhrd_lib.backbones import BackboneError
+from dhrd_lib.config import DataConfig, ModelConfig, TrainingConfig
+from dhrd_lib.modeling import DHRDModel
+from dhrd_lib.runs import Run
+from dhrd_lib.training import train
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    return write_table(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(table, tmp_path_factory) -> Run:
+    return train(config(table), tmp_path_factory.mktemp("runs"))
+
+
+CHANGES = {
+    "model__backbone": "saved folder",
+    "model__pooling": "mean",
+    "model__head": "linear",
+    "model__finetune": "lora",
+    "model__freeze_layers": 1,
+    "model__dtype": "bfloat16",
+    "data__alignment": "shuffle_rationale",
+    "data__shuffled_share": 0.5,
+    "data__max_input_tokens": 8,
+    "data__max_rationale_tokens": 4,
+    "data__truncation_side": "right",
+    "data__metrics": ["macro_f1"],
+    "data__dev_fraction": 0.3,
+    "data__max_train_rows": 16,
+    "data__max_eval_rows": 4,
+    "data__split_seed": 1,
+    "data__template": "{text}?",
+    "data__rationale": None,
+    "data__group": "idx",
+    "training__class_weights": "balanced",
+    "training__alpha": 0.5,
+    "training__beta": 0.5,
+    "training__alpha_schedule": "linear",
+    "training__lm_span": "rationale_label",
+    "training__epochs": 1,
+    "training__max_steps": 3,
+    "training__batch_size": 4,
+    "training__gradient_accumulation_steps": 2,
+    "training__learning_rate": 1e-3,
+    "training__classifier_learning_rate": 1e-3,
+    "training__weight_decay": 0.5,
+    "training__warmup_steps": 5,
+    "training__lr_schedule": "cosine",
+    "training__max_grad_norm": 0.01,
+    "training__eval_steps": 2,
+    "training__logging_steps": 2,
+    "training__seed": 1,
+}
+
+
+def trace(run: Run) -> tuple:
+    """What a run computed: its log, without times, and its final weights."""
+    history = run.history.drop(columns=[c for c in run.history if "runtime" in c or "per_second" in c])
+    total = sum(tensor.double().sum().item() for tensor in weights(run).values())
+    return history.to_json(), total, tuple(run.metrics["splits"]), run.predictions("test").to_json()
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_field_changes_the_run(table, tmp_path, finished, field, tmp_path_factory):
+    value = CHANGES[field]
+    if value == "saved folder":
+        from conftest import tiny_backbone
+
+        backbone = tiny_backbone("qwen3")
+        value = str(tmp_path_factory.mktemp("backbone"))
+        backbone.model.save_pretrained(value)
+        backbone.tokenizer.save_pretrained(value)
+    if field == "data__rationale":
+        # Left out, the column is found under its own name: name one that isn't there.
+        with pytest.raises(ValueError, match="nowhere"):
+            train(config(table, "changed", data__rationale="nowhere"), tmp_path)
+        return
+    if field == "data__truncation_side":
+        finished = train(config(table, "cut", data__max_input_tokens=8), tmp_path)
+        value = {field: value, "data__max_input_tokens": 8}
+    if field == "training__class_weights":  # The table's two classes are equally frequent.
+        rows = [row for i, row in enumerate(table.read_text().splitlines()) if i % 2 or i % 3]
+        table = tmp_path / "imbalanced.jsonl"
+        table.write_text("\n".join(rows))
+        finished = train(config(table, "unweighted"), tmp_path)
+    if field == "data__shuffled_share":
+        finished = train(config(table, "all", data__alignment="shuffle_rationale"), tmp_path)
+        value = {field: value, "data__alignment": "shuffle_rationale"}
+    changed = train(config(table, "changed", **(value if isinstance(value, dict) else {field: value})), tmp_path)
+    assert trace(changed) != trace(finished)
+
+
+def test_other_fields_reach_what_they_control(table, tmp_path, finished, monkeypatch):
+    """Device, LoRA's numbers, chunk, evaluation batch, patience and reporting reach what they steer."""
+    from dhrd_lib import training
+
+    trainers = []
+    init = training.DHRDTrainer.__init__
+
+    def recording(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        trainers.append(self)
+
+    monkeypatch.setattr(training.DHRDTrainer, "__init__", recording)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    changes = {
+        "model__finetune": "lora",
+        "model__lora_r": 3,
+        "model__lora_alpha": 5,
+        "model__lora_dropout": 0.25,
+        "training__lm_chunk_tokens": 7,
+        "training__eval_batch_size": 5,
+        "training__early_stopping_patience": 1,
+        "training__learning_rate": 1e-9,
+        "training__classifier_learning_rate": 1e-9,
+        "training__epochs": 6,
+        "training__report_to": ["tensorboard"],
+    }
+    run = train(config(table, "changed", **changes), tmp_path)
+    trainer, model = trainers[0], trainers[0].model
+    layer = model.backbone.model.layers[0].self_attn.q_proj
+    assert (layer.r["default"], layer.lora_alpha["default"], layer.lora_dropout["default"].p) == (3, 5, 0.25)
+    assert model.config.lm_chunk_tokens == 7
+    assert trainer.args.per_device_eval_batch_size == 5
+    assert run.metrics["steps"] < 6 * finished.metrics["steps"] // 2  # Nothing gained: stopped early.
+    assert any((tmp_path / "tensorboard").rglob("events.*"))
+    with pytest.raises(BackboneError, match="device is 'nowhere'; expected one of"):
+        train(config(table, "elsewhere", model__device="nowhere"), tmp_path)
+
+
+def test_keep_model_false_keeps_predictions(table, tmp_path, finished):
+    run = train(config(table, "light", training__keep_model=False), tmp_path)
+    assert run.predictions("test").equals(finished.predictions("test"))
+    with pytest.raises(
+        FileNotFoundError, match=r"light.model holds no model; expected a folder of save_pretrained"
+    ):
+        DHRDModel.from_pretrained(run.folder / "model")
+
+
+def test_every_field_is_tested():
+    named = {
+        f"{part}__{name}"
+        for part, section in (
+            ("model", ModelConfig),
+            ("data", DataConfig),
+            ("training", TrainingConfig),
+        )
+        for name in section.model_fields
+    }
+    steered = {
+        *("model__device", "model__lora_r", "model__lora_alpha", "model__lora_dropout"),
+        *("training__lm_chunk_tokens", "training__eval_batch_size", "training__early_stopping_patience"),
+        "training__report_to",
+        *("data__label_names", "data__encoding", "data__columns"),  # tests/data
+        "training__cache_trunk",  # test_trunk_cache_changes_no_loss
+        "training__keep_model",  # test_keep_model_false_keeps_predictions
+        *("data__task", "data__data_dir", "data__text", "data__label"),  # tests/data
+    }
+    assert named == set(CHANGES) | steered
