@@ -40,8 +40,6 @@ class Settings(Config):
             given, missing = ("user", "password") if self.user else ("password", "user")
             raise ConfigError(f"There is a {given} and no {missing}; expected both, or neither.")
         if not self.user and self.host not in ("127.0.0.1", "localhost", "::1"):
-            raise ConfigError(
-                f"host is {self.host!r}, which other machines reach; expected DHRD_APP_USER and "
-                "DHRD_APP_PASSWORD with it, or 127.0.0.1."
-            )
+            wanted = "DHRD_APP_USER and DHRD_APP_PASSWORD with it, or 127.0.0.1"
+            raise ConfigError(f"host is {self.host!r}, which other machines reach; expected {wanted}.")
         return self
