@@ -37,10 +37,7 @@ def collect(runs: Sequence[Run]) -> pd.DataFrame:
     """
     rows = []
     for run in runs:
-        config = run.config.to_dict()
-        shared = {"run": run.name, "setting": run.config.training.setting}
-        shared |= config["model"] | config["data"] | config["training"]
-        shared |= {name: run.metrics[name] for name in TOTALS} | {"environment": run.environment}
+        shared = run.fields | {name: run.metrics[name] for name in TOTALS} | {"environment": run.environment}
         for split in run.metrics["splits"]:
             frame, cot = run.predictions(split).sort_values("idx"), run.folder / f"cot_{split}.json"
             if cot.is_file():
