@@ -162,9 +162,9 @@ class DataConfig(Config):
     `task` is a task's name or the path of a data file or folder. `text` to `metrics` belong to a user's file (see
     docs/data.md): its columns, the `template`, `label_names` (a mapping, or a list for 0, 1, ...), the `encoding`,
     the `columns` of a CSV file without a header, and the `metrics` whose mean selects the checkpoint.
-    `shuffled_share` of the rows get another row's rationale in a shuffled `alignment`. Inputs are cut at
-    `truncation_side`. `dev_fraction` of train is cut off for model selection where the data has no dev split. Row
-    limits of 0 mean all rows.
+    `shuffled_share` of the rows get another row's rationale in a shuffled `alignment`; `order` is that of the parts
+    after the input. Inputs are cut at `truncation_side`. `dev_fraction` of train is cut off for model selection
+    where the data has no dev split. Row limits of 0 mean all rows.
     """
 
     task: Name = "support_triage"
@@ -180,6 +180,7 @@ class DataConfig(Config):
     metrics: Annotated[tuple[Metric, ...], BeforeValidator(_as_tuple)] = ()
     alignment: Alignment = "consistent"
     shuffled_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    order: Literal["rationale_label", "label_rationale"] = "rationale_label"
     max_input_tokens: Annotated[int, Field(ge=8)] = 512
     max_rationale_tokens: PositiveInt = 256
     truncation_side: Literal["left", "right"] = "left"
@@ -244,6 +245,13 @@ class RunConfig(Config):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.data.order == "label_rationale" and self.training.beta == 0:
+            found = "data.order is 'label_rationale' with beta=0"
+            raise ConfigError(f"{found}; expected beta above 0, as CoT decodes the rationale first.")
+        return self
 
 
 def user_path(name: str | Path) -> Path:

@@ -140,7 +140,7 @@ class DHRDModel(PreTrainedModel):
 
     @property
     def sequence_format(self) -> SequenceFormat:
-        """The format of this model's token rows; `lm_span` belongs to the training configuration."""
+        """The format of this model's token rows; `lm_span` and `order` belong to a run's configuration."""
         fields = ("reason_marker", "answer_marker", "max_input_tokens", "max_rationale_tokens", "truncation_side")
         return SequenceFormat(self.tokenizer, **{name: getattr(self.config, name) for name in fields})
 

@@ -30,7 +30,7 @@ _COLUMNS = Features({"input_ids": _IDS, "lm_labels": _IDS, **dict.fromkeys(_COUN
 
 @dataclass(frozen=True)
 class SequenceFormat:
-    """How token rows are made: tokenizer, marker texts, the limits in tokens, and the span of the LM loss."""
+    """How token rows are made: tokenizer, marker texts, limits in tokens, the LM loss's span, the parts' order."""
 
     tokenizer: PreTrainedTokenizerBase
     reason_marker: str = REASON_MARKER
@@ -39,6 +39,7 @@ class SequenceFormat:
     max_rationale_tokens: int = 256
     lm_span: str = "all"
     truncation_side: str = "left"
+    order: str = "rationale_label"
 
     @property
     def start_ids(self) -> list[int]:
@@ -70,8 +71,9 @@ def encode_examples(
     """Encode examples as token rows (paper, "Model").
 
     With a rationale and a verbalizer a row is `[x, <REASON>, r, <ANS>, y]`, with a verbalizer alone `[x, <ANS>, y]`
-    (the paper's OnlyLabel), with neither `[x]`. It has `input_ids`, `lm_labels` (of the same length, `IGNORE_INDEX`
-    where nothing is predicted), `input_length`, and the numbers of tokens cut from the input and the rationale.
+    (the paper's OnlyLabel), with neither `[x]`; the order "label_rationale" swaps what follows x. It has
+    `input_ids`, `lm_labels` (of the same length, `IGNORE_INDEX` where nothing is predicted), `input_length`, and
+    the numbers of tokens cut from the input and the rationale.
     """
     if not inputs:
         return []
@@ -83,14 +85,16 @@ def encode_examples(
     for text, rationale, label in zip(inputs, rationales, labels, strict=True):
         # The cut doesn't depend on what follows the input, so the class logits don't either.
         ids, input_cut = cut_to_fit(ids_of[text], start, fmt.max_input_tokens, fmt.truncation_side)
-        input_length, rationale_cut = len(ids), 0
+        input_length, rationale_cut, reasoning = len(ids), 0, []
         if rationale is not None:
             body = ids_of[rationale]
             rationale_cut = max(len(body) - fmt.max_rationale_tokens, 0)
-            ids = ids + reason + body[: fmt.max_rationale_tokens]
-        if label is not None:
-            ids = ids + answer + ids_of[label]
-        unsupervised = 1 if fmt.lm_span == "all" else input_length + len(reason) * (rationale is not None)
+            reasoning = reason + body[: fmt.max_rationale_tokens]
+        target = [] if label is None else answer + ids_of[label]
+        rationale_first = fmt.order == "rationale_label"
+        ids = ids + (reasoning + target if rationale_first else target + reasoning)
+        prompt = reason if rationale_first else answer
+        unsupervised = 1 if fmt.lm_span == "all" else input_length + len(prompt) * (rationale is not None)
         # A row without a label is an input alone: it trains the classifier and adds nothing to the LM loss.
         supervised = ids[unsupervised:] if label is not None else []
         lm_labels = [IGNORE_INDEX] * (len(ids) - len(supervised)) + supervised

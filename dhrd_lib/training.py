@@ -219,7 +219,7 @@ def _encode(
     Sorts dev's rows in `splits` by length, as they are evaluated in batches in their order.
     """
     training = config.training
-    fmt = replace(model.sequence_format, lm_span=training.lm_span)
+    fmt = replace(model.sequence_format, lm_span=training.lm_span, order=config.data.order)
     rows, reports = {}, {}
     for split in list(splits):
         lm_trained = split == "train" or (split == "dev" and training.beta == 0)

@@ -79,6 +79,17 @@ def test_wrong_value_is_refused(section, values):
         section(**values)
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"data.order": "label_rationale", "training.beta": 0}, "data.order is 'label_rationale' with beta=0"),
+    ],
+)
+def test_sections_that_do_not_fit_are_refused(changes, problem):
+    with pytest.raises(ConfigError, match=f"^{problem}.*; expected .*[.]$"):
+        RunConfig().replace(changes)
+
+
 def test_unknown_field_is_named():
     with pytest.raises(ConfigError, match=r"^training\.alhpa is not a field; expected one of alpha, beta, "):
         RunConfig.from_dict({"training": {"alhpa": 1}})

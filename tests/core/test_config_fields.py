@@ -35,6 +35,7 @@ CHANGES = {
     "model__dtype": "bfloat16",
     "data__alignment": "shuffle_rationale",
     "data__shuffled_share": 0.5,
+    "data__order": "label_rationale",
     "data__max_input_tokens": 8,
     "data__max_rationale_tokens": 4,
     "data__truncation_side": "right",

@@ -74,6 +74,20 @@ def test_row_is_input_reason_rationale_answer_label(fmt, started):
     assert begun["input_ids"] == [0, *row["input_ids"]]
 
 
+@pytest.mark.parametrize("lm_span", ["all", "rationale_label"])
+def test_label_may_come_before_rationale(fmt, lm_span):
+    swapped = replace(fmt, order="label_rationale", lm_span=lm_span)
+    row = encode_example(swapped, "My lamp broke.", "It came broken.", "refund")
+    assert row["input_ids"] == ids(fmt, "My lamp broke.", ANSWER, " refund", REASON, " It came broken.")
+    assert row["input_length"] == len(ids(fmt, "My lamp broke."))
+    unsupervised = 1 if lm_span == "all" else len(ids(fmt, "My lamp broke.", ANSWER))
+    assert row["lm_labels"] == [IGNORE_INDEX] * unsupervised + row["input_ids"][unsupervised:]
+    for parts in ((None, "refund"), (None, None)):
+        assert encode_example(swapped, "My lamp.", *parts) == encode_example(
+            replace(fmt, lm_span=lm_span), "My lamp.", *parts
+        )
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_long_input_is_cut_on_its_side_whatever_follows(started, side):
     short = replace(started, max_input_tokens=8, max_rationale_tokens=4, truncation_side=side)
