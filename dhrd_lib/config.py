@@ -194,16 +194,18 @@ class TrainingConfig(Config):
     """The loss weights and the optimization.
 
     `alpha` weighs the LM loss, `beta` the class loss (paper, "Loss"); `alpha_schedule` anneals alpha to 0 at the
-    last step or keeps it. `lm_span` is the part of the sequence that the LM loss covers; `class_weights="balanced"`
-    weighs a row's class loss by the inverse of its class's share. `batch_size` is per device and step; `max_steps`
-    of 0 means that `epochs` decides. Dev is evaluated and a checkpoint saved every `eval_steps` steps (0: once an
-    epoch); `early_stopping_patience` counts evaluations without a gain (0: never). `cache_trunk` (the states that
-    leave frozen layers) and `lm_chunk_tokens` (the memory of the LM loss) change no result.
+    last step or keeps it. For the first `beta_delay` of the steps, a share, the LM loss trains alone. `lm_span`
+    is the part of the sequence that the LM loss covers; `class_weights="balanced"` weighs a row's class loss by
+    the inverse of its class's share. `batch_size` is per device and step; `max_steps` of 0 means that `epochs`
+    decides. Dev is evaluated and a checkpoint saved every `eval_steps` steps (0: once an epoch);
+    `early_stopping_patience` counts evaluations without a gain (0: never). `cache_trunk` (the states that leave
+    frozen layers) and `lm_chunk_tokens` (the memory of the LM loss) change no result.
     """
 
     alpha: Weight = 1.0
     beta: Weight = 1.0
     alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    beta_delay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     lm_span: Literal["all", "rationale_label"] = "all"
     class_weights: Literal["none", "balanced"] = "none"
     epochs: PositiveInt = 3
@@ -230,6 +232,15 @@ class TrainingConfig(Config):
     def _check_weights(self) -> Self:
         if self.alpha == 0 and self.beta == 0:
             raise ConfigError("alpha and beta are both 0; expected at least one of them above 0.")
+        for name, is_set, other, fits, expected in (
+            ("beta_delay", self.beta_delay, "alpha", self.alpha, "alpha above 0"),
+            ("beta_delay", self.beta_delay, "beta", self.beta, "beta above 0"),
+            # Evaluations of an untrained classifier would use the patience up.
+            ("beta_delay", self.beta_delay, "early_stopping_patience", not self.early_stopping_patience, "0"),
+        ):
+            if is_set and not fits:
+                found = f"{name} is {getattr(self, name)!r} with {other}={getattr(self, other)!r}"
+                raise ConfigError(f"{found}; expected {expected}.")
         return self
 
     @property

@@ -77,6 +77,11 @@ def scheduled_alpha(alpha: float, schedule: str, step: int, total_steps: int) ->
     return alpha * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def scheduled_beta(beta: float, delay: float, step: int, total_steps: int) -> float:
+    """Return beta at an optimizer step (0-based): 0 in the first `delay` of the steps, a share."""
+    return 0.0 if (step + 1) / total_steps <= delay else beta
+
+
 class TrainingClock(TrainerCallback, ExportableState):
     """Counts the seconds of training steps; checkpoints keep the count, so that a resumed run goes on from it."""
 
@@ -168,6 +173,9 @@ class DHRDTrainer(Trainer):
     def _alpha(self, step: int) -> float:
         return scheduled_alpha(self.config.alpha, self.config.alpha_schedule, step, self.state.max_steps)
 
+    def _beta(self, step: int) -> float:
+        return scheduled_beta(self.config.beta, self.config.beta_delay, step, self.state.max_steps)
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -191,7 +199,7 @@ class DHRDTrainer(Trainer):
             outputs = model(
                 **inputs,
                 alpha=self._alpha(self.state.global_step) if model.training else self.config.alpha,
-                beta=self.config.beta,
+                beta=self._beta(self.state.global_step) if model.training else self.config.beta,
                 num_examples=None if counts is None else counts[0],
                 num_lm_tokens=None if counts is None else counts[1],
                 class_weights=self.class_weights,
@@ -210,7 +218,7 @@ class DHRDTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add every term to a training step's log: class loss, LM loss, and the alpha of the last step."""
+        """Add every term to a training step's log: class loss, LM loss, and the last step's weights."""
         if "loss" in logs and "eval_loss" not in logs:
             steps = max(self.state.global_step - self._terms_logged_at, 1)
             terms = self.accelerator.gather(self._terms.to(self.args.device)[None]).sum(0) / steps
@@ -218,6 +226,8 @@ class DHRDTrainer(Trainer):
             if self.config.alpha:
                 logs["lm_loss"] = terms[1].item()
             logs["alpha"] = self._alpha(self.state.global_step - 1)
+            if self.config.beta_delay:
+                logs["beta"] = self._beta(self.state.global_step - 1)
             self._terms.zero_()
             self._terms_logged_at = self.state.global_step
         super().log(logs, start_time)

@@ -22,6 +22,9 @@ PROFILES = {
     "full": {"tasks": ["support_triage", "everyday_nli"], "seeds": 5, "epochs": 3, "freeze_layers": 15},
 }
 
+# What makes a configuration its pooled baseline; the other options of a loss need alpha.
+BASELINE = {"training.alpha": 0.0, "training.beta_delay": 0.0}
+
 
 def profile_config(profile: str = "quick", task: str = "support_triage") -> RunConfig:
     """Return a profile's DHRD configuration for a task, without a seed in its name."""
@@ -50,13 +53,11 @@ def with_baselines(config: RunConfig, seeds: Iterable[int]) -> list[RunConfig]:
     if alpha == 0 or beta == 0:
         raise ConfigError(f"alpha and beta are {alpha} and {beta}; expected both above 0, as in DHRD.")
     # DHRD first: the cached states of its rows serve the baseline too, whose rows are the inputs alone.
-    weights = {"dhrd": alpha, "baseline": 0.0}
+    changes = {"dhrd": {}, "baseline": BASELINE}
     return [
-        config.replace(
-            {"name": f"{config.name}-{setting}-seed{seed}", "training.alpha": weight, "training.seed": seed}
-        )
+        config.replace({"name": f"{config.name}-{setting}-seed{seed}", "training.seed": seed} | of)
         for seed in seeds
-        for setting, weight in weights.items()
+        for setting, of in changes.items()
     ]
 
 

@@ -51,6 +51,7 @@ CHANGES = {
     "training__alpha": 0.5,
     "training__beta": 0.5,
     "training__alpha_schedule": "linear",
+    "training__beta_delay": 0.5,
     "training__lm_span": "rationale_label",
     "training__epochs": 1,
     "training__max_steps": 3,

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import Run, find_runs, load_run, load_runs
-from dhrd_lib.trainer import LengthGroupedSampler, scheduled_alpha
+from dhrd_lib.trainer import LengthGroupedSampler, scheduled_alpha, scheduled_beta
 from dhrd_lib.training import train
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -236,6 +236,17 @@ def test_best_dev_checkpoint_is_kept(finished):
 )
 def test_alpha_schedules(schedule, expected):
     assert [scheduled_alpha(2.0, schedule, step, 5) for step in (0, 2, 4)] == pytest.approx(expected)
+
+
+def test_beta_delay_trains_the_lm_loss_alone_first(table, tmp_path):
+    assert [scheduled_beta(2.0, 0.4, step, 5) for step in range(5)] == [0, 0, 2, 2, 2]
+    assert scheduled_beta(2.0, 0.99, 9, 10) == 2.0  # The last step is always joint.
+    run = train(config(table, training__beta_delay=0.5, training__max_steps=4, training__beta=2.0), tmp_path)
+    terms = logged(run, "loss", "class_loss", "lm_loss", "beta")
+    assert [beta for *_, beta in terms] == [0, 0, 2, 2]
+    for _, loss, class_loss, lm_loss, beta in terms:
+        assert loss == pytest.approx(beta * class_loss + lm_loss, abs=1e-4)
+    assert "beta" not in train(config(table, "plain", training__max_steps=1), tmp_path).history
 
 
 def test_sampler_groups_rows_of_similar_length():
