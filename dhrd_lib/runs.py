@@ -15,9 +15,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from filelock import FileLock
 
-from dhrd_lib.config import ConfigError, RunConfig
+from dhrd_lib.config import RunConfig, WorkbenchError, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -116,31 +118,21 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not is_finished(folder):
         raise FileNotFoundError(f"{folder} holds no finished run (no metrics.json); expected a run's folder.")
-    metrics, environment = (
-        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("metrics", "environment")
-    )
-    run = Run(folder, RunConfig.load(folder / "config.json"), metrics, environment)
-    if run.config.training.beta == 0:  # Version 0.1 stored the metrics of the untrained classifier.
+    metrics, environment = (read_json(folder / f"{name}.json") for name in ("metrics", "environment"))
+    config = RunConfig.load(folder / "config.json")
+    if config.training.beta == 0:  # Version 0.1 stored the metrics of the untrained classifier.
         metrics["splits"] = {split: {} for split in metrics["splits"]}
-    return run
+    return Run(folder, config, metrics, environment)
 
 
-def read_runs(root: str | Path = "runs") -> tuple[list[Run], list[str]]:
-    """Return all finished runs below a folder, by name, and one sentence for each that can't be loaded."""
-    runs, unreadable = [], []
+def find_runs(root: str | Path = "runs", report: Callable[[str], Any] = warnings.warn) -> list[Run]:
+    """Return all finished runs below a folder, by name; `report` gets a sentence for each that can't be loaded."""
+    runs = []
     for path in sorted(Path(root).glob("*/metrics.json")):
         try:
             runs.append(load_run(path.parent))
-        except (ConfigError, OSError, ValueError) as error:  # Another version's configuration, for one.
-            unreadable.append(f"{path.parent} can't be loaded: {error}")
-    return runs, unreadable
-
-
-def find_runs(root: str | Path = "runs") -> list[Run]:
-    """Return all finished runs below a folder, by name; warns of those that can't be loaded."""
-    runs, unreadable = read_runs(root)
-    for sentence in unreadable:
-        warnings.warn(f"{sentence} The run is left out.", stacklevel=2)
+        except (WorkbenchError, OSError) as error:  # Another version's configuration, for one.
+            report(f"{path.parent} can't be loaded and is skipped: {error}")
     return runs
 
 
@@ -151,37 +143,6 @@ def load_runs(root: str | Path = "runs") -> pd.DataFrame:
         totals = {key: value for key, value in run.metrics.items() if isinstance(value, (int, float))}
         rows += [{**run.fields, **totals, "split": split, **of} for split, of in run.metrics["splits"].items()]
     return pd.DataFrame(rows)
-
-
-def environment_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return one line for each entry in which two environments differ."""
-    old, new = ({**of, **of["packages"]} for of in (stored, now))
-    names = [name for name in {**old, **new} if name != "packages" and old.get(name) != new.get(name)]
-    return [f"{name}: {old.get(name)} then, {new.get(name)} now" for name in names]
-
-
-def compare_repeat(stored: Run, new: Run) -> pd.DataFrame:
-    """Return one row per split: the stored primary metric, the repeat's, and how their predictions compare."""
-    rows, splits = [], [run.metrics["splits"] for run in (stored, new)]
-    for split in {**splits[0], **splits[1]}:
-        primary = [of.get(split, {}).get("primary") for of in splits]
-        rows.append((split, *primary, _compare_predictions(stored, new, split)))
-    return pd.DataFrame(rows, columns=["split", "stored", "new", "predictions"])
-
-
-def _compare_predictions(stored: Run, new: Run, split: str) -> str:
-    if any(split not in run.metrics["splits"] for run in (stored, new)):
-        return "of another split: the data has changed"
-    if not (stored.folder / f"predictions_{split}.jsonl").is_file():
-        return "not stored"
-    old, repeat = (run.predictions(split) for run in (stored, new))
-    rows = ["idx", "input_text", "label"]
-    if not old[rows].equals(repeat[rows]):
-        return "of other rows: the data has changed"
-    if "prediction" not in old:
-        return "none: beta is 0"
-    differing = int((old["prediction"] != repeat["prediction"]).sum())
-    return f"{differing} of {len(old)} differ" if differing else "all the same"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -204,29 +165,17 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Return what a run's figures depend on beside its configuration: versions, hardware, git commit."""
     import torch
 
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    cpu_info, commit = Path("/proc/cpuinfo"), None
+    processor = re.search(r"^model name\s*: (.+)$", cpu_info.read_text() if cpu_info.is_file() else "", re.M)
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES.split()},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor[1] if processor else platform.processor(),
         "cpu_threads": torch.get_num_threads(),
-        "device": accelerator or device.type,
-        "git_commit": _git_commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "git_commit": commit,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -72,14 +72,6 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
     return load_run(folder)
 
 
-def rerun(stored: Run, root: str | Path) -> Run:
-    """Train a finished run's configuration again; raises `ConfigError` where `root` holds the run, or a repeat."""
-    folder = Path(root) / stored.config.name
-    if is_finished(folder):
-        raise ConfigError(f"{folder} is finished already; expected another folder for the repeat.")
-    return train(stored.config, root)
-
-
 def drop_checkpoints(folder: Path) -> None:
     """Remove the checkpoints and the lock of a finished run."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -11,7 +11,7 @@ from app import html
 from app import runs as stored
 from app.events import QUIET
 from app.settings import Settings
-from dhrd_lib.runs import Run, find_runs, read_runs
+from dhrd_lib.runs import Run, find_runs
 from dhrd_lib.studies.tables import factors
 
 _PURPOSE = {
@@ -79,8 +79,8 @@ class RunsTab:
         self.ablation.change(self._on_ablation, self.ablation, [self.ablation_figure, self.ablation_table], **QUIET)
 
     def _read(self, picked: str | None) -> list[Any]:
-        runs, unreadable = read_runs(self.settings.runs)
-        names = [run.name for run in runs]
+        unreadable: list[str] = []
+        names = [run.name for run in find_runs(self.settings.runs, unreadable.append)]
         status = "".join(html.notice(sentence, "error") for sentence in unreadable)
         if not names:
             status += html.notice("No finished run yet. Train one with `make run` or the button above.", "empty")
