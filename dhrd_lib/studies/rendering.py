@@ -2,16 +2,25 @@
 
 In a notebook, plotly stores a figure as its own MIME type alone, which nbconvert's HTML export leaves out. HTML is
 added, and plotly.js once per kernel (5 MB in the saved notebook): unlike plotly's "notebook", it requests nothing.
+
+With DHRD_FIGURE_IMAGES=1, and a Chrome for kaleido, each figure has a picture too, which its HTML shows where no
+script runs. That takes seconds for the first figure of a kernel, and a third of a second for each other one.
 """
 
 from __future__ import annotations
 
+import base64
 import os
 from typing import Any
 
 import plotly.io
 from plotly.io.base_renderers import MimetypeRenderer
 from plotly.offline import get_plotlyjs
+
+_WITHOUT_SCRIPTS = (
+    "<noscript><style>div:has(> .plotly-graph-div) {{display: none}}</style>"
+    '<img alt="figure" style="max-width: 100%" src="data:image/png;base64,{}"></noscript>'
+)
 
 
 class ExportRenderer(MimetypeRenderer):
@@ -26,7 +35,23 @@ class ExportRenderer(MimetypeRenderer):
             # Apart from the figure, plotly.js outlives the updates of a live one.
             display({"text/html": f"<script>{get_plotlyjs()}</script>"}, raw=True)
             ExportRenderer._kernel_has_plotlyjs = True
-        return {"text/html": plotly.io.to_html(fig_dict, full_html=False, include_plotlyjs=False, validate=False)}
+        html = plotly.io.to_html(fig_dict, full_html=False, include_plotlyjs=False, validate=False)
+        if (image := _png(fig_dict)) is None:
+            return {"text/html": html}
+        return {"text/html": html + _WITHOUT_SCRIPTS.format(image), "image/png": image}
+
+
+def _png(fig_dict: dict[str, Any]) -> str | None:
+    """Return a figure as PNG in base64, or None where no picture is asked for or there is no Chrome."""
+    if os.environ.get("DHRD_FIGURE_IMAGES") != "1":
+        return None
+    import kaleido
+    from choreographer.browsers.chromium import Chromium
+
+    if Chromium.find_browser(skip_local=False) is None:
+        return None  # kaleido's server would wait for it without end
+    kaleido.start_sync_server(n=1, silence_warnings=True)  # one Chrome per kernel: starting it takes seconds
+    return base64.b64encode(kaleido.calc_fig_sync(fig_dict, {"format": "png", "width": 900})).decode()
 
 
 def show_figures_in_exports() -> None:
