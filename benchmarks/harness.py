@@ -24,7 +24,7 @@ from transformers import pipeline
 
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import CoT, CoTPredictions, Decoding, Generations
-from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, length_sorted_batches
+from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, length_sorted_batches, render_inputs
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.serving.classifier import ExportedClassifier
 from dhrd_lib.serving.export import sequence_classifier
@@ -332,7 +332,8 @@ def lm_head_system(name: str, cot: CoT, settings: tuple[int, ...] = (1,), **limi
     """Wrap the LM head alone: verbalizers scored right after the input (budget 0)."""
 
     def answer(texts: Sequence[str], max_batch_tokens: int) -> CoTPredictions:
-        return cot.without_rationale(texts, max_batch_tokens=max_batch_tokens)
+        inputs = render_inputs(cot.task.template, texts)
+        return cot.score(Generations(inputs, [[[]] for _ in inputs], 0, 0.0), max_batch_tokens)
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return [cot.encode_bare(text) for text in texts]

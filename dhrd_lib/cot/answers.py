@@ -5,18 +5,15 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-import numpy as np
 import regex
 
 from dhrd_lib.evaluation import NO_ANSWER
 
 MAX_ANSWER_CHARACTERS = 80  # A longer line after the marker is no answer any more.
 _WORD = r"[\p{L}\p{M}\p{N}]"
-# Scripts that write words without spaces, or attach particles to them: a label may begin and end inside a word.
-_JOINING = (
-    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\p{Arabic}\p{Hebrew}"
-)
-_SEPARATED = rf"[{_WORD}--[{_JOINING}]]"
+# Scripts without spaces between words, and those with particles attached: a label may begin and end inside a word.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+JOINING = rf"{UNSPACED}\p{{Hangul}}\p{{Arabic}}\p{{Hebrew}}"
 
 
 class AnswerReader:
@@ -30,19 +27,17 @@ class AnswerReader:
 
     def __init__(self, marker: str, label_names: Sequence[str], verbalizers: Sequence[str]) -> None:
         self.marker = marker
-        classes = {_normalized(name).strip(): i for i, name in [*enumerate(label_names), *enumerate(verbalizers)]}
+        classes = {normalized(name).strip(): i for i, name in [*enumerate(label_names), *enumerate(verbalizers)]}
         names = sorted(classes, key=len, reverse=True)
         self._classes = [classes[name] for name in names]
         # Words of a label may be separated otherwise, or by an escaped underscore.
-        words = [regex.split(rf"(?<={_WORD})[\s_-]+(?={_WORD})", name) for name in names]
-        flexible = [r"[\s_\\-]*".join(map(regex.escape, parts)) for parts in words]
-        either = "|".join(f"({label})" for label in flexible)
-        self._label = regex.compile(either)
+        separators, any_separator = rf"(?<={_WORD})[\s_-]+(?={_WORD})", r"[\s_\\-]*"
+        labels = [any_separator.join(map(regex.escape, regex.split(separators, name))) for name in names]
+        either = "|".join(f"({label})" for label in labels)
         # A hyphen or an underscore joins words: "pre-refund" is not "refund".
-        whole, inside = (
-            rf"(?<!{character}[_-]?)(?:{either})(?![_-]?{character})" for character in (_WORD, _SEPARATED)
-        )
-        self._whole, self._inside = regex.compile(whole, regex.V1), regex.compile(inside, regex.V1)
+        bounds = [(rf"(?<!{char}[_-]?)", rf"(?![_-]?{char})") for char in (_WORD, rf"[{_WORD}--[{JOINING}]]")]
+        patterns = [either, *(f"{before}(?:{either}){after}" for before, after in bounds)]
+        self._label, self._whole, self._inside = (regex.compile(pattern, regex.V1) for pattern in patterns)
 
     def read(self, text: str) -> int:
         """Return the class that is named first; `NO_ANSWER` where the marker is missing or no label follows it."""
@@ -74,7 +69,7 @@ class AnswerReader:
 
     def _answer_line(self, text: str) -> tuple[str, bool]:
         """Return the line with the answer, and whether it is complete."""
-        *complete, last = [line.lstrip() for line in _normalized(text.partition(self.marker)[2]).split("\n")]
+        *complete, last = [line.lstrip() for line in normalized(text.partition(self.marker)[2]).split("\n")]
         for line in complete:
             is_heading = line.rstrip("*_`# \t\r").endswith((":", ">")) and not self._find(line)
             if regex.search(_WORD, line) and not is_heading:
@@ -82,19 +77,6 @@ class AnswerReader:
         return last[:MAX_ANSWER_CHARACTERS], len(last) >= MAX_ANSWER_CHARACTERS
 
 
-def vote(read: np.ndarray, probabilities: np.ndarray | None = None) -> np.ndarray:
-    """Return the majority of each row's samples: class indices `(N, n)` to `(N,)` (self-consistency).
-
-    `NO_ANSWER` has no vote; a row without a vote is `NO_ANSWER`. Ties go to the class of the greatest summed
-    probability (`probabilities (N, n, K)`), and without probabilities to the class that was read first.
-    """
-    voted = np.full(len(read), NO_ANSWER)
-    for row, votes in enumerate(read):
-        if classes := [c for c in dict.fromkeys(votes.tolist()) if c != NO_ANSWER]:
-            weight = {c: 0.0 if probabilities is None else probabilities[row, :, c].sum() for c in classes}
-            voted[row] = max(classes, key=lambda c: ((votes == c).sum(), weight[c]))
-    return voted
-
-
-def _normalized(text: str) -> str:
+def normalized(text: str) -> str:
+    """Return a text without differences of case and of width."""
     return unicodedata.normalize("NFKC", text).casefold()

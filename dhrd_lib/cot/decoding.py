@@ -9,20 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from pydantic import Field, model_validator
+from pydantic import Field
 from scipy.special import softmax
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dhrd_lib.backbones import Backbone, decoder_of, lm_logits
 from dhrd_lib.config import Config, ConfigError, PositiveFloat, PositiveInt, Seed
-from dhrd_lib.cot.answers import AnswerReader, vote
+from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.evaluation import NO_ANSWER
 from dhrd_lib.generation import check_context, encode_chat, end_ids, generate, left_padded, stream
 from dhrd_lib.inputs import SENTINEL, Inputs, length_sorted_batches, render, render_inputs
@@ -43,8 +43,7 @@ class Decoding(Config):
     """How tokens are drawn; the defaults are the paper's (paper, "Training set-up").
 
     `n_samples` above 1 is self-consistency: that many rationales a row, and a vote. `early_stop` ends a row once
-    its answer is settled; without it, every row gets `max_new_tokens`. `batch_size` counts sequences; draws depend
-    on `seed` and on which rows share a batch.
+    its answer is settled. `batch_size` counts sequences; draws depend on `seed` and on which rows share a batch.
     """
 
     sample: bool = True
@@ -56,24 +55,14 @@ class Decoding(Config):
     batch_size: PositiveInt = 8
     seed: Seed = 0
 
-    @model_validator(mode="after")
-    def _greedy_has_one_sample(self) -> Self:
-        if not self.sample and self.n_samples > 1:
-            raise ConfigError(f"n_samples is {self.n_samples} with greedy decoding; expected 1, or sample=True.")
-        return self
-
     def arguments(self, reader: AnswerReader, batch: int = 0) -> dict[str, Any]:
         """Return the arguments of `generation.generate`; a hub model's own defaults are not the paper's."""
-        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        end = {"is_complete": reader.is_settled} if self.early_stop else {"min_new_tokens": self.max_new_tokens}
-        return {
-            **(drawn if self.sample else dict.fromkeys(drawn)),
-            **end,
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.sample,
-            "repetition_penalty": 1.0,
-            "seed": self.seed * 1_000_003 + batch,  # A batch's draws must not depend on how long the last one was.
-        }
+        n, drawn = self.max_new_tokens, {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        arguments = {"max_new_tokens": n, "do_sample": self.sample, "repetition_penalty": 1.0}
+        arguments |= drawn if self.sample else dict.fromkeys(drawn)
+        arguments |= {"is_complete": reader.is_settled} if self.early_stop else {"min_new_tokens": n}
+        # A batch's draws must not depend on how long the last one was.
+        return arguments | {"seed": self.seed * 1_000_003 + batch}
 
 
 @dataclass(frozen=True)
@@ -92,11 +81,6 @@ class Generations:
     def tokens(self) -> np.ndarray:
         """The number of tokens decoded for each row, over all its samples: `(N,)`."""
         return np.array([sum(map(len, row)) for row in self.samples])
-
-    @property
-    def seconds_by_row(self) -> np.ndarray:
-        """Each row's share of the decoding time, by its tokens: `(N,)`."""
-        return self.seconds * self.tokens / self.tokens.sum()
 
     def truncated(self, budget: int) -> Generations:
         """Return what decoding with a smaller budget gives: the same first tokens. Its time is unknown (NaN)."""
@@ -122,11 +106,6 @@ class CoTPredictions:
     def labels(self) -> list[str | None]:
         """Label names; None for a row without an answer."""
         return [None if i == NO_ANSWER else self.label_names[i] for i in self.prediction_ids]
-
-    @property
-    def unanswered(self) -> int:
-        """The number of rows without an answer."""
-        return int((self.prediction_ids == NO_ANSWER).sum())
 
 
 @dataclass(frozen=True)
@@ -155,11 +134,11 @@ class CoT:
         reason = fmt.encode(fmt.reason_marker)
         task = Task("", config.template, tuple(model.label_names), tuple(config.verbalizers))
 
-        def encode(text: str) -> list[int]:
+        def bare(text: str) -> list[int]:
             return encode_example(fmt, text)["input_ids"]
 
         backbone = model.backbone, model.tokenizer
-        return cls("fine-tuned", *backbone, task, fmt.answer_marker, lambda text: encode(text) + reason, encode)
+        return cls("fine-tuned", *backbone, task, fmt.answer_marker, lambda text: bare(text) + reason, bare)
 
     @classmethod
     def from_backbone(cls, backbone: Backbone, task: Task, examples: Sequence[Mapping[str, Any]] = ()) -> CoT:
@@ -167,10 +146,10 @@ class CoT:
 
         Examples (see `pick_examples`) become earlier turns of the chat. A sentinel separates rationale and answer.
         """
+        fields = {"labels": ", ".join(task.verbalizers), "sentinel": SENTINEL}
 
         def question(text: str) -> tuple[str, str]:
-            fields = {"input": text, "labels": ", ".join(task.verbalizers), "sentinel": SENTINEL}
-            return "user", render(PROMPT, fields)
+            return "user", render(PROMPT, {"input": text, **fields})
 
         turns = []
         for row in examples:
@@ -194,20 +173,20 @@ class CoT:
 
     def generate(self, inputs: Inputs, decoding: Decoding) -> Generations:
         """Decode rationale and answer of each input; raise `ConfigError` where they don't fit the context."""
-        texts, n = render_inputs(self.task.template, inputs), decoding.n_samples
+        texts, n, size = render_inputs(self.task.template, inputs), decoding.n_samples, decoding.batch_size
         prompts = [ids for ids in map(self.encode_prompt, texts) for _ in range(n)]
         check_context(self.lm, prompts, decoding.max_new_tokens)
-        new: dict[int, list[int]] = {}
+        new: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         started = time.perf_counter()
-        for number, first in enumerate(tqdm(range(0, len(order), decoding.batch_size), desc="CoT", delay=2)):
-            places = order[first : first + decoding.batch_size]
+        for number, first in enumerate(tqdm(range(0, len(order), size), desc="CoT", delay=2)):
+            places = order[first : first + size]
             batch = [prompts[place] for place in places]
             rows = generate(self.lm, self.tokenizer, batch, **decoding.arguments(self.reader, number))
-            new.update(zip(places, rows, strict=True))
-        seconds = time.perf_counter() - started
-        samples = [[new[place] for place in range(i, i + n)] for i in range(0, len(prompts), n)]
-        return Generations(texts, samples, decoding.max_new_tokens, seconds)
+            for place, ids in zip(places, rows, strict=True):
+                new[place] = ids
+        samples = [new[i : i + n] for i in range(0, len(new), n)]
+        return Generations(texts, samples, decoding.max_new_tokens, time.perf_counter() - started)
 
     def stream(self, row: str | Mapping[str, Any], decoding: Decoding) -> Iterator[Generations]:
         """Decode one sample of one input and yield, after each token, all that was decoded so far.
@@ -222,37 +201,34 @@ class CoT:
                 yield Generations([text], [[ids]], decoding.max_new_tokens, seconds)
 
     def parse(self, generations: Generations) -> CoTPredictions:
-        """Read the answers from the text after the marker; several samples vote (see `vote`)."""
+        """Read the answers from the text after the marker; the majority of several samples counts."""
         texts = [[self.tokenizer.decode(self._without_end(ids)) for ids in row] for row in generations.samples]
         read = np.array([[self.reader.read(text) for text in row] for row in texts])  # (N, samples)
-        shares = (read[:, :, None] == np.arange(len(self.task.verbalizers))).mean(1)
-        return CoTPredictions(self.task.label_names, vote(read), shares, generations.tokens)
+        votes = read[:, :, None] == np.arange(len(self.task.verbalizers))  # (N, samples, K)
+        # A tie goes to the class that was read first.
+        majority = (votes.sum(1) * votes.shape[1] - votes.argmax(1)).argmax(1)
+        predictions = np.where(votes.any((1, 2)), majority, NO_ANSWER)
+        return CoTPredictions(self.task.label_names, predictions, votes.mean(1), generations.tokens)
 
     def score(self, generations: Generations, max_batch_tokens: int = 4096) -> CoTPredictions:
         """Read the answers from the LM head's probability of each verbalizer after rationale and marker.
 
         A rationale ends before the marker, or else where it was cut; what follows it isn't counted as spent.
+        The probabilities of several samples are averaged.
         """
         encode = self.encode_prompt if generations.max_new_tokens else self.encode_bare
         texts = [self.answer_marker, *(f" {verbalizer}" for verbalizer in self.task.verbalizers)]
         marker, *answers = self.tokenizer(texts, add_special_tokens=False).input_ids
-        prefixes, tokens = [], np.zeros(len(generations.samples), dtype=int)
-        for i, (text, samples) in enumerate(zip(generations.inputs, generations.samples, strict=True)):
-            prompt = encode(text)
-            for ids in samples:
-                rationale, spent = self._rationale(ids)
-                prefixes.append(prompt + rationale + marker)
-                tokens[i] += spent
+        rows = [list(map(self._rationale, row)) for row in generations.samples]
+        prompts = map(encode, generations.inputs)
+        prefixes = [
+            ids + rationale + marker for ids, row in zip(prompts, rows, strict=True) for rationale, _ in row
+        ]
         check_context(self.lm, prefixes, max(map(len, answers)))
-        scores = score_continuations(self.lm, prefixes, answers, self.tokenizer.pad_token_id, max_batch_tokens)
-        probabilities = softmax(scores, axis=1).reshape(len(tokens), -1, len(answers))  # (N, samples, K)
-        predictions = vote(probabilities.argmax(2), probabilities)
-        return CoTPredictions(self.task.label_names, predictions, probabilities.mean(1), tokens)
-
-    def without_rationale(self, inputs: Inputs, max_batch_tokens: int = 4096) -> CoTPredictions:
-        """Read the LM head alone: score the verbalizers right after the input, with no token decoded (budget 0)."""
-        texts = render_inputs(self.task.template, inputs)
-        return self.score(Generations(texts, [[[]] for _ in texts], 0, 0.0), max_batch_tokens)
+        scores = score_continuations(self.lm, prefixes, answers, max_batch_tokens)
+        probabilities = softmax(scores, axis=1).reshape(len(rows), -1, len(answers)).mean(1)
+        tokens = np.array([sum(spent for _, spent in row) for row in rows])
+        return CoTPredictions(self.task.label_names, probabilities.argmax(1), probabilities, tokens)
 
     def _without_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] in end_ids(self.lm, self.tokenizer) else ids
@@ -263,22 +239,13 @@ class CoT:
         start = self.tokenizer.decode(kept).find(marker)
         if start < 0:
             return kept, len(ids)
-        counts = range(len(kept) + 1)
-
-        def characters(n: int) -> int:
-            return len(self.tokenizer.decode(kept[:n]))
-
-        spent = bisect_left(counts, start + len(marker), key=characters)
-        return kept[: bisect_right(counts, start, key=characters) - 1], spent
+        counts = {"a": range(len(kept) + 1), "key": lambda n: len(self.tokenizer.decode(kept[:n]))}
+        return kept[: bisect_right(x=start, **counts) - 1], bisect_left(x=start + len(marker), **counts)
 
 
 @torch.inference_mode()
 def score_continuations(
-    lm: PreTrainedModel,
-    prefixes: Sequence[list[int]],
-    continuations: Sequence[list[int]],
-    pad_token_id: int,
-    max_batch_tokens: int = 4096,
+    lm: PreTrainedModel, prefixes: Sequence[list[int]], continuations: Sequence[list[int]], max_batch_tokens: int
 ) -> np.ndarray:
     """Return the summed log-probability of each of K continuations after each of N prefixes: `(N, K)`, nats.
 
@@ -286,19 +253,22 @@ def score_continuations(
     where a continuation's token is predicted.
     """
     scores = np.zeros((len(prefixes), len(continuations)), dtype=np.float32)
-    k, steps = len(continuations), max(map(len, continuations)) - 1
-    padded = [tokens + [pad_token_id] * (steps + 1 - len(tokens)) for tokens in continuations]
+    lengths = list(map(len, continuations))
+    k, steps = len(continuations), max(lengths) - 1
+    rows = [ids + [0] * (steps + 1 - len(ids)) for ids in continuations]
+    padded = torch.tensor(rows, device=lm.device)  # (K, steps + 1)
     after = torch.arange(steps, device=lm.device)
+    is_token = after + 1 < torch.tensor(lengths, device=lm.device)[:, None]  # (K, steps)
     for places in length_sorted_batches(list(map(len, prefixes)), max_batch_tokens):
-        ids, mask = left_padded([prefixes[i] for i in places], pad_token_id, lm.device)  # (B, S)
+        ids, mask = left_padded([prefixes[i] for i in places], 0, lm.device)  # (B, S)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = decoder_of(lm)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=steps > 0)
         log_probs = lm_logits(lm, out.last_hidden_state[:, -1]).float().log_softmax(-1)  # (B, V)
-        batch = log_probs[:, [tokens[0] for tokens in continuations]]  # (B, K)
+        batch = log_probs[:, padded[:, 0]]  # (B, K)
         if steps:
             out.past_key_values.batch_repeat_interleave(k)
             mask = mask.repeat_interleave(k, 0)  # (B * K, S)
-            tokens = torch.tensor(padded, device=lm.device).repeat(len(places), 1)  # (B * K, steps + 1)
+            tokens = padded.repeat(len(places), 1)  # (B * K, steps + 1)
             hidden = decoder_of(lm)(
                 input_ids=tokens[:, :-1],
                 attention_mask=torch.cat([mask, mask.new_ones(len(mask), steps)], 1),
@@ -306,10 +276,8 @@ def score_continuations(
                 past_key_values=out.past_key_values,
                 use_cache=True,
             ).last_hidden_state
-            log_probs = lm_logits(lm, hidden).float().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
-            lengths = torch.tensor(list(map(len, continuations)), device=lm.device).repeat(len(places), 1)
-            is_token = after + 1 < lengths.view(-1, 1)
-            batch = batch + torch.where(is_token, log_probs, 0.0).sum(1).view(-1, k)
+            log_probs = lm_logits(lm, hidden).float().log_softmax(-1).gather(2, tokens[:, 1:, None])
+            batch = batch + torch.where(is_token, log_probs.view(-1, k, steps), 0.0).sum(2)
         scores[places] = batch.cpu().numpy()
     return scores
 

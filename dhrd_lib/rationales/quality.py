@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,22 +12,21 @@ import regex
 import snowballstemmer
 from datasets import Dataset
 
+from dhrd_lib.cot.answers import JOINING, UNSPACED, normalized
+from dhrd_lib.rationales.generate import Record
 from dhrd_lib.rationales.replies import has_thinking
-from dhrd_lib.rationales.store import REVIEWS, Record
 from dhrd_lib.tasks import Task
 
-# Each character of these scripts counts as a word.
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
-# Scripts without spaces between words, or whose words have particles attached: a label is found inside a word.
-_JOINING = regex.compile(rf"[{_UNSPACED}\p{{Hangul}}\p{{Arabic}}\p{{Hebrew}}]")
-_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[\w--[_{_UNSPACED}]]+", regex.V1)
+_JOINING = regex.compile(f"[{JOINING}]")
+_stem = cache(snowballstemmer.stemmer("english").stemWord)
+# Each character of a script without spaces counts as a word.
+_WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[\w--[_{UNSPACED}]]+", regex.V1)
 # Words that explanations use in other senses: each English one is in more than 1% of 22,391 rationales, or is the
 # counterpart of one that is. Such a label counts only where it is given as an answer; so do numbers and letters.
 _COMMON_WORDS = (
     "yes no not both neither none one two all other same different first second more less the a sí si não sim non "
     "oui ja nein да нет не 是 否 不 对 對 错 錯 有 無 无 はい いいえ ある ない 네 예 아니요 نعم لا כן לא ใช่ ไม่"
 )
-_COMMON = frozenset(_COMMON_WORDS.split())
 _QUOTE = r"[\"'`*“”‘’«»„「」『』《》()（）\[\]]"
 _ANSWER_IS = (  # such as "the answer must be"
     r"(?:\b(?:answer|label|class|category|verdict|conclusion|choice|option|prediction|antwort|réponse|respuesta"
@@ -54,43 +53,25 @@ def names_label(text: str, verbalizer: str) -> bool:
     In scripts that join words it is looked for inside them. A common word, a number or a letter counts only as an
     answer: alone between punctuation, quoted, after "the answer is", or last.
     """
-    text, verbalizer = _folded(text), _folded(verbalizer).strip()
-    if verbalizer in _COMMON or regex.fullmatch(r"[a-z]|\d+", verbalizer):
-        return bool(_as_answer(verbalizer).search(text))
-    if _JOINING.search(verbalizer):
+    text, verbalizer = normalized(text), normalized(verbalizer).strip()
+    joins = bool(_JOINING.search(verbalizer))
+    if verbalizer in _COMMON_WORDS.split() or regex.fullmatch(r"[a-z]|\d+", verbalizer):
+        name = verbalizer if joins else rf"\b{verbalizer}\b"
+        start = rf"(?:^|[.!?:;。！？：；\n–—]\s*|{_QUOTE})"
+        end = rf"(?=\s*(?:[.,!?:;。，、！？：；\n–—]|{_QUOTE}|$))"
+        last = r"\b(?:is|be|so|thus|hence|therefore)\s+(?:(?:a|the)\s+)?"
+        return bool(regex.search(rf"{start}{name}{end}|{_ANSWER_IS}{_QUOTE}?{name}|{last}{name}\W*$", text))
+    if joins:
         return verbalizer in text
-    stems, label = ([_stem(word) for word in _words(of)] for of in (text, verbalizer))
-    runs = zip(*(stems[i:] for i in range(len(label))), strict=False)
+    stems, label = (list(map(_stem, _words(of))) for of in (text, verbalizer))
     return any(  # "contradictori" is "contradict" too
         all(stem == of or (len(of) >= 5 and stem.startswith(of)) for stem, of in zip(run, label, strict=True))
-        for run in runs
+        for run in zip(*(stems[i:] for i in range(len(label))), strict=False)
     )
 
 
-@cache
-def _as_answer(verbalizer: str) -> regex.Pattern:
-    """Return the pattern of a common word that is given as an answer."""
-    name = verbalizer if _JOINING.search(verbalizer) else rf"\b{verbalizer}\b"
-    start, end = rf"(?:^|[.!?:;。！？：；\n–—]\s*|{_QUOTE})", rf"(?=\s*(?:[.,!?:;。，、！？：；\n–—]|{_QUOTE}|$))"
-    last = r"\b(?:is|be|so|thus|hence|therefore)\s+(?:(?:a|the)\s+)?"
-    return regex.compile(rf"{start}{name}{end}|{_ANSWER_IS}{_QUOTE}?{name}|{last}{name}\W*$")
-
-
-def _folded(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()
-
-
 def _words(text: str) -> list[str]:
-    return _WORD.findall(_folded(text))
-
-
-def _is_of_data(record: Record) -> bool:
-    return record.parameters.get("protocol") == "human"  # there is no answer, then
-
-
-@cache
-def _stem(word: str) -> str:
-    return snowballstemmer.stemmer("english").stemWord(word)
+    return _WORD.findall(normalized(text))
 
 
 def flags(record: Record, input_text: str, verbalizer: str) -> tuple[str, ...]:
@@ -100,7 +81,7 @@ def flags(record: Record, input_text: str, verbalizer: str) -> tuple[str, ...]:
     input_runs = set(zip(input_words, input_words[1:], input_words[2:], strict=False))
     flagged = {
         "disagrees": record.agreed is False,
-        "no_answer": record.agreed is None and not _is_of_data(record),
+        "no_answer": record.agreed is None,
         "leaks_label": names_label(record.rationale, verbalizer),
         "empty": not words,
         "cut_off": record.finish_reason == "length",
@@ -128,36 +109,36 @@ class RationaleReport:
     def table(self) -> pd.DataFrame:
         """Return counts, and shares of the rationales present: every filter, reviews, what is kept."""
         rows, present = len(self.rows), self.rows.dropna(subset="rationale")
-        counts = {"rationales": len(present)}
-        counts |= {name: sum(name in of for of in present["flags"]) for name in FLAGS}
-        counts |= {f"{verdict} by hand": int((present["review"] == verdict).sum()) for verdict in REVIEWS}
-        counts |= {"kept": int(present["kept"].sum())}
+        flagged = present["flags"].explode().value_counts().reindex(list(FLAGS), fill_value=0)
+        counts = {"rationales": len(present), **flagged, **present[["reviewed", "kept"]].sum()}
         table = pd.DataFrame({"count": {"rows": rows, "missing": rows - len(present), **counts}})
         return table.assign(share=pd.Series(counts) / max(len(present), 1))
 
     def by_label(self) -> pd.DataFrame:
         """Return counts, median words and the shares that agree with gold, leak the label, are kept; by label."""
-        groups = self.rows.dropna(subset="rationale").astype({"agreed": float}).groupby("label", sort=False)
+        groups = self.rows.dropna(subset="rationale").groupby("label", sort=False)
         shares = groups[["agreed", "leaks", "kept"]].mean()
         return shares.assign(rationales=groups.size(), **{"median words": groups["words"].median()})
 
 
 def quality_report(task: Task, dataset: Dataset, records: Sequence[Record | None] | None = None) -> RationaleReport:
     """Report on the records of a split's rows (`generate(...).records`), or on the data's rationales."""
-    if records is None:
-        source = {"prompt_hash": "", "teacher": "", "parameters": {"protocol": "human"}}
-        texts = zip(dataset["idx"], dataset["rationale"], strict=True)
-        records = [Record(idx=idx, rationale=text, **source) if text else None for idx, text in texts]
+    of_data = records is None
+    if of_data:  # They have no answer, and count as agreeing with gold.
+        blank = Record(idx="", prompt_hash="", teacher="", parameters={}, rationale="", agreed=True)
+        texts = dataset["rationale"]
+        records = [blank.model_copy(update={"rationale": text}) if text else None for text in texts]
     rows = dataset.select_columns(["idx", "label", "input_text"]).to_pandas()
-    rows["rationale"] = [record and record.rationale for record in records]
+    fields = [dict(record or ()) for record in records]
+    rows = rows.join(pd.DataFrame(fields, columns=["rationale", "review", "agreed"]))
     golds = [task.verbalizers[label] for label in rows["label"]]
     triples = zip(records, rows["input_text"], golds, strict=True)
     rows["flags"] = [flags(*triple) if triple[0] else () for triple in triples]
     rows["label"] = [task.label_names[label] for label in rows["label"]]
-    rows["review"] = [record and record.review for record in records]
-    rows["agreed"] = [record.agreed is True if record and not _is_of_data(record) else None for record in records]
-    rows["leaks"] = ["leaks_label" in found for found in rows["flags"]]
+    rows["agreed"] = math.nan if of_data else rows["agreed"].eq(True)
+    rows["leaks"] = ["leaks_label" in names for names in rows["flags"]]
     rows["words"] = [len(_words(record.rationale)) if record else None for record in records]
-    passes = ~rows["flags"].map(bool) | rows["review"].notna()
+    rows["reviewed"] = rows["review"].notna()
+    passes = rows["reviewed"] | ~rows["flags"].map(bool)
     rows["kept"] = rows["rationale"].notna() & passes & (rows["review"] != "reject")
     return RationaleReport(rows)

@@ -91,14 +91,13 @@ def read_reply(reply: Reply, reader: AnswerReader, use_reasoning: bool = False) 
         raise ValueError(reply.failure)
     thinking, text = split_thinking(reply.text)
     thinking = reply.reasoning.strip() or thinking
-    readings: list[tuple[str, str, int | None]] = []
-    for match in _SENTINEL.finditer(text):
+    rationale, answer, label = text, "", None
+    for match in reversed(list(_SENTINEL.finditer(text))):
         after = text[match.end() :]
         classes = set(reader.read_all(SENTINEL + after))
-        label = classes.pop() if len(classes) == 1 else None
-        readings.append((text[: match.start()].strip(), " ".join(after.split())[:MAX_ANSWER_CHARACTERS], label))
-    first = readings[0] if readings else (text, "", None)
-    rationale, answer, label = next((reading for reading in readings if reading[2] is not None), first)
+        if len(classes) == 1 or label is None:
+            rationale, answer = text[: match.start()].strip(), " ".join(after.split())[:MAX_ANSWER_CHARACTERS]
+            label = classes.pop() if len(classes) == 1 else None
     rationale = thinking if use_reasoning else rationale
     if not rationale:
         hint = f", but {len(thinking)} characters of thinking, which use_reasoning=true takes" if thinking else ""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from itertools import islice
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import openai
@@ -59,8 +58,6 @@ class TeacherConfig(Config):
     extra_body: dict[str, Any] = Field(default_factory=dict)  # a local model takes its chat_template_kwargs
     # The fields below do not change which stored records count.
     default_query: dict[str, str] = Field(default_factory=dict)  # such as Azure's api-version
-    usd_per_million_tokens_in: types.Weight | None = None
-    usd_per_million_tokens_out: types.Weight | None = None
     concurrency: types.PositiveInt = 4
     timeout_s: types.PositiveFloat = 60.0
     max_retries: types.Count = 5
@@ -124,7 +121,7 @@ class OpenAITeacher:
         self._key = os.environ.get(config.api_key_env, "").strip()
         if not re.fullmatch("[!-~]*" if server else "[!-~]+", self._key):
             raise ConfigError(f"{config.api_key_env} holds no key; expected printable ASCII, or base_url.")
-        self._stopped, self._last_failure, self._same_failures = "", "", 0
+        self._stopped, self._failures = "", Counter()  # failures since the last reply
         self._client = openai.OpenAI(
             api_key=self._key or "none",  # The client requires one, a local server does not.
             base_url=server,
@@ -133,22 +130,11 @@ class OpenAITeacher:
             default_query=config.default_query,
         )
 
-    def ask(self, prompts: Sequence[str], seed: int | None = None) -> Iterator[tuple[int, Reply]]:
-        """Yield each prompt's index and its reply, as they come; a kill costs `concurrency` replies at most."""
-        pool, waiting = ThreadPoolExecutor(self._config.concurrency), iter(range(len(prompts)))
-        running, free = {}, self._config.concurrency
-        try:
-            while True:
-                # The next prompt is sent once the caller has come back for more.
-                running |= {pool.submit(self._request, prompts[i], seed): i for i in islice(waiting, free)}
-                if not running:
-                    return
-                done, free = wait(running, return_when=FIRST_COMPLETED).done.pop(), 1
-                yield running.pop(done), done.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def ask(self, prompts: Sequence[str], seed: int | None = None) -> list[Reply]:
+        """Return a reply to each prompt; an error that every row would meet ends the asking."""
+        return [self._ask(prompt, seed) for prompt in prompts]
 
-    def _request(self, prompt: str, seed: int | None) -> Reply:
+    def _ask(self, prompt: str, seed: int | None) -> Reply:
         if self._stopped:
             return Reply(failure=f"not asked, because earlier requests met {self._stopped}")
         config = self._config
@@ -162,7 +148,7 @@ class OpenAITeacher:
             reply = response.http_response.json()
             if error := reply.get("error"):  # in spite of its status 200
                 raise openai.APIError(str(error), response.http_request, body=error)
-            self._same_failures = 0
+            self._failures.clear()
             return self._read(reply)
         except openai.OpenAIError as error:
             return Reply(failure=self._failure(error))
@@ -172,12 +158,11 @@ class OpenAITeacher:
     def _read(self, reply: dict[str, Any]) -> Reply:
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         message, finish = choice["message"], choice.get("finish_reason") or "stop"
-        content = message["content"] or ""
-        parts = [{"text": content}] if isinstance(content, str) else content
+        content, thinking = message["content"], message.get("reasoning_content") or message.get("reasoning")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        parts = [*parts, {"thinking": thinking, "refusal": message.get("refusal")}]
         kinds = ("text", "thinking", "refusal")
-        text, thinking, refusal = ("".join(_text(part.get(kind)) for part in parts) for kind in kinds)
-        thinking = message.get("reasoning_content") or message.get("reasoning") or thinking
-        text, thinking, refusal = map(self._clean, (text, thinking, message.get("refusal") or refusal))
+        text, thinking, refusal = (self._clean("".join(_text(part.get(kind)) for part in parts)) for kind in kinds)
         failure = f"the teacher refused: {refusal[:200]}" if refusal else None
         if finish in ("content_filter", "error", "abort") or choice.get("error"):
             failure = f"the server ended the reply early (finish reason {finish!r})"
@@ -185,14 +170,14 @@ class OpenAITeacher:
         return Reply(text, thinking, str(finish), *counts, failure)
 
     def _failure(self, error: openai.OpenAIError) -> str:
-        """Return why a request failed, without the key; an error that every row would meet ends the asking."""
+        """Return why a request failed, without the key, and stop where every row would meet the same error."""
         status = getattr(error, "status_code", None)
         reason = self._clean(" ".join(f"{error} {error.__cause__ or ''}".split()))[:200]
         if status == 401:  # A server may quote a part of the key.
             reason = f"Error code: 401 - the server refuses the key in {self._config.api_key_env}"
-        self._same_failures = self._same_failures + 1 if reason == self._last_failure else 1
-        self._last_failure, limit = reason, max(_MAX_SAME_FAILURES, 2 * self._config.concurrency)
-        if {status, getattr(error, "code", None)} & _HOPELESS or self._same_failures >= limit:
+        self._failures[reason] += 1
+        is_hopeless = {status, getattr(error, "code", None)} & _HOPELESS
+        if is_hopeless or self._failures[reason] >= max(_MAX_SAME_FAILURES, 2 * self._config.concurrency):
             self._stopped = reason
         return reason
 
@@ -207,35 +192,31 @@ def _text(value: str | list[dict[str, str]] | None) -> str:
 
 
 class LocalTeacher:
-    """A causal LM on this machine, asked in batches."""
+    """A causal LM on this machine."""
 
     def __init__(self, config: TeacherConfig, reader: AnswerReader) -> None:
         self._config, self._reader = config, reader
         self._backbone = load_backbone(config.model or EMBEDDED, config.device, config.dtype)
-        # Thinking may quote the sentinel, so a model that thinks ends by its end token alone.
-        self._may_think = has_thinking(self._backbone.tokenizer.chat_template or "")
 
-    def ask(self, prompts: Sequence[str], seed: int | None = None) -> Iterator[tuple[int, Reply]]:
-        """Yield each prompt's index and its reply, batch by batch, shortest prompts first."""
+    def ask(self, prompts: Sequence[str], seed: int | None = None) -> list[Reply]:
+        """Return a reply to each prompt of a batch."""
         config, lm, tokenizer = self._config, self._backbone.model, self._backbone.tokenizer
         template = config.extra_body.get("chat_template_kwargs", {})
         rows = [encode_chat(tokenizer, _turns(config, prompt), **template) for prompt in prompts]
-        order, room = sorted(range(len(rows)), key=lambda i: len(rows[i])), context_length(lm) - config.max_tokens
-        fits = [i for i in order if len(rows[i]) <= room]
-        for i in order[len(fits) :]:
-            yield i, Reply(failure=f"the prompt has {len(rows[i])} tokens; the context leaves {room} for it")
-        options = {"do_sample": True, "top_p": config.top_p}
-        if config.temperature == 0:
-            options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        elif config.temperature:
-            options["temperature"] = config.temperature
-        options["is_complete"] = None if self._may_think else lambda text: is_complete(text, self._reader)
-        for first in range(0, len(fits), config.batch_size):
-            batch = fits[first : first + config.batch_size]
-            prompt_ids = [rows[i] for i in batch]
-            replies = generate(lm, tokenizer, prompt_ids, seed=seed, max_new_tokens=config.max_tokens, **options)
-            for i, ids in zip(batch, replies, strict=True):
-                yield i, self._reply(rows[i], ids)
+        room = context_length(lm) - config.max_tokens
+        options = {"max_new_tokens": config.max_tokens, "do_sample": config.temperature != 0, "top_p": config.top_p}
+        if config.temperature is not None:
+            options["temperature"] = config.temperature or None
+        # Thinking may quote the sentinel, so a model that thinks ends by its end token alone.
+        if not has_thinking(tokenizer.chat_template or ""):
+            options["is_complete"] = lambda text: is_complete(text, self._reader)
+        fits = [row for row in rows if len(row) <= room]
+        new = iter(generate(lm, tokenizer, fits, seed=seed, **options) if fits else [])
+        failure = f"the prompt has {{}} tokens; the context leaves {room} for it"
+        return [
+            self._reply(row, next(new)) if len(row) <= room else Reply(failure=failure.format(len(row)))
+            for row in rows
+        ]
 
     def _reply(self, prompt: list[int], ids: list[int]) -> Reply:
         tokenizer = self._backbone.tokenizer

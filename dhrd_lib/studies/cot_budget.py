@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from dhrd_lib.cot import CoT, Generations
-from dhrd_lib.evaluation import task_metrics
+from dhrd_lib.evaluation import NO_ANSWER, task_metrics
 from dhrd_lib.studies.statistics import bootstrap_interval
 
 BUDGETS = (0, 16, 32, 64, 128, 256, 500)
@@ -37,7 +37,8 @@ def accuracy_by_budget(
             predictions = read(generations.truncated(budget))
             interval = bootstrap_interval(metrics, labels, predictions.prediction_ids, groups)
             row = {"cot": cot.name, "reading": reading, "budget": budget, "tokens": predictions.tokens.mean()}
-            row |= {**vars(interval), "unanswered": predictions.unanswered, "rows": len(predictions.tokens)}
+            unanswered = (predictions.prediction_ids == NO_ANSWER).sum()
+            row |= {**vars(interval), "unanswered": unanswered, "rows": len(predictions.tokens)}
             table.append(row | {"predictions": predictions})
     return pd.DataFrame(table)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhrd_lib.cot.answers import AnswerReader, vote
+from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.evaluation import NO_ANSWER
 
 NLI = AnswerReader("\nAnswer:", ["entailment", "not_entailment"], ["entailment", "not entailment"])
@@ -92,14 +91,3 @@ def test_settled_answer_never_changes(parts):
         if reader.is_settled(before):
             assert reader.is_settled(after)
             assert reader.read(after) == reader.read(before)
-
-
-def test_vote_takes_the_majority_of_answers():
-    read = np.array([[2, 1, 2], [NO_ANSWER, NO_ANSWER, 1], [NO_ANSWER] * 3])
-    assert vote(read).tolist() == [2, 1, NO_ANSWER]
-
-
-def test_vote_breaks_ties_by_probability_or_order():
-    read = np.array([[2, 1]])
-    assert vote(read).tolist() == [2]
-    assert vote(read, np.array([[[0.1, 0.4, 0.5], [0.0, 0.9, 0.1]]])).tolist() == [1]

@@ -92,8 +92,6 @@ class TestDecoding:
         expected = {"do_sample": True, "temperature": 0.1, "top_p": 0.7, "top_k": 0, "max_new_tokens": 500}
         expected |= {"repetition_penalty": 1.0, "seed": 0, "is_complete": cot.reader.is_settled}
         assert Decoding().arguments(cot.reader) == expected
-        with pytest.raises(ConfigError, match="n_samples is 2 with greedy"):
-            Decoding(n_samples=2, sample=False)
 
     @pytest.mark.parametrize("sample", [True, False])
     @pytest.mark.parametrize("budget", [1, 7, 24])
@@ -125,7 +123,13 @@ class TestDecoding:
         scored = cot.score(generations)
         assert cot.parse(generations).tokens.tolist() == scored.tokens.tolist() == [15, 15, 15]
         np.testing.assert_allclose(scored.probabilities.sum(1), 1, atol=1e-5)
-        assert scored.unanswered == 0
+
+    def test_samples_vote_and_ties_go_to_the_first(self, cot, model):
+        answers = [["explain", "refund", "explain"], ["x", "refund", "fix"], ["x", "x", "x"]]
+        samples = [[ids(model, f"\nAnswer: {answer}") for answer in row] for row in answers]
+        predictions = cot.parse(Generations(TEXTS, samples, 99, 1.0))
+        assert predictions.prediction_ids.tolist() == [2, 1, NO_ANSWER]
+        np.testing.assert_allclose(predictions.probabilities[0], [0, 1 / 3, 2 / 3])
 
     def test_stream_ends_with_what_generate_returns(self, cot):
         steps = list(cot.stream(TEXTS[1], SHORT))
@@ -138,7 +142,7 @@ class TestReading:
         rows = [ids(model, " broken\nAnswer: refund"), ids(model, " broken\nAnswer: maybe")]
         predictions = cot.parse(Generations(TEXTS[:2], [[row] for row in rows], 9, 1.0))
         assert predictions.prediction_ids.tolist() == [1, NO_ANSWER]
-        assert (predictions.labels, predictions.unanswered) == (["refund", None], 1)
+        assert predictions.labels == ["refund", None]
         assert predictions.tokens.tolist() == list(map(len, rows))
         assert predictions.probabilities.tolist() == [[0, 1, 0], [0, 0, 0]]
 
@@ -164,7 +168,7 @@ class TestReading:
         monkeypatch.setattr(decoding, "score_continuations", score)
         fmt, text = model.sequence_format, "Customer: Why?\nWhat must happen next?"
         cot.score(Generations([text], [[ids(model, " Because.")]], 9, 1.0))
-        cot.without_rationale(["Why?"])
+        cot.score(Generations([text], [[[]]], 0, 0.0))
         # Without a rationale it is the paper's OnlyLabel.
         rows = [encode_example(fmt, text, rationale, "fix")["input_ids"] for rationale in ("Because.", None)]
         assert scored == [row[: -len(ids(model, " fix"))] for row in rows]
@@ -182,5 +186,5 @@ def test_scores_equal_a_whole_forward(task, architecture):
                 log_probs = model.backbone(torch.tensor([prefix + label])).logits[0].log_softmax(-1)
             expected[i, k] = sum(log_probs[len(prefix) + j - 1, token] for j, token in enumerate(label))
     for max_batch_tokens in (1, 10_000):
-        scores = score_continuations(model.backbone, prefixes, labels, 0, max_batch_tokens=max_batch_tokens)
+        scores = score_continuations(model.backbone, prefixes, labels, max_batch_tokens)
         np.testing.assert_allclose(scores, expected, atol=1e-4)

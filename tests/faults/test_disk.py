@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import RunConfig
-from dhrd_lib.rationales.store import RationaleStore
+from dhrd_lib.rationales import RationaleStore
 from dhrd_lib.trainer import DHRDTrainer
 from dhrd_lib.training import train
 

@@ -31,14 +31,14 @@ pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("no_teacher")]
 
 def test_second_run_asks_nothing(triage, rows, tmp_path):
     with FaultServer(delay_s=0.05) as server:
-        config = served(server, concurrency=3, usd_per_million_tokens_in=2.0, usd_per_million_tokens_out=10.0)
+        config = served(server, concurrency=3)
         first = generate(triage, rows, config, tmp_path)
         second = generate(triage, rows, config.replace({"base_url": f"{server.base_url}/"}), tmp_path)
     assert set(server.asked.values()) == {1}
     assert server.most_at_once == 3
     assert (first.stored, first.replies, first.failed) == (12, 12, {})
     counts = "12 rows: 0 stored before, 12 stored now, 0 failed; 12 replies, 1200 tokens in, 240 tokens out"
-    assert str(first) == f"{counts}, 0.0048 USD"
+    assert str(first) == counts
     assert (second.stored_before, second.stored, second.replies) == (12, 0, 0)
     assert second.records == first.records == select(triage, rows, config, tmp_path)
     for row, record in zip(rows, first.records, strict=True):
@@ -49,7 +49,6 @@ def test_second_run_asks_nothing(triage, rows, tmp_path):
 
 CHANGES = [
     {"temperature": 0.5},
-    {"max_tokens": 99},
     {"seed": 3},
     {"system": "Brief."},
     {"extra_body": {"top_k": 1}},
@@ -65,7 +64,7 @@ def test_only_what_changes_replies_asks_again(triage, rows, tmp_path):
         records = generate(triage, rows, config, tmp_path).records
         for change in CHANGES:
             assert select(triage, rows, config.replace(change), tmp_path) == [None, None]
-        assert generate(triage, rows, config.replace(CHANGES[1]), tmp_path).stored == 2
+        assert generate(triage, rows, config.replace(CHANGES[0]), tmp_path).stored == 2
         assert generate(triage, rows, config.replace(SAME), tmp_path).records == records
         relabeled = rows.map(lambda row: {"label": (row["label"] + 1) % 5})
         assert generate(triage, relabeled, config, tmp_path).stored == 2

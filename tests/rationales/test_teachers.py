@@ -219,8 +219,9 @@ TEMPERATURE = {"message": "Unsupported value: 'temperature'", "param": "temperat
 def test_fault_of_every_row_ends_the_asking(triage, rows, tmp_path, fault, reason, requests):
     outcome, server = ask(lambda prompt, nth: fault, triage, rows, tmp_path, n=12, concurrency=1)
     assert (sum(server.asked.values()), len(outcome.failed)) == (requests, 12)
-    assert outcome.failed["11"].startswith("not asked, because earlier requests met ")
-    assert reason in outcome.failed["11"]
+    (*_, last) = outcome.failed.values()
+    assert last.startswith("not asked, because earlier requests met ")
+    assert reason in last
 
 
 def test_absent_server_fails_every_row(triage, rows, tmp_path):
@@ -254,18 +255,19 @@ def local(reader, **fields):
 
 def test_local_reply_is_the_same_in_a_batch(triage, rows, reader):
     prompts = [make_prompt(triage, row, TeacherConfig())[-60 - 20 * i :] for i, row in enumerate(rows)]
-    single, batched = (dict(local(reader, batch_size=size).ask(prompts)) for size in (1, 5))
-    assert single == batched
+    teacher = local(reader)
+    batched = teacher.ask(prompts)
+    assert batched == [reply for prompt in prompts for reply in teacher.ask([prompt])]
     tokenizer = load_backbone("tiny", device="cpu").tokenizer
     lengths = [len(tokenizer(f"{prompt}\n").input_ids) for prompt in prompts]
-    assert [batched[i].tokens_in for i in range(12)] == lengths
+    assert [reply.tokens_in for reply in batched] == lengths
 
 
 def test_local_draws_are_seeded_and_differ_between_tries(triage, rows, reader):
     teacher = local(reader, temperature=1.0)
     prompts = [make_prompt(triage, row, TeacherConfig())[:80] for row in rows.select(range(3))]
     state = torch.get_rng_state()
-    texts = [[reply.text for _, reply in teacher.ask(prompts, seed)] for seed in (1, 1, 2)]
+    texts = [[reply.text for reply in teacher.ask(prompts, seed)] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(state, torch.get_rng_state())
 
@@ -283,12 +285,12 @@ def test_local_thinking_opened_by_the_template(reader):
     ids = tokenizer(f"hmm {SENTINEL} fix\n</think>\nWhy. {SENTINEL} refund").input_ids
     reply = teacher._reply(tokenizer("user: x\n<think>\n").input_ids, ids)
     assert read_reply(reply, reader) == ("Why.", "refund", 0)
-    ((_, cut),) = teacher.ask(["Why?"])  # 12 tokens of thinking that never ends
+    (cut,) = teacher.ask(["Why?"])  # 12 tokens of thinking that never ends
     with pytest.raises(ValueError, match="no rationale"):
         read_reply(cut, reader)
     plain = local(reader, system="Be brief.", extra_body={"chat_template_kwargs": {"enable_thinking": False}})
     plain._backbone.tokenizer.chat_template = TEMPLATE
-    ((_, reply),) = plain.ask(["Why?"])
+    (reply,) = plain.ask(["Why?"])
     assert reply.tokens_in == len(tokenizer("system: Be brief.\nuser: Why?\n").input_ids)
     assert reply.reasoning == ""
 

@@ -36,13 +36,9 @@ def test_budgets_are_exact_in_both_readings(decoded):
 
 def test_budget_zero_is_the_lm_head_alone(decoded):
     (row,) = accuracy_by_budget(*decoded, [0, 1, 2], budgets=(0,)).to_dict("records")
-    alone = decoded[0].without_rationale(TEXTS).probabilities
+    alone = decoded[0].score(Generations(decoded[1].inputs, [[[]]] * 3, 0, 0.0)).probabilities
     np.testing.assert_allclose(row["predictions"].probabilities, alone, atol=1e-6)
     assert (row["tokens"], row["unanswered"]) == (0, 0)
-
-
-def test_seconds_are_shared_by_tokens():
-    assert Generations(["a", "b"], [[[1, 2, 3]], [[4], [5]]], 9, 10.0).seconds_by_row.tolist() == [6.0, 4.0]
 
 
 def curve(**changes) -> pd.DataFrame:
