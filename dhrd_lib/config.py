@@ -194,18 +194,24 @@ class TrainingConfig(Config):
     """The loss weights and the optimization.
 
     `alpha` weighs the LM loss, `beta` the class loss (paper, "Loss"); `alpha_schedule` anneals alpha to 0 at the
-    last step or keeps it. For the first `beta_delay` of the steps, a share, the LM loss trains alone. `lm_span`
-    is the part of the sequence that the LM loss covers; `class_weights="balanced"` weighs a row's class loss by
-    the inverse of its class's share. `batch_size` is per device and step; `max_steps` of 0 means that `epochs`
-    decides. Dev is evaluated and a checkpoint saved every `eval_steps` steps (0: once an epoch);
-    `early_stopping_patience` counts evaluations without a gain (0: never). `cache_trunk` (the states that leave
-    frozen layers) and `lm_chunk_tokens` (the memory of the LM loss) change no result.
+    last step or keeps it. For the first `beta_delay` of the steps, a share, the LM loss trains alone.
+    `privileged_head`, a separate classifier or the input's (shared), learns the label from the rationale's last
+    state and teaches the input's classifier its soft labels with the weight `privileged_gamma`, at the
+    `privileged_temperature` (see docs/method.md). `lm_span` is the part of the sequence that the LM loss covers;
+    `class_weights="balanced"` weighs a row's class loss by the inverse of its class's share. `batch_size` is per
+    device and step; `max_steps` of 0 means that `epochs` decides. Dev is evaluated and a checkpoint saved every
+    `eval_steps` steps (0: once an epoch); `early_stopping_patience` counts evaluations without a gain (0: never).
+    `cache_trunk` (the states that leave frozen layers) and `lm_chunk_tokens` (the memory of the LM loss) change
+    no result.
     """
 
     alpha: Weight = 1.0
     beta: Weight = 1.0
     alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
     beta_delay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    privileged_head: Literal["none", "separate", "shared"] = "none"
+    privileged_gamma: Weight = 0.0
+    privileged_temperature: PositiveFloat = 2.0
     lm_span: Literal["all", "rationale_label"] = "all"
     class_weights: Literal["none", "balanced"] = "none"
     epochs: PositiveInt = 3
@@ -237,6 +243,8 @@ class TrainingConfig(Config):
             ("beta_delay", self.beta_delay, "beta", self.beta, "beta above 0"),
             # Evaluations of an untrained classifier would use the patience up.
             ("beta_delay", self.beta_delay, "early_stopping_patience", not self.early_stopping_patience, "0"),
+            ("privileged_head", self.is_privileged, "beta", self.beta, "beta above 0"),
+            ("privileged_gamma", self.privileged_gamma, "privileged_head", self.is_privileged, "a head"),
         ):
             if is_set and not fits:
                 found = f"{name} is {getattr(self, name)!r} with {other}={getattr(self, other)!r}"
@@ -244,9 +252,16 @@ class TrainingConfig(Config):
         return self
 
     @property
+    def is_privileged(self) -> bool:
+        """Whether a classifier reads the rationale in training."""
+        return self.privileged_head != "none"
+
+    @property
     def setting(self) -> str:
         """Return the paper's name for these weights: alpha = 0 is the baseline, beta = 0 CoT."""
-        return "pooled baseline" if self.alpha == 0 else "DHRD" if self.beta > 0 else "reasoning only"
+        if self.alpha == 0:
+            return "privileged pooling" if self.is_privileged else "pooled baseline"
+        return "DHRD" if self.beta > 0 else "reasoning only"
 
 
 class RunConfig(Config):
@@ -258,10 +273,16 @@ class RunConfig(Config):
     training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="after")
-    def _check_order(self) -> Self:
-        if self.data.order == "label_rationale" and self.training.beta == 0:
+    def _check_rows(self) -> Self:
+        data, training = self.data, self.training
+        if data.order == "label_rationale" and training.beta == 0:
             found = "data.order is 'label_rationale' with beta=0"
             raise ConfigError(f"{found}; expected beta above 0, as CoT decodes the rationale first.")
+        # A classifier that reads the label teaches nothing.
+        for name, wrong in (("alignment", "only_label"), ("order", "label_rationale")):
+            if training.is_privileged and getattr(data, name) == wrong:
+                found = f"data.{name} is {wrong!r} with privileged_head={training.privileged_head!r}"
+                raise ConfigError(f"{found}; expected a rationale right after the input.")
         return self
 
 

@@ -1,8 +1,8 @@
-"""The two losses and their sum (paper, "Loss")."""
+"""The losses and their sum (paper, "Loss")."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -83,13 +83,27 @@ def balanced_class_weights(class_labels: Sequence[int], num_labels: int) -> torc
     return weights / weights[labels].mean()
 
 
+def distillation_loss_sum(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return `T^2 KL(softmax(teacher / T) || softmax(student / T))`, summed over rows (Hinton et al. 2015).
+
+    Both are logits `(N, K)`; the teacher's get no gradient.
+    """
+    target = F.log_softmax(teacher.detach() / temperature, dim=-1)
+    log_probs = F.log_softmax(student / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_probs, target, reduction="sum", log_target=True)
+
+
 def dhrd_loss(
-    class_loss: torch.Tensor | None, lm_loss: torch.Tensor | None, alpha: float, beta: float
+    class_loss: torch.Tensor | None,
+    lm_loss: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+    others: Iterable[tuple[float, torch.Tensor]] = (),
 ) -> torch.Tensor | None:
-    """Return `beta * class_loss + alpha * lm_loss` (paper, L_total), or None where no term is left.
+    """Return `beta * class_loss + alpha * lm_loss` (paper, L_total) and other weighted terms, or None without any.
 
     A term whose weight is 0 is left out, not multiplied by 0: `alpha = 0` is the pooled baseline to the last bit.
     """
-    weighted = ((beta, class_loss), (alpha, lm_loss))
+    weighted = ((beta, class_loss), (alpha, lm_loss), *others)
     terms = [weight * term for weight, term in weighted if term is not None and weight]
     return sum(terms) if terms else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dhrd_lib import generation
 from dhrd_lib.backbones import Backbone, check_own_weights, decoder_of, load_backbone, logit_softcap, lowest_layers
 from dhrd_lib.config import ConfigError, ModelConfig
 from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, Inputs, Predictions, length_sorted_batches, render_inputs
-from dhrd_lib.losses import dhrd_loss, lm_cross_entropy_sum
+from dhrd_lib.losses import dhrd_loss, distillation_loss_sum, lm_cross_entropy_sum
 from dhrd_lib.sequences import ANSWER_MARKER, REASON_MARKER, DHRDCollator, SequenceFormat, encode_examples
 from dhrd_lib.tasks import Task
 
@@ -34,7 +35,7 @@ class DHRDConfig(PreTrainedConfig):
     """
 
     model_type = "dhrd"
-    keys_to_ignore_at_inference = ["class_loss", "lm_loss"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["class_loss", "lm_loss", "privileged_class_loss", "privileged_kl"]  # noqa: RUF012
     sub_configs_defaults = {"backbone_config": SubConfigSpec(AutoConfig, "llama")}  # noqa: RUF012
 
     backbone_config: dict | PreTrainedConfig | None = None
@@ -64,6 +65,8 @@ class DHRDOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     class_loss: torch.FloatTensor | None = None
     lm_loss: torch.FloatTensor | None = None
+    privileged_class_loss: torch.FloatTensor | None = None
+    privileged_kl: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
 
 
@@ -116,6 +119,7 @@ class DHRDModel(PreTrainedModel):
         else:  # the paper's
             hidden = nn.Linear(hidden_size, hidden_size)
             self.classifier = nn.Sequential(hidden, nn.GELU(), nn.Linear(hidden_size, config.num_labels))
+        self.privileged_classifier = None  # Serves training alone, and isn't saved.
         if config.pooling == "attention":
             self.pooling_query = nn.Parameter(torch.zeros(hidden_size))
         self.post_init()
@@ -161,17 +165,24 @@ class DHRDModel(PreTrainedModel):
         num_examples: torch.Tensor | None = None,
         num_lm_tokens: torch.Tensor | None = None,
         class_weights: torch.Tensor | None = None,
+        rationale_end: torch.Tensor | None = None,
+        num_rationales: torch.Tensor | None = None,
+        privileged_gamma: float | None = None,
+        privileged_temperature: float = 2.0,
     ) -> DHRDOutput:
         """Run the decoder once for both heads (paper, "Model" and "Loss").
 
         `input_ids`, `attention_mask`, `input_mask`, `lm_labels`: `(B, S)` int64, padded on the right;
         `class_labels (B,)` int64; `class_weights (K,)` float32. `class_loss` is summed over rows and divided by
         `num_examples`, `lm_loss` over target tokens and by `num_lm_tokens`: by default, this batch's own counts.
+        With a `privileged_gamma`, a classifier also reads the last state of each rationale, before `rationale_end
+        (B,)` int64, and teaches the input's; both terms are divided by `num_rationales`, the rows with a rationale.
         """
         outputs = decoder_of(self.backbone)(input_ids, attention_mask=attention_mask, use_cache=False)
         hidden = outputs.last_hidden_state  # (B, S, H)
         pooled = pool(hidden, input_mask, self.config.pooling, getattr(self, "pooling_query", None))  # (B, H)
-        logits = self.classifier(pooled.to(next(self.classifier.parameters()).dtype)).float()  # (B, K)
+        dtype = next(self.classifier.parameters()).dtype
+        logits = self.classifier(pooled.to(dtype)).float()  # (B, K)
         class_loss = lm_loss = None
         if class_labels is not None:
             count = len(class_labels) if num_examples is None else num_examples
@@ -181,7 +192,17 @@ class DHRDModel(PreTrainedModel):
             total, valid_tokens = self.lm_loss_sum(hidden, lm_labels)
             count = valid_tokens if num_lm_tokens is None else num_lm_tokens
             lm_loss = total / count.clamp(min=1)
-        return DHRDOutput(dhrd_loss(class_loss, lm_loss, alpha, beta), class_loss, lm_loss, logits)
+        privileged = ()
+        if privileged_gamma is not None:
+            rows = rationale_end > 0
+            states = hidden[rows, rationale_end[rows] - 1]  # (R, H): causal, so of input and rationale
+            teacher = (self.privileged_classifier or self.classifier)(states.to(dtype)).float()  # (R, K)
+            count = (rows.sum() if num_rationales is None else num_rationales).clamp(min=1)
+            label_loss = F.cross_entropy(teacher, class_labels[rows], weight=class_weights, reduction="sum")
+            kl = distillation_loss_sum(logits[rows], teacher, privileged_temperature)
+            privileged = (label_loss / count, kl / count)
+        loss = dhrd_loss(class_loss, lm_loss, alpha, beta, zip((1.0, privileged_gamma), privileged, strict=False))
+        return DHRDOutput(loss, class_loss, lm_loss, *(privileged or (None, None)), logits)
 
     def lm_loss_sum(self, hidden: torch.Tensor, lm_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum and the token count of the LM loss; training reads the head's weights here alone."""
@@ -280,9 +301,10 @@ def build_model(
     max_rationale_tokens: int = 256,
     truncation_side: str = "left",
     lm_chunk_tokens: int = 512,
+    privileged_classifier: bool = False,
     seed: int = 0,
 ) -> DHRDModel:
-    """Build a model for a task, ready to train: backbone loaded, new head drawn with the seed, weights frozen.
+    """Build a model for a task, ready to train: backbone loaded, new heads drawn with the seed, weights frozen.
 
     Raises `ConfigError` where the backbone has fewer layers than are frozen, or a context too short for the limits.
     """
@@ -325,6 +347,8 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DHRDModel(model_config, lm)
+        if privileged_classifier:  # Drawn last, so that the input's is the same with and without it.
+            model.privileged_classifier = deepcopy(model.classifier).apply(model._init_weights)
     model.tokenizer = tokenizer
     model.to(lm.device)
     for name, parameter in model.named_parameters():

@@ -24,7 +24,8 @@ REASON_MARKER, ANSWER_MARKER = "\nReasoning:", "\nAnswer:"
 CHUNK_ROWS = 1000
 # Four bytes hold any token's id; left to itself, Arrow takes eight.
 _IDS = List(Value("int32"))
-_COUNTS = ("input_length", "input_tokens_cut", "rationale_tokens_cut", "class_labels", "length", "lm_tokens")
+_COUNTS = ("input_length", "rationale_end", "input_tokens_cut", "rationale_tokens_cut")
+_COUNTS += ("class_labels", "length", "lm_tokens")
 _COLUMNS = Features({"input_ids": _IDS, "lm_labels": _IDS, **dict.fromkeys(_COUNTS, Value("int64"))})
 
 
@@ -72,8 +73,8 @@ def encode_examples(
 
     With a rationale and a verbalizer a row is `[x, <REASON>, r, <ANS>, y]`, with a verbalizer alone `[x, <ANS>, y]`
     (the paper's OnlyLabel), with neither `[x]`; the order "label_rationale" swaps what follows x. It has
-    `input_ids`, `lm_labels` (of the same length, `IGNORE_INDEX` where nothing is predicted), `input_length`, and
-    the numbers of tokens cut from the input and the rationale.
+    `input_ids`, `lm_labels` (of the same length, `IGNORE_INDEX` where nothing is predicted), `input_length`,
+    `rationale_end` (0 without a rationale), and the numbers of tokens cut from the input and the rationale.
     """
     if not inputs:
         return []
@@ -93,13 +94,15 @@ def encode_examples(
         target = [] if label is None else answer + ids_of[label]
         rationale_first = fmt.order == "rationale_label"
         ids = ids + (reasoning + target if rationale_first else target + reasoning)
+        rationale_end = (len(ids) - len(target) * rationale_first) * (rationale is not None)
         prompt = reason if rationale_first else answer
         unsupervised = 1 if fmt.lm_span == "all" else input_length + len(prompt) * (rationale is not None)
         # A row without a label is an input alone: it trains the classifier and adds nothing to the LM loss.
         supervised = ids[unsupervised:] if label is not None else []
         lm_labels = [IGNORE_INDEX] * (len(ids) - len(supervised)) + supervised
         cut = {"input_tokens_cut": input_cut, "rationale_tokens_cut": rationale_cut}
-        rows.append({"input_ids": ids, "input_length": input_length, "lm_labels": lm_labels, **cut})
+        row = {"input_ids": ids, "lm_labels": lm_labels, "input_length": input_length}
+        rows.append({**row, "rationale_end": rationale_end, **cut})
     return rows
 
 
@@ -172,7 +175,7 @@ def encode_split(
     shuffled_share: float = 1.0,
     seed: int = 0,
 ) -> tuple[Dataset, SequenceReport]:
-    """Encode a split of `load_task`: its `input_ids`, `lm_labels`, `input_length`, `class_labels` and `length`.
+    """Encode a split of `load_task`: its token rows (see `encode_examples`), `class_labels` and `length`.
 
     Without rationales (at test time, or for the pooled baseline) each row is its input alone.
     """
@@ -205,8 +208,9 @@ def encode_split(
 class DHRDCollator:
     """Joins encoded rows to a batch, padded on the right; masks come from lengths, never from token ids.
 
-    Returns `input_ids`, `attention_mask`, `input_mask`, `lm_labels` (each `(B, S)`, int64), `class_labels` `(B,)`
-    and `trunk_states (B, S, H)`, the last three where the rows have any. Rows of 3 and 2 tokens, inputs of 2, make
+    Returns `input_ids`, `attention_mask`, `input_mask`, `lm_labels` (each `(B, S)`, int64), `class_labels` and
+    `rationale_end` (each `(B,)`) and `trunk_states (B, S, H)`, the last four where the rows have any. Rows of 3 and
+    2 tokens, inputs of 2, make
 
         input_ids       [[5, 6, 7], [8, 9, pad]]
         attention_mask  [[1, 1, 1], [1, 1, 0]]
@@ -225,8 +229,9 @@ class DHRDCollator:
         batch = {"input_ids": padded("input_ids", self.pad_token_id)}
         batch["attention_mask"] = mask([len(row["input_ids"]) for row in rows])
         batch["input_mask"] = mask([row["input_length"] for row in rows])
-        if "class_labels" in rows[0]:
-            batch["class_labels"] = torch.tensor([row["class_labels"] for row in rows])
+        for name in ("class_labels", "rationale_end"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows])
         if "lm_labels" in rows[0] and ((labels := padded("lm_labels", IGNORE_INDEX)) != IGNORE_INDEX).any():
             batch["lm_labels"] = labels
         if "trunk_states" in rows[0]:

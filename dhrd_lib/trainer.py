@@ -21,6 +21,7 @@ from dhrd_lib.scaling.fsdp import gathered_lm_head, prepare_fsdp
 from dhrd_lib.scaling.trunk_cache import skip_layers
 from dhrd_lib.sequences import IGNORE_INDEX
 
+TERMS = ("class_loss", "lm_loss", "privileged_class_loss", "privileged_kl")
 FINITE_WANTED = "expected finite numbers, which a lower learning_rate, alpha or beta may give"
 
 
@@ -100,10 +101,11 @@ class TrainingClock(TrainerCallback, ExportableState):
 
 
 class DHRDTrainer(Trainer):
-    """transformers' Trainer with the two losses, each divided by its own count over the effective batch.
+    """transformers' Trainer with the losses, each divided by its own count over the effective batch.
 
-    The class loss is divided by the examples and the LM loss by the valid target tokens of all micro-batches and
-    processes of a step, so neither accumulation nor data parallelism changes the result. Every term is logged.
+    The class loss is divided by the examples, the LM loss by the valid target tokens and the privileged terms by
+    the rationales of all micro-batches and processes of a step, so neither accumulation nor data parallelism
+    changes the result. Every term is logged.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class DHRDTrainer(Trainer):
         self.class_weights = None if class_weights is None else class_weights.to(self.args.device)  # (K,)
         # compute_loss divides by the counts of the whole step; transformers must not divide again.
         self.loss_is_scaled_for_ga = True
-        self._terms = torch.zeros(2)
+        self._terms = torch.zeros(len(TERMS))
         self._terms_logged_at: int | None = None
 
     # A private hook: transformers has no public one for the order of rows.
@@ -159,15 +161,16 @@ class DHRDTrainer(Trainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[Mapping[str, torch.Tensor]], device: torch.device
     ) -> torch.Tensor | None:
-        """Return the examples and valid LM target tokens `(2,)` of a step, over all micro-batches and processes."""
+        """Return the examples, LM target tokens and rationales `(3,)` of a step, over all its micro-batches."""
         if not batch_samples:
             return None
         examples = sum(len(batch["class_labels"]) for batch in batch_samples)
         tokens = sum(
             int((batch["lm_labels"] != IGNORE_INDEX).sum()) for batch in batch_samples if "lm_labels" in batch
         )
+        rationales = sum(int((batch["rationale_end"] > 0).sum()) for batch in batch_samples)
         # Integers: FSDP would round a float to bfloat16 on its way into the model.
-        counts = torch.tensor([[examples, tokens]], device=device)
+        counts = torch.tensor([[examples, tokens, rationales]], device=device)
         return self.accelerator.gather(counts).sum(0)
 
     def _alpha(self, step: int) -> float:
@@ -183,7 +186,7 @@ class DHRDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """Return `beta * class CE + alpha * LM CE` of a micro-batch (paper, "Loss"), as its share of the step's."""
+        """Return the total loss of a micro-batch (paper, "Loss"), as its share of the step's."""
         counts = num_items_in_batch
         lm_trained = self.config.alpha > 0 and (model.training or self.config.beta == 0)
         if lm_trained and "lm_labels" not in inputs:
@@ -191,6 +194,7 @@ class DHRDTrainer(Trainer):
             inputs = {**inputs, "lm_labels": torch.full_like(inputs["input_ids"], IGNORE_INDEX)}
         inputs = dict(inputs)
         states = inputs.pop("trunk_states", None)  # (B, S, H)
+        privileged = self.config.is_privileged and model.training
         with ExitStack() as stack:
             if states is not None:
                 stack.enter_context(skip_layers(self.model, range(self.trunk_layers), states))
@@ -203,6 +207,9 @@ class DHRDTrainer(Trainer):
                 num_examples=None if counts is None else counts[0],
                 num_lm_tokens=None if counts is None else counts[1],
                 class_weights=self.class_weights,
+                num_rationales=None if counts is None else counts[2],
+                privileged_gamma=self.config.privileged_gamma if privileged else None,
+                privileged_temperature=self.config.privileged_temperature,
             )
         # With beta = 0 and alpha annealed to 0, a batch has no term, and still needs a gradient.
         loss = outputs.logits.sum() * 0 if outputs.loss is None else outputs.loss
@@ -213,7 +220,7 @@ class DHRDTrainer(Trainer):
         if model.training:
             if self._terms_logged_at is None:  # A resumed run starts later than at 0.
                 self._terms_logged_at = self.state.global_step
-            parts = [outputs.class_loss, outputs.lm_loss]
+            parts = [getattr(outputs, term) for term in TERMS]
             self._terms += torch.tensor([0.0 if part is None else part.item() for part in parts])
         return (loss, outputs) if return_outputs else loss
 
@@ -222,9 +229,8 @@ class DHRDTrainer(Trainer):
         if "loss" in logs and "eval_loss" not in logs:
             steps = max(self.state.global_step - self._terms_logged_at, 1)
             terms = self.accelerator.gather(self._terms.to(self.args.device)[None]).sum(0) / steps
-            logs["class_loss"] = terms[0].item()
-            if self.config.alpha:
-                logs["lm_loss"] = terms[1].item()
+            trained = (True, self.config.alpha, self.config.is_privileged, self.config.is_privileged)
+            logs |= {name: term for name, term, of in zip(TERMS, terms.tolist(), trained, strict=True) if of}
             logs["alpha"] = self._alpha(self.state.global_step - 1)
             if self.config.beta_delay:
                 logs["beta"] = self._beta(self.state.global_step - 1)

@@ -57,8 +57,8 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
     A finished run is returned as it is, a stopped one resumes from its last checkpoint, and one that another
     process trains is waited for. `callbacks` are transformers'; their logs have every term of the loss.
 
-    Raises `ConfigError` where the folder holds a run of another configuration or of other rows, where alpha > 0 and
-    no train row has a rationale, and where the loss isn't finite.
+    Raises `ConfigError` where the folder holds a run of another configuration or of other rows, where a loss
+    reads rationales and no train row has one, and where the loss isn't finite.
     """
     folder = Path(root) / config.name
     _claim(folder, config)
@@ -125,6 +125,7 @@ def _train(
         max_rationale_tokens=data.max_rationale_tokens,
         truncation_side=data.truncation_side,
         lm_chunk_tokens=training.lm_chunk_tokens,
+        privileged_classifier=training.privileged_head == "separate",
         seed=training.seed,
     )
     _freeze_unused_head(model, training)
@@ -174,6 +175,7 @@ def _train(
     for split, of in logits.items():
         if not np.isfinite(of).all():
             raise ConfigError(f"the trained model has {split} logits that aren't finite; {FINITE_WANTED}.")
+    model.privileged_classifier = None
     # Under FSDP a process holds a part of each weight; the first one gets them whole.
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
@@ -206,11 +208,12 @@ def _train(
 def _encode(
     config: RunConfig, task: Task, splits: DatasetDict, model: DHRDModel
 ) -> tuple[dict[str, Rows], dict[str, SequenceReport]]:
-    """Encode each split: with rationales where the LM loss reads them, with trunk states where layers are frozen.
+    """Encode each split: with rationales where a loss reads them, with trunk states where layers are frozen.
 
     Sorts dev's rows in `splits` by length, as they are evaluated in batches in their order.
     """
     training = config.training
+    reads_rationales = training.alpha > 0 or training.is_privileged
     fmt = replace(model.sequence_format, lm_span=training.lm_span, order=config.data.order)
     rows, reports = {}, {}
     for split in list(splits):
@@ -219,17 +222,17 @@ def _encode(
             splits[split],
             fmt,
             task.verbalizers,
-            # With alpha = 0 nothing reads the rationale, so the sequence has none.
-            with_rationale=lm_trained and training.alpha > 0,
+            # Where no loss reads the rationale, the sequence has none.
+            with_rationale=lm_trained and reads_rationales,
             alignment=config.data.alignment,
             shuffled_share=config.data.shuffled_share,
             seed=training.seed,
         )
-        if split == "train" and training.alpha > 0 and reports[split].lm_tokens == 0:
-            raise ConfigError(
-                f"alpha is {training.alpha} and none of the {len(encoded)} train rows has a rationale; "
-                "expected some with one, or alpha=0."
-            )
+        if split == "train" and reads_rationales and reports[split].lm_tokens == 0:
+            reader = f"privileged_head is {training.privileged_head!r}"
+            reader, off = (f"alpha is {training.alpha}", "alpha=0") if training.alpha else (reader, "'none'")
+            found = f"{reader} and none of the {len(encoded)} train rows has a rationale"
+            raise ConfigError(f"{found}; expected some with one, or {off}.")
         if split == "dev":
             order = sorted(range(len(encoded)), key=encoded["length"][:].__getitem__)
             encoded, splits[split] = encoded.select(order), splits[split].select(order)
@@ -264,7 +267,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
 def _digest(rows: Rows, label_names: Sequence[str]) -> str:
     """Return a hash of a split's encoded rows and of what its class indices mean."""
     digest = hashlib.sha256(json.dumps(label_names).encode())
-    for batch in rows.rows.iter(1000):
+    for batch in rows.rows.remove_columns("rationale_end").iter(1000):  # Older runs' rows had none.
         digest.update(json.dumps(batch, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -16,6 +16,7 @@ from dhrd_lib.studies.tables import factors
 
 _PURPOSE = {
     "pooled baseline": "A decoder with a pooled classifier, trained on labels alone (alpha = 0).",
+    "privileged pooling": "A pooled classifier, taught by one that reads a teacher's rationales (alpha = 0).",
     "DHRD": "A decoder with a pooled classifier, trained jointly with its LM head on a teacher's rationales.",
     "reasoning only": "A decoder whose LM head was trained on rationales (beta = 0); it answers by CoT decoding.",
 }

@@ -1,4 +1,4 @@
-"""DHRD against its pooled baseline: two runs per seed that differ in alpha alone."""
+"""DHRD against its pooled baseline: two runs per seed that differ in the losses of rationales alone."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PROFILES = {
     "full": {"tasks": ["support_triage", "everyday_nli"], "seeds": 5, "epochs": 3, "freeze_layers": 15},
 }
 
-# What makes a configuration its pooled baseline; the other options of a loss need alpha.
-BASELINE = {"training.alpha": 0.0, "training.beta_delay": 0.0}
+# What makes a configuration its pooled baseline.
+BASELINE = {"alpha": 0.0, "beta_delay": 0.0, "privileged_head": "none", "privileged_gamma": 0.0}
 
 
 def profile_config(profile: str = "quick", task: str = "support_triage") -> RunConfig:
@@ -50,10 +50,10 @@ def with_baselines(config: RunConfig, seeds: Iterable[int]) -> list[RunConfig]:
     Raises `ConfigError` where alpha or beta is 0.
     """
     alpha, beta = config.training.alpha, config.training.beta
-    if alpha == 0 or beta == 0:
+    if config.training.setting in ("pooled baseline", "reasoning only"):
         raise ConfigError(f"alpha and beta are {alpha} and {beta}; expected both above 0, as in DHRD.")
     # DHRD first: the cached states of its rows serve the baseline too, whose rows are the inputs alone.
-    changes = {"dhrd": {}, "baseline": BASELINE}
+    changes = {"dhrd": {}, "baseline": {f"training.{name}": value for name, value in BASELINE.items()}}
     return [
         config.replace({"name": f"{config.name}-{setting}-seed{seed}", "training.seed": seed} | of)
         for seed in seeds
@@ -69,13 +69,13 @@ class Comparison:
 
     @property
     def dhrd(self) -> list[Run]:
-        """The runs with alpha above 0, by seed."""
-        return [run for run in self.runs if run.config.training.alpha > 0]
+        """The runs that rationales train, by seed."""
+        return [run for run in self.runs if run.config.training.setting != "pooled baseline"]
 
     @property
     def baselines(self) -> list[Run]:
-        """The runs with alpha = 0, by seed."""
-        return [run for run in self.runs if run.config.training.alpha == 0]
+        """The runs without a loss of rationales, by seed."""
+        return [run for run in self.runs if run.config.training.setting == "pooled baseline"]
 
     def table(self) -> pd.DataFrame:
         """Return one row per task, split and setting.

@@ -106,11 +106,13 @@ class _Section:
     def _nearest_baseline(self, label: str) -> str | None:
         """Return the pooled baseline with the fewest differing fields among those that share a seed."""
         run, seeds = self.first[label], self.settings[label].keys()
-        if run.config.training.alpha == 0:
+        if run.config.training.setting == "pooled baseline":
             return None
         shared = [of for of, others in self.settings.items() if seeds & others.keys()]
         baselines = {
-            of: _differing([run, self.first[of]]) for of in shared if self.first[of].config.training.alpha == 0
+            of: _differing([run, self.first[of]])
+            for of in shared
+            if self.first[of].config.training.setting == "pooled baseline"
         }
         return min(baselines, key=lambda of: len(baselines[of]), default=None)
 
@@ -252,7 +254,7 @@ class _Section:
 def _settings(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
     """Return the runs of one task by setting and seed, the pooled baseline first."""
     settings: dict[str, dict[int, Run]] = {}
-    for name in ("pooled baseline", "DHRD", "reasoning only"):
+    for name in ("pooled baseline", "privileged pooling", "DHRD", "reasoning only"):
         variants = [run for run in runs if run.config.training.setting == name]
         differing = _differing(variants)
         for run in sorted(variants, key=lambda run: run.config.training.seed):

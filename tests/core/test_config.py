@@ -18,6 +18,7 @@ ANY_JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
+PRIVILEGED = {"training.privileged_head": "shared"}
 FIELDS = [f"{section}.{field}" for section, of in SECTIONS.items() for field in of.model_fields]
 
 
@@ -70,6 +71,8 @@ def test_replace_reaches_into_sections():
         (TrainingConfig, {"beta_delay": 0.5, "alpha": 0}),
         (TrainingConfig, {"beta_delay": 0.5, "beta": 0}),
         (TrainingConfig, {"beta_delay": 0.5, "early_stopping_patience": 2}),
+        (TrainingConfig, {"privileged_head": "separate", "beta": 0}),
+        (TrainingConfig, {"privileged_gamma": 1.0}),
         (TrainingConfig, {"beta": float("nan")}),
         (TrainingConfig, {"epochs": True}),
         (TrainingConfig, {"keep_model": 1}),
@@ -87,6 +90,8 @@ def test_wrong_value_is_refused(section, values):
     ("changes", "problem"),
     [
         ({"data.order": "label_rationale", "training.beta": 0}, "data.order is 'label_rationale' with beta=0"),
+        ({"data.order": "label_rationale", **PRIVILEGED}, "data.order is 'label_rationale' with privileged_head="),
+        ({"data.alignment": "only_label", **PRIVILEGED}, "data.alignment is 'only_label' with privileged_head="),
     ],
 )
 def test_sections_that_do_not_fit_are_refused(changes, problem):
@@ -116,6 +121,7 @@ def test_wrong_file_is_named(tmp_path, content):
 def test_setting_is_the_papers_name():
     assert TrainingConfig(alpha=0).setting == "pooled baseline"
     assert TrainingConfig(alpha=1, beta=1).setting == "DHRD"
+    assert TrainingConfig(alpha=0, privileged_head="shared").setting == "privileged pooling"
     assert TrainingConfig(alpha=1, beta=0).setting == "reasoning only"
 
 

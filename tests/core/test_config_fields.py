@@ -52,6 +52,9 @@ CHANGES = {
     "training__beta": 0.5,
     "training__alpha_schedule": "linear",
     "training__beta_delay": 0.5,
+    "training__privileged_head": "shared",
+    "training__privileged_gamma": 3.0,
+    "training__privileged_temperature": 3.0,
     "training__lm_span": "rationale_label",
     "training__epochs": 1,
     "training__max_steps": 3,
@@ -102,6 +105,9 @@ def test_every_field_changes_the_run(table, tmp_path, finished, field, tmp_path_
     if field == "data__shuffled_share":
         finished = train(config(table, "all", data__alignment="shuffle_rationale"), tmp_path)
         value = {field: value, "data__alignment": "shuffle_rationale"}
+    if field.startswith("training__privileged_") and field != "training__privileged_head":
+        head = {"training__privileged_head": "separate", "training__privileged_gamma": 1.0}
+        finished, value = train(config(table, "taught", **head), tmp_path), {**head, field: value}
     changed = train(config(table, "changed", **(value if isinstance(value, dict) else {field: value})), tmp_path)
     assert trace(changed) != trace(finished)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dhrd_lib.losses import balanced_class_weights, dhrd_loss, lm_cross_entropy_sum
+from dhrd_lib.losses import balanced_class_weights, dhrd_loss, distillation_loss_sum, lm_cross_entropy_sum
 from dhrd_lib.sequences import IGNORE_INDEX
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -91,4 +93,17 @@ def test_total_leaves_out_a_term_of_weight_zero():
     assert dhrd_loss(class_loss, torch.tensor(3.0), alpha=0.5, beta=2.0) == 5.5
     assert dhrd_loss(class_loss, nan, alpha=0.0, beta=2.0) == 4.0
     assert dhrd_loss(nan, torch.tensor(3.0), alpha=2.0, beta=0.0) == 6.0
+    assert dhrd_loss(class_loss, nan, alpha=0.0, beta=2.0, others=[(1.0, class_loss), (0.0, nan)]) == 6.0
     assert dhrd_loss(None, None, alpha=1.0, beta=1.0) is None
+
+
+def test_distillation_loss_by_hand():
+    # At temperature 2 the teacher has 3/4 and 1/4, the student 1/2 each: KL = 3/4 ln 3/2 + 1/4 ln 1/2.
+    teacher = torch.tensor([[2 * math.log(3), 0.0], [1.0, 1.0]], requires_grad=True)
+    student = torch.zeros(2, 2, requires_grad=True)
+    loss = distillation_loss_sum(student, teacher, 2.0)
+    assert loss.item() == pytest.approx(4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)))
+    loss.backward()
+    # d/d student = T (softmax(student / T) - softmax(teacher / T)).
+    torch.testing.assert_close(student.grad, torch.tensor([[-0.5, 0.5], [0.0, 0.0]]))
+    assert teacher.grad is None

@@ -89,6 +89,42 @@ def test_class_weights_weigh_rows_by_their_label(task):
     torch.testing.assert_close(weighted, (weights * one_by_one).sum() / 3)
 
 
+@pytest.mark.parametrize("separate", [True, False])
+def test_privileged_terms_by_hand(task, separate):
+    model = tiny_model(task)
+    if separate:
+        model.privileged_classifier = build_model(
+            ModelConfig(), task, backbone=tiny_backbone("llama"), privileged_classifier=True, seed=3
+        ).privileged_classifier
+    made, texts = rows(model, True)[:2], ["My lamp.", "My lamp"]
+    made = [{**encode_example(model.sequence_format, texts[0], "It broke.", "fix"), "class_labels": 0}]
+    made.append({**encode_example(model.sequence_format, texts[1]), "class_labels": 1})
+    end = len(encode_example(model.sequence_format, texts[0], "It broke.")["input_ids"])
+    assert [row["rationale_end"] for row in made] == [end, 0]
+    found = forward(model, made, alpha=0.0, beta=2.0, privileged_gamma=0.5, privileged_temperature=2.0)
+    # The rationale's last state is that of an input that ends there.
+    read = model.backbone.model(torch.tensor([made[0]["input_ids"][:end]])).last_hidden_state[:, -1]
+    teacher = (model.privileged_classifier or model.classifier)(read)
+    label_loss = -teacher.log_softmax(-1)[0, 0]
+    soft, log_probs = (teacher / 2).softmax(-1)[0], (found.logits[0] / 2).log_softmax(-1)
+    kl = 4 * (soft * (soft.log() - log_probs)).sum()
+    torch.testing.assert_close(found.privileged_class_loss, label_loss, **EXACT)
+    torch.testing.assert_close(found.privileged_kl, kl, **EXACT)
+    torch.testing.assert_close(found.loss, 2 * found.class_loss + label_loss + 0.5 * kl, **EXACT)
+    alone = forward(model, made[1:], privileged_gamma=0.5)
+    assert (alone.privileged_class_loss, alone.privileged_kl) == (0, 0)
+
+
+def test_privileged_classifier_leaves_the_inputs_as_it_is(task):
+    plain, taught = (
+        build_model(ModelConfig(), task, backbone=tiny_backbone("llama"), privileged_classifier=is_taught, seed=3)
+        for is_taught in (False, True)
+    )
+    for name, tensor in plain.classifier.state_dict().items():
+        assert torch.equal(tensor, taught.classifier.state_dict()[name])
+    assert not torch.equal(taught.privileged_classifier[0].weight, taught.classifier[0].weight)
+
+
 def test_lm_loss_equals_the_backbones_loss(model):
     batch = DHRDCollator(model.tokenizer.pad_token_id)(rows(model, True))
     own = model.backbone(

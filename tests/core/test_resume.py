@@ -167,6 +167,24 @@ def test_resume_keeps_tokens_and_seconds(table, tmp_path, stops):
     assert seconds == pytest.approx(resumed.metrics["train_seconds"])
 
 
+PRIVILEGED = {"training__privileged_head": "separate", "training__privileged_gamma": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "terms"),
+    [(PRIVILEGED | {"training__beta_delay": 0.3}, ("beta", "privileged_class_loss", "privileged_kl"))],
+)
+def test_options_resume_to_same_weights(table, tmp_path, changes, terms):
+    own = config(table, training__eval_steps=2, **changes)
+    straight = train(own, tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        train(own, tmp_path / "stopped", callbacks=[StopAt(3)])
+    resumed = train(own, tmp_path / "stopped")
+    assert resumed.metrics["resumed_from_step"] == 2
+    assert logged(resumed, "loss", *terms) == logged(straight, "loss", *terms)
+    assert_same_weights(resumed, straight)
+
+
 @pytest.mark.parametrize("max_steps", [0, 6])
 def test_resume_after_last_step_trains_no_other(table, tmp_path, max_steps):
     own = config(table, training__eval_steps=2, training__max_steps=max_steps)

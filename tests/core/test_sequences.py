@@ -171,7 +171,7 @@ def test_chunks_of_a_split_have_the_rows_of_encode_example(started, lm_span, mon
     encoded, _ = encode_split(dataset, short, VERBALIZERS, with_rationale=True, **options)
     for row, text, label, rationale, answer in zip(encoded, MIXED_TEXTS, labels, shown, answers, strict=True):
         alone = encode_example(short, text, rationale, None if answer is None else VERBALIZERS[answer])
-        expected = {name: alone[name] for name in ("input_ids", "input_length", "lm_labels")}
+        expected = {name: alone[name] for name in ("input_ids", "input_length", "rationale_end", "lm_labels")}
         assert row == {**expected, "class_labels": label, "length": len(alone["input_ids"])}
 
 

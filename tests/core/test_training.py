@@ -141,6 +141,26 @@ def test_alpha_zero_is_the_baseline_to_the_last_bit(table, tmp_path):
     assert_same_weights(ours, theirs)
 
 
+@pytest.mark.parametrize("head", ["separate", "shared"])
+def test_privileged_pooling_without_lm_loss(table, tmp_path, head):
+    changes = {**SEPARATE, "training__alpha": 0.0, "training__privileged_head": head}
+    run = train(config(table, "taught", **changes), tmp_path)
+    for _, loss, class_loss, label_loss, kl in logged(
+        run, "loss", "class_loss", "privileged_class_loss", "privileged_kl"
+    ):
+        assert loss == pytest.approx(class_loss + label_loss + 2 * kl, abs=1e-4)
+    assert "lm_loss" not in run.history
+    assert DHRDModel.from_pretrained(run.folder / "model").privileged_classifier is None
+    assert not [name for name in weights(run) if "privileged" in name]
+    rows = run.predictions("test")
+    assert run.model().predict(rows["input_text"].tolist()).labels == rows["prediction"].tolist()
+    shuffled = train(config(table, "shuffled", **changes, data__alignment="shuffle_rationale"), tmp_path)
+    assert logged(shuffled, "privileged_kl") != logged(run, "privileged_kl")
+    bare = write_rows(tmp_path / "rows.jsonl", read_rows(table, rationale=None))
+    with pytest.raises(ConfigError, match=f"privileged_head is '{head}' and none of the .* expected .*'none'"):
+        train(config(bare, **changes), tmp_path)
+
+
 def test_alpha_without_any_rationale_is_refused(table, tmp_path):
     bare = write_rows(tmp_path / "rows.jsonl", read_rows(table, rationale=None))
     with pytest.raises(ConfigError, match=r"alpha is 1\.0 and none of the \d+ train rows has a rationale"):
@@ -175,18 +195,23 @@ def test_diverging_run_is_not_stored(table, tmp_path, changes, problem):
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_accumulation_equals_one_batch(table, tmp_path, alpha):
-    whole = train(config(table, "whole", training__alpha=alpha), tmp_path)
-    parts = config(
-        table,
-        "parts",
-        training__alpha=alpha,
-        training__batch_size=1,
-        training__gradient_accumulation_steps=8,
-    )
-    parts = train(parts, tmp_path)
-    np.testing.assert_allclose(logged(whole, "loss", "class_loss"), logged(parts, "loss", "class_loss"), atol=1e-5)
+SEPARATE = {"training__privileged_head": "separate", "training__privileged_gamma": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "terms"),
+    [
+        ({"training__alpha": 0.0}, ()),
+        ({"training__alpha": 1.0}, ("lm_loss",)),
+        ({**SEPARATE, "training__alpha": 0.0}, ("privileged_class_loss", "privileged_kl")),
+    ],
+)
+def test_accumulation_equals_one_batch(table, tmp_path, changes, terms):
+    whole = train(config(table, "whole", **changes), tmp_path)
+    split = {"training__batch_size": 1, "training__gradient_accumulation_steps": 8}
+    parts = train(config(table, "parts", **changes, **split), tmp_path)
+    terms = ("loss", "class_loss", *terms)
+    np.testing.assert_allclose(logged(whole, *terms), logged(parts, *terms), atol=1e-5)
     assert_same_weights(whole, parts, atol=2e-4)
 
 
