@@ -74,9 +74,9 @@ def generate(
 def stream(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], **options: Any
 ) -> Iterator[tuple[list[int], float]]:
-    """Yield the new ids after each token of one row, with the seconds since the start; options as of `generate`.
+    """Yield one row's new ids after each token, with the seconds since the start; closing the iterator ends decoding.
 
-    Decoding runs in a thread; closing the iterator ends it at its next token and waits for it.
+    Decoding runs in a thread, with the options of `generate`.
     """
     steps, closed, started = SimpleQueue(), Event(), time.perf_counter()
 
@@ -127,12 +127,10 @@ def encode_chat(
 ) -> list[int]:
     """Return the ids of a chat of (role, content), up to the assistant's next turn; `arguments` are the template's.
 
-    A tokenizer without a chat template gets the contents as lines of plain text. A special token that a content
-    spells is encoded as text, so that no content can end its turn.
+    Without a template the contents are lines of text. Special tokens that a content spells are text, and end no turn.
     """
     if not tokenizer.chat_template:
-        text = "".join(f"{content}\n" for _, content in turns)
-        return tokenizer(text, split_special_tokens=True).input_ids
+        return tokenizer("".join(f"{content}\n" for _, content in turns), split_special_tokens=True).input_ids
     special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     spelled = re.compile("|".join(special) or "(?!)")
     fence = secrets.token_hex(16)  # put around such spellings; no content can contain it

@@ -16,10 +16,10 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,29 +78,23 @@ class Run:
         return pd.read_json(self.folder / "history.jsonl", lines=True)
 
     def predictions(self, split: str) -> pd.DataFrame:
-        """Return one row per example of a split.
+        """Return one row per example of a split: idx, input_text, label and prediction (names), group, rationale.
 
-        Columns: idx, input_text, label and prediction (label names), label_id and prediction_id (class indices),
-        probabilities (a list of K), group, rationale. A run with `beta = 0` has no prediction, prediction_id and
-        probabilities: its classifier is untrained.
+        Also label_id and prediction_id (class indices), and probabilities (a list of K). With `beta = 0` the
+        classifier is untrained, and there are no predictions and probabilities.
         """
         path = self.folder / f"predictions_{split}.jsonl"
         frame = pd.read_json(path, lines=True, dtype=False, convert_dates=False)
-        class_of = {name: index for index, name in enumerate(self.label_names)}
-        for column in ("label", "prediction"):
-            if column in frame:
-                if pd.api.types.is_integer_dtype(frame[column]):  # Runs of version 0.1 stored class indices.
-                    frame[column] = [self.label_names[index] for index in frame[column]]
-                frame[f"{column}_id"] = frame[column].map(class_of)
+        for column in frame.columns.intersection(["label", "prediction"]):
+            if pd.api.types.is_integer_dtype(frame[column]):  # Runs of version 0.1 stored class indices.
+                frame[column] = frame[column].map(dict(enumerate(self.label_names)))
+            frame[f"{column}_id"] = frame[column].map({name: i for i, name in enumerate(self.label_names)})
         if self.config.training.beta == 0:
             frame = frame.drop(columns=["prediction", "prediction_id", "probabilities"], errors="ignore")
         return frame
 
     def model(self, **kwargs: Any) -> DHRDModel:
-        """Load the trained model; `kwargs` go to `DHRDModel.from_pretrained`.
-
-        Raises `FileNotFoundError` where the run kept none (`keep_model = false`).
-        """
+        """Load the model with `DHRDModel.from_pretrained`; raise `FileNotFoundError` where the run kept none."""
         from dhrd_lib.modeling import DHRDModel
 
         model = DHRDModel.from_pretrained(self.folder / "model", **kwargs)
@@ -153,10 +147,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def run_lock(folder: Path) -> FileLock:
-    """Return the lock of a run's folder, which its holder may acquire again.
-
-    The operating system frees the lock of a killed process.
-    """
+    """Return the lock of a run's folder, which its holder may acquire again; a kill frees it."""
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "training.lock", is_singleton=True)
 
@@ -165,17 +156,16 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Return what a run's figures depend on beside its configuration: versions, hardware, git commit."""
     import torch
 
-    cpu_info, commit = Path("/proc/cpuinfo"), None
-    processor = re.search(r"^model name\s*: (.+)$", cpu_info.read_text() if cpu_info.is_file() else "", re.M)
+    cpu = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.+)$", cpu.read_text() if cpu.is_file() else "", re.MULTILINE)
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES.split()},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor[1] if processor else platform.processor(),
+        "processor": models[0] if models else platform.processor(),
         "cpu_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "git_commit": commit,
+        "git_commit": commit or None,
     }

@@ -89,7 +89,7 @@ def test_jupyterlab_redraws_and_saves_figures(tmp_path):
         sync_api.expect(curves).to_contain_text("class loss (nats per example)")
 
         sync_api.expect(dashboard).to_contain_text("accuracy (%)")
-        dashboard.get_by_label("Metric:").select_option("macro f1")
+        dashboard.get_by_label("metric").select_option("macro f1")
         sync_api.expect(dashboard).to_contain_text("macro f1 (%)")
         page.keyboard.press("Control+s")
         page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")

@@ -157,20 +157,24 @@ def reviewed(task, folder, rationales):
 def test_panel_pages_shows_flags_and_stores_verdicts(task, tmp_path):
     texts = ["They broke <script>.", "Refunding is owed.", "Nothing is wrong.", "They broke again."]
     data, store, panel = reviewed(task, tmp_path, texts)
+
+    def click(name: str) -> None:
+        panel.buttons[name].click()
+
     assert "1 of 4" in panel.row.value
     assert panel.words.value == texts[0]
-    panel.next.click()
-    assert "leaks label" in panel.row.value
-    panel.reject.click()
-    panel.next.click()
+    click("Next")
+    assert "leaks_label" in panel.row.value
+    click("Reject")
+    click("Next")
     panel.words.value = "All is <well>."
-    panel.accept.click()
-    assert "Before the edit" in panel.row.value
-    panel.next.click()
+    click("Accept")
+    assert "The teacher&#x27;s text" in panel.row.value
+    click("Next")
     panel.words.value = ""
-    panel.edit.click()
+    click("Save the edit")
     assert "empty" in panel.message.value
-    panel.previous.click()
+    click("Previous")
     assert "3 of 4" in panel.row.value
     panel.choice.value = "not reviewed"
     assert "1 of 2" in panel.row.value
@@ -184,7 +188,7 @@ def test_panel_pages_shows_flags_and_stores_verdicts(task, tmp_path):
 def test_panel_escapes_a_rows_text(task, tmp_path):
     _, _, panel = reviewed(task, tmp_path, ["<script>alert(1)</script>"])
     panel.words.value = "Fine."
-    panel.edit.click()
+    panel.buttons["Save the edit"].click()
     assert "&lt;script&gt;" in panel.row.value
     assert "<script>" not in panel.row.value
 
@@ -192,4 +196,4 @@ def test_panel_escapes_a_rows_text(task, tmp_path):
 def test_panel_without_rationales_has_nothing_to_judge(task, tmp_path):
     panel = ReviewPanel(task, split(["a"]), CONFIG, tmp_path)
     assert panel.row.value == "No rationale to show."
-    assert panel.accept.disabled
+    assert panel.buttons["Accept"].disabled
