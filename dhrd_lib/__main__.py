@@ -91,8 +91,7 @@ def sweep(
     from dhrd_lib.studies import sweeps
 
     table = sweeps.sweep(sweeps.Grid.load(grid), runs, storage=storage, workers=workers, again=again)
-    columns = table.columns.intersection(["run", "state", "reason", "split", "primary"])
-    print(table[columns].to_string(index=False, na_rep=""))
+    print(table.filter(["run", "state", "reason", "split", "primary"]).to_string(index=False, na_rep=""))
     if (table["state"] != "finished").any():
         raise typer.Exit(1)
 

@@ -74,10 +74,7 @@ def generate(
 def stream(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], **options: Any
 ) -> Iterator[tuple[list[int], float]]:
-    """Yield one row's new ids after each token, with the seconds since the start; closing the iterator ends decoding.
-
-    Decoding runs in a thread, with the options of `generate`.
-    """
+    """Yield one row's new ids and the seconds so far, after each token; closing it ends the decoding thread."""
     steps, closed, started = SimpleQueue(), Event(), time.perf_counter()
 
     def on_step(rows: list[list[int]]) -> bool:
@@ -125,10 +122,7 @@ def check_context(lm: PreTrainedModel, prompts: Sequence[list[int]], max_new_tok
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], **arguments: Any
 ) -> list[int]:
-    """Return the ids of a chat of (role, content), up to the assistant's next turn; `arguments` are the template's.
-
-    Without a template the contents are lines of text. Special tokens that a content spells are text, and end no turn.
-    """
+    """Return the ids of (role, content) turns up to the assistant's next; special tokens in contents are text."""
     if not tokenizer.chat_template:
         return tokenizer("".join(f"{content}\n" for _, content in turns), split_special_tokens=True).input_ids
     special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]

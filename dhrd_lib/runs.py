@@ -59,8 +59,8 @@ class Run:
     def fields(self) -> dict[str, Any]:
         """Name, setting and every configuration field, as the columns of a table of runs."""
         config = self.config.to_dict()
-        fields = {"run": self.name, "setting": self.config.training.setting}
-        return fields | config["model"] | config["data"] | config["training"]
+        names = {"run": self.name, "setting": self.config.training.setting}
+        return names | config["model"] | config["data"] | config["training"]
 
     @property
     def label_names(self) -> list[str]:

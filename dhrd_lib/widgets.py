@@ -153,10 +153,9 @@ class AblationDashboard(_Panel):
 
 
 class ReviewPanel(widgets.VBox):
-    """Pages through the rationales of a split: input, gold, rationale and flags; accept, reject or edit.
+    """Pages through the rationales of a split with input, gold and flags, to accept, reject or edit them.
 
-    A verdict goes to the store as a new record that keeps the teacher's text; `select` takes it from there. Rows
-    without a rationale aren't shown.
+    A verdict goes to the store as a new record that keeps the teacher's text; `select` takes it from there.
     """
 
     def __init__(self, task: Task, dataset: Dataset, config: TeacherConfig, folder: str | Path) -> None:
