@@ -328,20 +328,20 @@ def cot_system(
     return System(name, answer, encode, count, settings, "rows", device, weights, probe=probe, **limits)
 
 
-def lm_head_system(name: str, cot: CoT, settings: tuple[int, ...] = (1,), **limits: int) -> System:
-    """Wrap the LM head alone: verbalizers scored right after the input (budget 0)."""
+def lm_head_system(name: str, cot: CoT, **limits: int) -> System:
+    """Wrap the LM head alone: verbalizers scored right after the input (budget 0), row by row."""
 
-    def answer(texts: Sequence[str], max_batch_tokens: int) -> CoTPredictions:
+    def answer(texts: Sequence[str], batch_size: int) -> CoTPredictions:
         inputs = render_inputs(cot.task.template, texts)
-        return cot.score(Generations(inputs, [[[]] for _ in inputs], 0, 0.0), max_batch_tokens)
+        return cot.score(Generations(inputs, [[[]] for _ in inputs], 0, 0.0))
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return [cot.encode_bare(text) for text in texts]
 
-    def count(texts: Sequence[str], max_batch_tokens: int, _: Any) -> Tokens:
-        return _tokens_by_budget([len(ids) for ids in encode(texts)], max_batch_tokens)
+    def count(texts: Sequence[str], batch_size: int, _: Any) -> Tokens:
+        return _tokens_by_rows([len(ids) for ids in encode(texts)], batch_size)
 
-    return System(name, answer, encode, count, settings, "tokens", cot.lm.device, weights_mib(cot.lm), **limits)
+    return System(name, answer, encode, count, (1,), "rows", cot.lm.device, weights_mib(cot.lm), **limits)
 
 
 def _tokens_by_budget(lengths: Sequence[int], max_batch_tokens: int) -> Tokens:

@@ -17,6 +17,8 @@ import torch
 from datasets import Dataset
 from pydantic import Field
 from scipy.special import softmax
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,10 +26,10 @@ from dhrd_lib.backbones import Backbone, decoder_of, lm_logits
 from dhrd_lib.config import Config, ConfigError, PositiveFloat, PositiveInt, Seed
 from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.evaluation import NO_ANSWER
-from dhrd_lib.generation import check_context, encode_chat, end_ids, generate, left_padded, stream
-from dhrd_lib.inputs import SENTINEL, Inputs, length_sorted_batches, render, render_inputs
+from dhrd_lib.generation import check_context, encode_chat, end_ids, generate, stream
+from dhrd_lib.inputs import SENTINEL, Inputs, render, render_inputs
 from dhrd_lib.modeling import DHRDModel
-from dhrd_lib.sequences import encode_example
+from dhrd_lib.sequences import IGNORE_INDEX, encode_example
 from dhrd_lib.tasks import Task
 
 PROMPT = """Read the text and answer its question. Explain step by step, in two or three sentences, which facts \
@@ -210,7 +212,7 @@ class CoT:
         predictions = np.where(votes.any((1, 2)), majority, NO_ANSWER)
         return CoTPredictions(self.task.label_names, predictions, votes.mean(1), generations.tokens)
 
-    def score(self, generations: Generations, max_batch_tokens: int = 4096) -> CoTPredictions:
+    def score(self, generations: Generations) -> CoTPredictions:
         """Read the answers from the LM head's probability of each verbalizer after rationale and marker.
 
         A rationale ends before the marker, or else where it was cut; what follows it isn't counted as spent.
@@ -225,7 +227,7 @@ class CoT:
             ids + rationale + marker for ids, row in zip(prompts, rows, strict=True) for rationale, _ in row
         ]
         check_context(self.lm, prefixes, max(map(len, answers)))
-        scores = score_continuations(self.lm, prefixes, answers, max_batch_tokens)
+        scores = score_continuations(self.lm, prefixes, answers)
         probabilities = softmax(scores, axis=1).reshape(len(rows), -1, len(answers)).mean(1)
         tokens = np.array([sum(spent for _, spent in row) for row in rows])
         return CoTPredictions(self.task.label_names, probabilities.argmax(1), probabilities, tokens)
@@ -245,41 +247,26 @@ class CoT:
 
 @torch.inference_mode()
 def score_continuations(
-    lm: PreTrainedModel, prefixes: Sequence[list[int]], continuations: Sequence[list[int]], max_batch_tokens: int
+    lm: PreTrainedModel, prefixes: Sequence[list[int]], continuations: Sequence[list[int]]
 ) -> np.ndarray:
     """Return the summed log-probability of each of K continuations after each of N prefixes: `(N, K)`, nats.
 
-    A prefix is read once, and its cached keys and values serve all K continuations. The LM head is computed only
-    where a continuation's token is predicted.
+    A prefix is read once, and its cached keys and values serve all K continuations.
     """
-    scores = np.zeros((len(prefixes), len(continuations)), dtype=np.float32)
-    lengths = list(map(len, continuations))
-    k, steps = len(continuations), max(lengths) - 1
-    rows = [ids + [0] * (steps + 1 - len(ids)) for ids in continuations]
-    padded = torch.tensor(rows, device=lm.device)  # (K, steps + 1)
-    after = torch.arange(steps, device=lm.device)
-    is_token = after + 1 < torch.tensor(lengths, device=lm.device)[:, None]  # (K, steps)
-    for places in length_sorted_batches(list(map(len, prefixes)), max_batch_tokens):
-        ids, mask = left_padded([prefixes[i] for i in places], 0, lm.device)  # (B, S)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = decoder_of(lm)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=steps > 0)
-        log_probs = lm_logits(lm, out.last_hidden_state[:, -1]).float().log_softmax(-1)  # (B, V)
-        batch = log_probs[:, padded[:, 0]]  # (B, K)
-        if steps:
-            out.past_key_values.batch_repeat_interleave(k)
-            mask = mask.repeat_interleave(k, 0)  # (B * K, S)
-            tokens = padded.repeat(len(places), 1)  # (B * K, steps + 1)
-            hidden = decoder_of(lm)(
-                input_ids=tokens[:, :-1],
-                attention_mask=torch.cat([mask, mask.new_ones(len(mask), steps)], 1),
-                position_ids=mask.sum(1, keepdim=True) + after,
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            ).last_hidden_state
-            log_probs = lm_logits(lm, hidden).float().log_softmax(-1).gather(2, tokens[:, 1:, None])
-            batch = batch + torch.where(is_token, log_probs.view(-1, k, steps), 0.0).sum(2)
-        scores[places] = batch.cpu().numpy()
-    return scores
+    rows = [torch.tensor(ids, device=lm.device) for ids in continuations]
+    targets = pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)  # (K, T)
+    scores = []
+    for prefix in prefixes:
+        out = decoder_of(lm)(input_ids=torch.tensor([prefix], device=lm.device), use_cache=True)
+        hidden = out.last_hidden_state[:, -1:].expand(len(rows), -1, -1)  # (K, 1, D)
+        if targets.shape[1] > 1:
+            out.past_key_values.batch_repeat_interleave(len(rows))
+            inputs = targets[:, :-1].clamp(min=0)  # Padding follows its row, so that no token of it reads padding.
+            after = decoder_of(lm)(input_ids=inputs, past_key_values=out.past_key_values, use_cache=True)
+            hidden = torch.cat([hidden, after.last_hidden_state], 1)  # (K, T, D)
+        losses = F.cross_entropy(lm_logits(lm, hidden).float().mT, targets, reduction="none")  # 0 at padding
+        scores.append(-losses.sum(1))
+    return torch.stack(scores).cpu().numpy()
 
 
 def pick_examples(train: Dataset, k: int, seed: int = 0) -> list[dict[str, Any]]:
