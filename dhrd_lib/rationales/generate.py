@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -62,23 +61,18 @@ class RationaleStore:
 
     def append(self, record: Record) -> None:
         """Append a record as a line."""
-        with FileLock(f"{self.path}.lock"), self.path.open("a+b") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a torn line stays one of its own
-                    file.write(b"\n")
-            file.write(record.model_dump_json().encode() + b"\n")
+        with FileLock(f"{self.path}.lock"), self.path.open("ab") as file:
+            # The line's end comes first, so that a torn line stays one of its own.
+            file.write(b"\n" * (file.tell() > 0) + record.model_dump_json().encode())
 
     def read(self) -> list[Record]:
-        """Return every record in order, without a torn line, as a kill leaves it; warn of one."""
+        """Return every record in order; warn of a torn line, as a kill leaves it, and skip it."""
         records = []
         for number, line in enumerate(self.path.read_bytes().split(b"\n") if self.path.is_file() else [], 1):
             try:
                 records += [Record.model_validate_json(line)] if line else []
-            except ValidationError as error:
-                if error.errors()[0]["type"] != "json_invalid":
-                    raise WorkbenchError(f"{self.path}, line {number} is no record: {error}") from None
-                warnings.warn(f"{self.path}, line {number} is torn and is skipped.", stacklevel=2)
+            except ValidationError:
+                warnings.warn(f"{self.path}, line {number} is no record and is skipped.", stacklevel=2)
         return records
 
     def review(self, record: Record, verdict: str, rationale: str = "") -> Record:
@@ -96,21 +90,16 @@ class RationaleStore:
 class Generation:
     """The outcome of `generate`; replies and tokens are of this call alone, `records` those of `select`."""
 
-    rows: int
-    stored_before: int = 0
-    replies: int = 0
+    stored_before: int
     failed: dict[str, str] = field(default_factory=dict)  # reasons by idx
+    stored: int = 0
+    replies: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
     records: list[Record | None] = field(default_factory=list, repr=False)
 
-    @property
-    def stored(self) -> int:
-        """Return how many rows were stored by this call."""
-        return self.rows - self.stored_before - len(self.failed)
-
     def __str__(self) -> str:
-        rows = f"{self.rows} rows: {self.stored_before} stored before, {self.stored} stored now"
+        rows = f"{len(self.records)} rows: {self.stored_before} stored before, {self.stored} stored now"
         tokens = f"{self.tokens_in} tokens in, {self.tokens_out} tokens out"
         return f"{rows}, {len(self.failed)} failed; {self.replies} replies, {tokens}"
 
@@ -130,10 +119,14 @@ def blank_records(task: Task, dataset: Dataset, config: TeacherConfig) -> tuple[
     return [Record(idx=idx, prompt_hash=prompt_hash, **common) for idx, prompt_hash in pairs], prompts
 
 
-def _stored(task: Task, config: TeacherConfig, folder: str | Path) -> list[Record]:
-    """Return the store's records that are complete, or were cut off at the teacher's limit or a higher one."""
-    records, limit = store_for(task, config, folder).read(), config.max_tokens
-    return [one for one in records if one.finish_reason != "length" or one.parameters["max_tokens"] >= limit]
+def _stored(store: RationaleStore, blanks: list[Record], config: TeacherConfig) -> list[list[Record]]:
+    """Return each row's records that are complete, or were cut off at the teacher's limit or a higher one."""
+    by_key: dict[tuple, list[Record]] = {blank.key: [] for blank in blanks}
+    for record in store.read():
+        is_complete = record.finish_reason != "length" or record.parameters["max_tokens"] >= config.max_tokens
+        if is_complete and record.key in by_key:
+            by_key[record.key].append(record)
+    return [by_key[blank.key] for blank in blanks]
 
 
 def generate(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | Path = "rationales") -> Generation:
@@ -145,56 +138,49 @@ def generate(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | 
     store, (blanks, prompts) = store_for(task, config, folder), blank_records(task, dataset, config)
     tries = config.tries if config.protocol == "rejection" else 1
     reader = AnswerReader(SENTINEL, task.label_names, task.verbalizers)
-    agreed: dict[tuple, list[bool | None]] = {blank.key: [] for blank in blanks}  # of each row's replies
-    outcome, teacher, seed, recording = Generation(len(blanks)), None, config.seed, Lock()
+    system, recording = [("system", config.system)] if config.system else [], Lock()
 
-    def ask(places: list[int]) -> None:
+    def ask(rows: list[int]) -> None:
         """Ask for a batch and store it before the next one is sent, so that a kill costs what is under way."""
-        replies = teacher.ask([prompts[i] for i in places], seed)
-        with recording:
-            for i, reply in zip(places, replies, strict=True):
-                blank = blanks[i]
-                outcome.replies += not reply.failure
-                outcome.tokens_in += reply.tokens_in
-                outcome.tokens_out += reply.tokens_out
-                try:
-                    rationale, answer, label = read_reply(reply, reader, config.use_reasoning)
-                except ValueError as error:
-                    outcome.failed[blank.idx] = str(error)
-                    continue
-                agrees = None if label is None else label == dataset[i]["label"]
-                agreed[blank.key].append(agrees)
-                values = {"rationale": rationale, "answer": answer, "agreed": agrees}
-                store.append(Record(**blank.model_dump() | reply._asdict() | values))
+        for attempt in range(tries):
+            waiting = [i for i in rows if len(made[i]) == attempt and True not in made[i]]
+            seed = None if config.seed is None else config.seed + attempt
+            replies = teacher.ask([[*system, ("user", prompts[i])] for i in waiting], seed)
+            with recording:
+                for i, reply in zip(waiting, replies, strict=True):
+                    outcome.replies += not reply.failure
+                    outcome.tokens_in += reply.tokens_in
+                    outcome.tokens_out += reply.tokens_out
+                    try:
+                        values = read_reply(reply, reader, dataset[i]["label"], config.use_reasoning)
+                    except ValueError as error:
+                        outcome.failed[blanks[i].idx] = str(error)
+                        continue
+                    store.append(Record(**blanks[i].model_dump() | reply._asdict() | values))
+                    made[i].append(values["agreed"])
 
     with FileLock(f"{store.path}.run"):
-        for record in _stored(task, config, folder):
-            if record.key in agreed and record.review is None and record.rationale.strip():
-                agreed[record.key].append(record.agreed)
-        outcome.stored_before = sum(len(made) >= tries or True in made for made in agreed.values())
-        for attempt in range(tries):
-            waiting = [i for i, made in enumerate(agreed.values()) if len(made) == attempt and True not in made]
-            if not waiting:
-                continue
-            if teacher is None:
-                teacher = LocalTeacher(config, reader) if config.kind == "local" else OpenAITeacher(config)
-            seed = None if config.seed is None else config.seed + attempt
+        stored = [[one for one in records if not one.review] for records in _stored(store, blanks, config)]
+        made = [[one.agreed for one in records if one.rationale.strip()] for records in stored]
+        missing = [i for i, agreed in enumerate(made) if len(agreed) < tries and True not in agreed]
+        outcome = Generation(len(blanks) - len(missing))
+        if missing:
+            teacher = (LocalTeacher if config.kind == "local" else OpenAITeacher)(config)
             size, threads = (config.batch_size, 1) if config.kind == "local" else (1, config.concurrency)
-            waiting.sort(key=lambda i: len(prompts[i]))  # less padding in a batch
-            batches = [waiting[i : i + size] for i in range(0, len(waiting), size)]
+            missing.sort(key=lambda i: len(prompts[i]))  # less padding in a batch
+            batches = [missing[i : i + size] for i in range(0, len(missing), size)]
             thread_map(ask, batches, max_workers=threads, desc="rationales")
-    outcome.records = select(task, dataset, config, folder)
+    outcome.stored, outcome.records = len(missing) - len(outcome.failed), select(task, dataset, config, folder)
     return outcome
 
 
 def select(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | Path) -> list[Record | None]:
     """Return each row's latest review, or else its first reply that agreed, or else its last reply, or None."""
-    chosen: dict[tuple, Record] = {}
-    for record in _stored(task, config, folder):
-        earlier = chosen.get(record.key)
-        if record.review or not earlier or not (earlier.review or earlier.agreed):
-            chosen[record.key] = record
-    return [chosen.get(blank.key) for blank in blank_records(task, dataset, config)[0]]
+    chosen = []
+    for records in _stored(store_for(task, config, folder), blank_records(task, dataset, config)[0], config):
+        latest, agreed = records[::-1], [one for one in records if one.agreed]
+        chosen.append([*(one for one in latest if one.review), *agreed, *latest, None][0])
+    return chosen
 
 
 def export(rationales: Mapping[str, str], path: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import regex
 
@@ -76,16 +76,11 @@ def has_thinking(text: str) -> bool:
     return bool(_OPENING.search(text) or _CLOSING.search(text))
 
 
-def is_complete(text: str, reader: AnswerReader) -> bool:
-    """Return whether the answer after the sentinel is complete, whatever a reply continues with."""
-    rest = split_thinking(text)[1]
-    return any(reader.is_settled(SENTINEL + rest[match.end() :]) for match in _SENTINEL.finditer(rest))
+def read_reply(reply: Reply, reader: AnswerReader, gold: int, use_reasoning: bool = False) -> dict[str, Any]:
+    """Return rationale, answer, whether it agrees with gold (None: no label, or several), and finish reason.
 
-
-def read_reply(reply: Reply, reader: AnswerReader, use_reasoning: bool = False) -> tuple[str, str, int | None]:
-    """Return rationale, answer and class (None: no label, or several); raise `ValueError` without a rationale.
-
-    The sentinel is the first one that a label follows, because a reply may quote it before.
+    The sentinel is the first one that a label follows, because a reply may quote it before. A text with an answer
+    is complete, whatever the limit cut off after it. Raises `ValueError` where there is no rationale.
     """
     if reply.failure:
         raise ValueError(reply.failure)
@@ -102,4 +97,5 @@ def read_reply(reply: Reply, reader: AnswerReader, use_reasoning: bool = False) 
     if not rationale:
         hint = f", but {len(thinking)} characters of thinking, which use_reasoning=true takes" if thinking else ""
         raise ValueError(f"the reply has no rationale (finish reason {reply.finish_reason!r}){hint}")
-    return rationale, answer, label
+    agreed, finish = (None, reply.finish_reason) if label is None else (label == gold, "stop")
+    return {"rationale": rationale, "answer": answer, "agreed": agreed, "finish_reason": finish}

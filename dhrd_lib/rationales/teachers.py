@@ -14,10 +14,9 @@ from pydantic import Field, model_validator
 from dhrd_lib import config as types
 from dhrd_lib.backbones import EMBEDDED, load_backbone
 from dhrd_lib.config import Config, ConfigError
-from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.generation import context_length, encode_chat, end_ids, generate
 from dhrd_lib.inputs import SENTINEL, render, template_fields
-from dhrd_lib.rationales.replies import Reply, has_thinking, is_complete, opened_thinking, split_thinking
+from dhrd_lib.rationales.replies import Reply, opened_thinking
 from dhrd_lib.tasks import Task
 
 _ANSWER = "After the explanation write {sentinel}, and after that the answer, one of: {labels}.\n\n{input}\n"
@@ -32,6 +31,7 @@ PROMPTS = {
 # Status and codes of errors that every row would meet: of the account, or of a parameter that every request has.
 _HOPELESS = {401, 402, 404, "insufficient_quota", "model_not_found", "unsupported_parameter", "unsupported_value"}
 _MAX_SAME_FAILURES = 10
+Chat = list[tuple[str, str]]  # role, content
 
 
 class TeacherConfig(Config):
@@ -109,10 +109,6 @@ def teacher_parameters(config: TeacherConfig) -> dict[str, Any]:
     return {**values, "server": _server(config)} if config.kind == "openai" else values
 
 
-def _turns(config: TeacherConfig, prompt: str) -> list[tuple[str, str]]:
-    return [*([("system", config.system)] if config.system else []), ("user", prompt)]
-
-
 class OpenAITeacher:
     """A server with OpenAI's chat API; the client repeats requests that met 429, 5xx or a broken connection."""
 
@@ -130,18 +126,18 @@ class OpenAITeacher:
             default_query=config.default_query,
         )
 
-    def ask(self, prompts: Sequence[str], seed: int | None = None) -> list[Reply]:
-        """Return a reply to each prompt; an error that every row would meet ends the asking."""
-        return [self._ask(prompt, seed) for prompt in prompts]
+    def ask(self, chats: Sequence[Chat], seed: int | None = None) -> list[Reply]:
+        """Return a reply to each chat; an error that every row would meet ends the asking."""
+        return [self._ask(chat, seed) for chat in chats]
 
-    def _ask(self, prompt: str, seed: int | None) -> Reply:
+    def _ask(self, chat: Chat, seed: int | None) -> Reply:
         if self._stopped:
             return Reply(failure=f"not asked, because earlier requests met {self._stopped}")
         config = self._config
         body = {"temperature": config.temperature, "top_p": config.top_p if config.top_p < 1 else None}
         body |= {"seed": seed, config.token_limit: config.max_tokens}
         body = {name: value for name, value in body.items() if value is not None} | config.extra_body
-        messages = [{"role": role, "content": text} for role, text in _turns(config, prompt)]
+        messages = [{"role": role, "content": text} for role, text in chat]
         create = self._client.chat.completions.with_raw_response.create
         try:
             response = create(model=config.model, messages=messages, extra_body=body)
@@ -194,37 +190,30 @@ def _text(value: str | list[dict[str, str]] | None) -> str:
 class LocalTeacher:
     """A causal LM on this machine."""
 
-    def __init__(self, config: TeacherConfig, reader: AnswerReader) -> None:
-        self._config, self._reader = config, reader
+    def __init__(self, config: TeacherConfig) -> None:
+        self._config = config
         self._backbone = load_backbone(config.model or EMBEDDED, config.device, config.dtype)
 
-    def ask(self, prompts: Sequence[str], seed: int | None = None) -> list[Reply]:
-        """Return a reply to each prompt of a batch."""
+    def ask(self, chats: Sequence[Chat], seed: int | None = None) -> list[Reply]:
+        """Return a reply to each chat of a batch."""
         config, lm, tokenizer = self._config, self._backbone.model, self._backbone.tokenizer
         template = config.extra_body.get("chat_template_kwargs", {})
-        rows = [encode_chat(tokenizer, _turns(config, prompt), **template) for prompt in prompts]
-        room = context_length(lm) - config.max_tokens
+        rows = [encode_chat(tokenizer, chat, **template) for chat in chats]
+        room, ends = context_length(lm) - config.max_tokens, end_ids(lm, tokenizer)
         options = {"max_new_tokens": config.max_tokens, "do_sample": config.temperature != 0, "top_p": config.top_p}
         if config.temperature is not None:
             options["temperature"] = config.temperature or None
-        # Thinking may quote the sentinel, so a model that thinks ends by its end token alone.
-        if not has_thinking(tokenizer.chat_template or ""):
-            options["is_complete"] = lambda text: is_complete(text, self._reader)
         fits = [row for row in rows if len(row) <= room]
         new = iter(generate(lm, tokenizer, fits, seed=seed, **options) if fits else [])
-        failure = f"the prompt has {{}} tokens; the context leaves {room} for it"
-        return [
-            self._reply(row, next(new)) if len(row) <= room else Reply(failure=failure.format(len(row)))
-            for row in rows
-        ]
-
-    def _reply(self, prompt: list[int], ids: list[int]) -> Reply:
-        tokenizer = self._backbone.tokenizer
-        ended = bool(ids) and ids[-1] in end_ids(self._backbone.model, tokenizer)
-        # Marks of thinking may be special tokens, and the first may be in the prompt.
-        text = opened_thinking(tokenizer.decode(prompt[-16:])) + tokenizer.decode(ids[:-1] if ended else ids)
-        finished = ended or len(ids) < self._config.max_tokens or is_complete(text, self._reader)
-        thinking, text = split_thinking(text)
-        for token in tokenizer.all_special_tokens:
-            thinking, text = thinking.replace(token, ""), text.replace(token, "")
-        return Reply(text, thinking, "stop" if finished else "length", len(prompt), len(ids))
+        replies = []
+        for row in rows:
+            if len(row) > room:
+                failure = f"the prompt has {len(row)} tokens; the context leaves {room} for it"
+                replies.append(Reply(failure=failure))
+                continue
+            ids = next(new)
+            ended = bool(ids) and ids[-1] in ends
+            # Marks of thinking may be special tokens, and the first may be in the prompt.
+            text = opened_thinking(tokenizer.decode(row[-16:])) + tokenizer.decode(ids[:-1] if ended else ids)
+            replies.append(Reply(text, "", "stop" if ended else "length", len(row), len(ids)))
+        return replies

@@ -4,14 +4,16 @@ import pytest
 
 from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.rationales import SENTINEL
-from dhrd_lib.rationales.replies import Reply, is_complete, opened_thinking, read_reply
+from dhrd_lib.rationales.replies import Reply, opened_thinking, read_reply
 
 TRIAGE = ("refund", "replace", "fix", "explain", "escalate")
 REPLY = f"Why.\n{SENTINEL}\nrefund"
 
 
-def read(text: str, names: tuple[str, ...] = TRIAGE, **options):
-    return read_reply(Reply(text, **options), AnswerReader(SENTINEL, names, names))
+def read(text: str, names: tuple[str, ...] = TRIAGE, gold: int = 0, use_reasoning: bool = False, **fields):
+    """Return rationale, answer and whether it agrees with gold."""
+    values = read_reply(Reply(text, **fields), AnswerReader(SENTINEL, names, names), gold, use_reasoning)
+    return values["rationale"], values["answer"], values["agreed"]
 
 
 THOUGHTS = {  # what models write before their reply, by family
@@ -41,7 +43,7 @@ THOUGHTS = {  # what models write before their reply, by family
 
 @pytest.mark.parametrize("family", THOUGHTS)
 def test_thinking_is_no_part_of_the_rationale(family):
-    assert read(THOUGHTS[family] + REPLY) == ("Why.", "refund", 0)
+    assert read(THOUGHTS[family] + REPLY) == ("Why.", "refund", True)
 
 
 @pytest.mark.parametrize(
@@ -55,12 +57,11 @@ def test_thinking_alone_is_no_rationale(text):
 
 
 def test_reasoning_is_the_rationale_on_request():
-    reader = AnswerReader(SENTINEL, TRIAGE, TRIAGE)
-    assert read_reply(Reply(f"<think>hmm</think>{REPLY}"), reader, True) == ("hmm", "refund", 0)
-    assert read_reply(Reply(REPLY, reasoning=" apart "), reader, True) == ("apart", "refund", 0)
-    assert read_reply(Reply("", reasoning="cut", finish_reason="length"), reader, True) == ("cut", "", None)
+    assert read(f"<think>hmm</think>{REPLY}", use_reasoning=True) == ("hmm", "refund", True)
+    assert read(REPLY, reasoning=" apart ", use_reasoning=True) == ("apart", "refund", True)
+    assert read("", reasoning="cut", use_reasoning=True) == ("cut", "", None)
     with pytest.raises(ValueError, match="no rationale"):
-        read_reply(Reply(REPLY), reader, True)
+        read(REPLY, use_reasoning=True)
 
 
 SENTINELS = (
@@ -72,8 +73,8 @@ SENTINELS = (
 
 @pytest.mark.parametrize("sentinel", SENTINELS.split("|"))
 def test_decorated_sentinel_is_found(sentinel):
-    rationale, answer, label = read(f"Why.\n{sentinel}\n\nrefund")
-    assert (rationale.splitlines()[0], answer, label) == ("Why.", "refund", 0)
+    rationale, answer, agreed = read(f"Why.\n{sentinel}\n\nrefund")
+    assert (rationale.splitlines()[0], answer, agreed) == ("Why.", "refund", True)
 
 
 def test_prose_about_the_end_of_reasoning_is_no_sentinel():
@@ -102,7 +103,7 @@ def test_prose_about_the_end_of_reasoning_is_no_sentinel():
     ],
 )
 def test_answer_names_one_label(answer, names, label):
-    assert read(f"Why. {SENTINEL} {answer}", names)[2] == label
+    assert read(f"Why. {SENTINEL} {answer}", names, gold=label)[2] is (None if label is None else True)
 
 
 @pytest.mark.parametrize(
@@ -110,14 +111,13 @@ def test_answer_names_one_label(answer, names, label):
 )
 def test_end_tokens_in_the_text_end_it(end):
     assert read(f"Why.{end}\n{SENTINEL} refund") == ("Why.", "", None)
-    assert read(f"{REPLY}{end}user\nMore") == ("Why.", "refund", 0)
+    assert read(f"{REPLY}{end}user\nMore") == ("Why.", "refund", True)
 
 
-def test_local_reply_is_complete_once_its_answer_is():
-    reader = AnswerReader(SENTINEL, TRIAGE, TRIAGE)
-    assert is_complete(f"Why. **{SENTINEL}** fix\nAnd", reader)
-    assert not is_complete(f"Why. {SENTINEL} fi", reader)
-    assert not is_complete(f"<think>I write {SENTINEL} fix\nAnd", reader)
+@pytest.mark.parametrize(("text", "finish"), [(REPLY, "stop"), ("Why.", "length")])
+def test_reply_with_an_answer_is_complete(text, finish):
+    reply, reader = Reply(text, finish_reason="length"), AnswerReader(SENTINEL, TRIAGE, TRIAGE)
+    assert read_reply(reply, reader, 0)["finish_reason"] == finish
 
 
 def test_thinking_opened_by_the_prompt():

@@ -10,7 +10,7 @@ from fault_server import FaultServer, completion, good_reply, served
 from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import ConfigError, WorkbenchError
 from dhrd_lib.cot.answers import AnswerReader
-from dhrd_lib.rationales import SENTINEL, TeacherConfig, generate, make_prompt
+from dhrd_lib.rationales import SENTINEL, TeacherConfig, generate, make_prompt, teachers
 from dhrd_lib.rationales.replies import read_reply
 from dhrd_lib.rationales.teachers import LocalTeacher, OpenAITeacher, teacher_parameters
 
@@ -18,11 +18,6 @@ KEY = "sk-canary-5f2b91c7d3e84a06"
 OPENAI = {"kind": "openai", "model": "m"}
 
 pytestmark = pytest.mark.usefixtures("no_teacher")
-
-
-@pytest.fixture
-def reader(triage):
-    return AnswerReader(SENTINEL, triage.label_names, triage.verbalizers)
 
 
 def ask(plan, triage, rows, folder, n=1, **fields):
@@ -249,24 +244,26 @@ def test_placeholder_key_does_not_black_out_text(triage, rows, tmp_path, monkeyp
     assert "facts" in ask(good_reply, triage, rows, tmp_path)[0].records[0].rationale
 
 
-def local(reader, **fields):
-    return LocalTeacher(TeacherConfig(model="tiny", device="cpu", max_tokens=12, **fields), reader)
+def local(**fields):
+    return LocalTeacher(TeacherConfig(model="tiny", device="cpu", max_tokens=12, **fields))
 
 
-def test_local_reply_is_the_same_in_a_batch(triage, rows, reader):
-    prompts = [make_prompt(triage, row, TeacherConfig())[-60 - 20 * i :] for i, row in enumerate(rows)]
-    teacher = local(reader)
-    batched = teacher.ask(prompts)
-    assert batched == [reply for prompt in prompts for reply in teacher.ask([prompt])]
+def chats(triage, rows, n):
+    """Return chats of several lengths."""
+    return [[("user", make_prompt(triage, rows[i], TeacherConfig())[-60 - 20 * i :])] for i in range(n)]
+
+
+def test_local_reply_is_the_same_in_a_batch(triage, rows):
+    teacher, prompts = local(), chats(triage, rows, 5)
+    replies = teacher.ask(prompts)
+    assert replies == [reply for chat in prompts for reply in teacher.ask([chat])]
     tokenizer = load_backbone("tiny", device="cpu").tokenizer
-    lengths = [len(tokenizer(f"{prompt}\n").input_ids) for prompt in prompts]
-    assert [reply.tokens_in for reply in batched] == lengths
+    lengths = [len(tokenizer(f"{prompt}\n").input_ids) for ((_, prompt),) in prompts]
+    assert [reply.tokens_in for reply in replies] == lengths
 
 
-def test_local_draws_are_seeded_and_differ_between_tries(triage, rows, reader):
-    teacher = local(reader, temperature=1.0)
-    prompts = [make_prompt(triage, row, TeacherConfig())[:80] for row in rows.select(range(3))]
-    state = torch.get_rng_state()
+def test_local_draws_are_seeded_and_differ_between_tries(triage, rows):
+    teacher, prompts, state = local(temperature=1.0), chats(triage, rows, 3), torch.get_rng_state()
     texts = [[reply.text for reply in teacher.ask(prompts, seed)] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(state, torch.get_rng_state())
@@ -278,21 +275,20 @@ TEMPLATE = (
 )
 
 
-def test_local_thinking_opened_by_the_template(reader):
-    teacher = local(reader)
-    tokenizer = teacher._backbone.tokenizer
-    tokenizer.chat_template = TEMPLATE
-    ids = tokenizer(f"hmm {SENTINEL} fix\n</think>\nWhy. {SENTINEL} refund").input_ids
-    reply = teacher._reply(tokenizer("user: x\n<think>\n").input_ids, ids)
-    assert read_reply(reply, reader) == ("Why.", "refund", 0)
-    (cut,) = teacher.ask(["Why?"])  # 12 tokens of thinking that never ends
+def test_local_thinking_opened_by_the_template(triage, monkeypatch):
+    reader, chat = AnswerReader(SENTINEL, triage.label_names, triage.verbalizers), [("user", "Why?")]
+    thinking, plain = local(), local(extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    tokenizer = thinking._backbone.tokenizer
+    tokenizer.chat_template = plain._backbone.tokenizer.chat_template = TEMPLATE
+    (cut,) = thinking.ask([chat])  # 12 tokens of thinking that never ends
     with pytest.raises(ValueError, match="no rationale"):
-        read_reply(cut, reader)
-    plain = local(reader, system="Be brief.", extra_body={"chat_template_kwargs": {"enable_thinking": False}})
-    plain._backbone.tokenizer.chat_template = TEMPLATE
-    (reply,) = plain.ask(["Why?"])
+        read_reply(cut, reader, 0)
+    (reply,) = plain.ask([[("system", "Be brief."), *chat]])
     assert reply.tokens_in == len(tokenizer("system: Be brief.\nuser: Why?\n").input_ids)
-    assert reply.reasoning == ""
+    ids = tokenizer(f"hmm {SENTINEL} fix\n</think>\nWhy. {SENTINEL} refund").input_ids
+    monkeypatch.setattr(teachers, "generate", lambda *_, **__: [ids])
+    (reply,) = thinking.ask([chat])
+    assert read_reply(reply, reader, 0)["rationale"] == "Why."
 
 
 def test_prompt_beyond_the_context_fails_its_row(triage, train, tmp_path):
