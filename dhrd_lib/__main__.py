@@ -34,7 +34,11 @@ def compare(
     from dhrd_lib.studies.report import print_table
     from dhrd_lib.training import train
 
-    finished = [train(config, runs) for config in comparison(profile)]
+    configs, finished = comparison(profile), []
+    for number, config in enumerate(configs, 1):
+        print(f"Run {number} of {len(configs)}: {config.name} ({config.training.setting})", flush=True)
+        finished.append(train(config, runs))
+    print("Comparing the runs", flush=True)
     print_table(Comparison(finished).write_report(runs / "report.html"))
     print(f"Report: {runs / 'report.html'}")
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from dhrd_lib.config import ConfigError, TrainingConfig
@@ -120,6 +120,7 @@ class DHRDTrainer(Trainer):
         if config.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
         super().__init__(callbacks=callbacks, **kwargs)
+        self.remove_callback(PrinterCallback)
         if self.args.n_gpu > 1:
             raise ConfigError(
                 f"{self.args.n_gpu} GPUs are visible to one process; expected `accelerate launch`, with one "

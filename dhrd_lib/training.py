@@ -27,6 +27,7 @@ from dhrd_lib.data.splits import groups_of, split_overlap
 from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.losses import balanced_class_weights
 from dhrd_lib.modeling import DHRDModel, build_model
+from dhrd_lib.progress import Progress, TrainingProgress, without_transformers_bars
 from dhrd_lib.runs import Run, environment, is_finished, load_run, run_lock, write_json
 from dhrd_lib.scaling.fsdp import load_unsharded
 from dhrd_lib.scaling.trunk_cache import cached_trunk_states, logits_from_states
@@ -64,7 +65,7 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
     _claim(folder, config)
     if not is_finished(folder):
         arguments = _training_arguments(config, folder)  # Joins the processes of a launch.
-        with _locked(folder):
+        with _locked(folder), without_transformers_bars():
             if not is_finished(folder):
                 _claim(folder, config)  # Another configuration's training may have begun meanwhile.
                 _train(config, folder, arguments, callbacks)
@@ -101,12 +102,17 @@ def _locked(folder: Path) -> Iterator[None]:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                print(f"{folder} is being trained by another process; waiting for its result.", flush=True)
+                _print(f"{folder} is being trained by another process; waiting for its result.")
                 lock.acquire()
         state.wait_for_everyone()
         yield
     finally:
         lock.release()
+
+
+def _print(line: str) -> None:
+    """Print what a run does, in the first process of a launch."""
+    PartialState().print(line, flush=True)
 
 
 def _train(
@@ -115,6 +121,7 @@ def _train(
     """Train an unfinished run, from its last checkpoint where there is one, and store its results."""
     data, training = config.data, config.training
     set_seed(training.seed)
+    _print(f"{config.name}: loading {data.task} and {config.model.backbone}")
     task, splits = load_rows(data)
     trunk_layers = config.model.freeze_layers if training.cache_trunk else 0
     model = build_model(
@@ -129,11 +136,13 @@ def _train(
         seed=training.seed,
     )
     _freeze_unused_head(model, training)
-    rows, reports = _encode(config, task, splits, model)
+    encoded, reports = _encode(config, task, splits, model)
     overlap = split_overlap(splits)
     for split, report in reports.items():
         also = f"; {overlap[split]} of its inputs are in train, too" if overlap.get(split) else ""
-        print(f"{config.name} · {split}: {report}{also}")
+        _print(f"{config.name} · {split}: {report}{also}")
+    states = cached_trunk_states(model, encoded, trunk_layers) if trunk_layers else {}
+    rows = {split: Rows(of, states.get(split)) for split, of in encoded.items()}
 
     class_weights = None
     if training.class_weights == "balanced":
@@ -168,9 +177,12 @@ def _train(
             )
     elif trainer.is_world_process_zero():
         write_json(folder / "rows.json", digests)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with Progress(config.name, "step") as progress:
+        trainer.add_callback(TrainingProgress(progress))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     evaluated = ["dev", *task.test_splits]
+    _print(f"{config.name}: evaluating {', '.join(evaluated)}")
     logits = {split: _logits(trainer, rows[split]) for split in evaluated} if training.beta else {}
     for split, of in logits.items():
         if not np.isfinite(of).all():
@@ -207,8 +219,8 @@ def _train(
 
 def _encode(
     config: RunConfig, task: Task, splits: DatasetDict, model: DHRDModel
-) -> tuple[dict[str, Rows], dict[str, SequenceReport]]:
-    """Encode each split: with rationales where a loss reads them, with trunk states where layers are frozen.
+) -> tuple[dict[str, Dataset], dict[str, SequenceReport]]:
+    """Encode each split, with rationales where a loss reads them.
 
     Sorts dev's rows in `splits` by length, as they are evaluated in batches in their order.
     """
@@ -237,9 +249,7 @@ def _encode(
             order = sorted(range(len(encoded)), key=encoded["length"][:].__getitem__)
             encoded, splits[split] = encoded.select(order), splits[split].select(order)
         rows[split] = encoded
-    trunk_layers = config.model.freeze_layers if training.cache_trunk else 0
-    states = cached_trunk_states(model, rows, trunk_layers) if trunk_layers else {}
-    return {split: Rows(encoded, states.get(split)) for split, encoded in rows.items()}, reports
+    return rows, reports
 
 
 def _freeze_unused_head(model: DHRDModel, training: TrainingConfig) -> None:
@@ -338,5 +348,6 @@ def _training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
         include_num_input_tokens_seen="non_padding",
         restore_callback_states_from_checkpoint=True,
         dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=True,
         **every,
     )

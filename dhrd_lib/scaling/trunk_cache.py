@@ -14,13 +14,13 @@ import torch
 from filelock import FileLock
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from dhrd_lib.backbones import decoder_of, layers_of, lowest_layers
 from dhrd_lib.config import cache_dir
 from dhrd_lib.data.embedded import new_folder
 from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, length_sorted_batches
 from dhrd_lib.modeling import DHRDModel
+from dhrd_lib.progress import Progress
 from dhrd_lib.sequences import DHRDCollator
 
 Rows = Sequence[Mapping[str, Any]]
@@ -80,7 +80,8 @@ def cached_trunk_states(model: DHRDModel, splits: Mapping[str, Rows], n_layers: 
             names, index = [_hash_ids(row["input_ids"]) for row in rows], _read_index(folder)
             missing = {name: row for name, row in zip(names, rows, strict=True) if name not in index}
             if missing:
-                _compute(model, list(missing.values()), n_layers, folder)
+                title = f"{split}: computing the states of {n_layers} frozen layers"
+                _compute(model, list(missing.values()), n_layers, folder, Progress(title, "row"))
                 index = _read_index(folder)
             files = {path: np.load(path, mmap_mode="r") for path, _, _ in index.values()}
             places = (index[name] for name in names)
@@ -112,17 +113,16 @@ def _hash_weights(model: DHRDModel, n_layers: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compute(model: DHRDModel, rows: Rows, n_layers: int, folder: Path) -> None:
+def _compute(model: DHRDModel, rows: Rows, n_layers: int, folder: Path, progress: Progress) -> None:
     """Write the states of rows and their index to a new folder, under another name until both are whole."""
     lengths = [len(row["input_ids"]) for row in rows]
     shape = (sum(lengths), model.config.backbone_config.get_text_config().hidden_size)
     collate = DHRDCollator(model.tokenizer.pad_token_id)
     model.eval()
     target = folder / _hash_ids([token for row in rows for token in row["input_ids"]])
-    bar = tqdm(total=len(rows), desc=f"states of {n_layers} frozen layers", unit="row")
     starts, start, index = {}, 0, {}
     # Written, and not mapped: on a full disk a write raises, where a mapped page would end the process.
-    with new_folder(target) as part, (part / "states.npy").open("wb") as file, bar:
+    with new_folder(target) as part, (part / "states.npy").open("wb") as file, progress:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for places in length_sorted_batches(lengths, MAX_TOKENS_PER_CPU_BATCH):
             batch = collate([rows[place] for place in places])
@@ -130,7 +130,7 @@ def _compute(model: DHRDModel, rows: Rows, n_layers: int, folder: Path) -> None:
             for place, of in zip(places, states, strict=True):
                 file.write(of[: lengths[place]].tobytes())
                 starts[place], start = start, start + lengths[place]
-            bar.update(len(places))
+            progress.update(len(starts), len(rows))
         for place, row in enumerate(rows):
             for ids in (row["input_ids"][: row["input_length"]], row["input_ids"]):
                 index[_hash_ids(ids)] = (starts[place], len(ids))

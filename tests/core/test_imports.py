@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # A module imports only modules of its own row or of rows above it (CONTRIBUTING.md).
 ROWS = (
-    ("config",),
+    ("config", "progress"),
     ("inputs",),
     ("data",),
     ("tasks", "sequences", "backbones"),
