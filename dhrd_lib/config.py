@@ -117,7 +117,8 @@ class Config(BaseModel):
 def _sentence(error: ValidationError) -> str:
     """Return the first of pydantic's errors as one sentence with the field's dotted name and its value."""
     first = error.errors(include_url=False)[0]
-    names = [name for name in first["loc"] if isinstance(name, str)]
+    # The first kind of a field's values, such as alpha's number, is no part of its name.
+    names = [name for name in first["loc"] if isinstance(name, str) and name != "constrained-float"]
     problem = first.get("ctx", {}).get("error")
     if isinstance(problem, ConfigError):  # a section's sentence, or one on several fields
         return ".".join([*names, str(problem)])
@@ -194,9 +195,10 @@ class TrainingConfig(Config):
     """The loss weights and the optimization.
 
     `alpha` weighs the LM loss, `beta` the class loss (paper, "Loss"); `alpha_schedule` anneals alpha to 0 at the
-    last step or keeps it. For the first `beta_delay` of the steps, a share, the LM loss trains alone.
-    `privileged_head`, a separate classifier or the input's (shared), learns the label from the rationale's last
-    state and teaches the input's classifier its soft labels with the weight `privileged_gamma`, at the
+    last step or keeps it. With alpha "auto" the LM loss's gradient is `alpha_share` times as large as the class
+    loss's, or off while they point apart. For the first `beta_delay` of the steps, a share, the LM loss trains
+    alone. `privileged_head`, a separate classifier or the input's (shared), learns the label from the rationale's
+    last state and teaches the input's classifier its soft labels with the weight `privileged_gamma`, at the
     `privileged_temperature` (see docs/method.md). `lm_span` is the part of the sequence that the LM loss covers;
     `class_weights="balanced"` weighs a row's class loss by the inverse of its class's share. `batch_size` is per
     device and step; `max_steps` of 0 means that `epochs` decides. Dev is evaluated and a checkpoint saved every
@@ -205,9 +207,10 @@ class TrainingConfig(Config):
     no result.
     """
 
-    alpha: Weight = 1.0
+    alpha: Weight | Literal["auto"] = 1.0
     beta: Weight = 1.0
     alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    alpha_share: PositiveFloat = 0.5
     beta_delay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     privileged_head: Literal["none", "separate", "shared"] = "none"
     privileged_gamma: Weight = 0.0
@@ -243,6 +246,9 @@ class TrainingConfig(Config):
             ("beta_delay", self.beta_delay, "beta", self.beta, "beta above 0"),
             # Evaluations of an untrained classifier would use the patience up.
             ("beta_delay", self.beta_delay, "early_stopping_patience", not self.early_stopping_patience, "0"),
+            ("alpha", self.alpha == "auto", "beta", self.beta, "beta above 0"),
+            ("alpha", self.alpha == "auto", "alpha_schedule", self.alpha_schedule == "constant", "'constant'"),
+            ("alpha", self.alpha == "auto", "beta_delay", not self.beta_delay, "0"),
             ("privileged_head", self.is_privileged, "beta", self.beta, "beta above 0"),
             ("privileged_gamma", self.privileged_gamma, "privileged_head", self.is_privileged, "a head"),
         ):

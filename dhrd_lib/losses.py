@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch.nn import functional as F
 
 from dhrd_lib.sequences import IGNORE_INDEX
+
+
+class SplitStates(torch.autograd.Function):
+    """Return the states `(B, S, H)` twice, for two losses; backward records the two gradients, then adds them."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, record: Callable[[torch.Tensor, torch.Tensor], None]):
+        ctx.record = record
+        return hidden.view_as(hidden), hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, class_grad, lm_grad):
+        ctx.record(class_grad, lm_grad)
+        return class_grad + lm_grad, None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

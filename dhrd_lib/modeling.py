@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from dhrd_lib import generation
 from dhrd_lib.backbones import Backbone, check_own_weights, decoder_of, load_backbone, logit_softcap, lowest_layers
 from dhrd_lib.config import ConfigError, ModelConfig
 from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, Inputs, Predictions, length_sorted_batches, render_inputs
-from dhrd_lib.losses import dhrd_loss, distillation_loss_sum, lm_cross_entropy_sum
+from dhrd_lib.losses import SplitStates, dhrd_loss, distillation_loss_sum, lm_cross_entropy_sum
 from dhrd_lib.sequences import ANSWER_MARKER, REASON_MARKER, DHRDCollator, SequenceFormat, encode_examples
 from dhrd_lib.tasks import Task
 
@@ -169,6 +169,7 @@ class DHRDModel(PreTrainedModel):
         num_rationales: torch.Tensor | None = None,
         privileged_gamma: float | None = None,
         privileged_temperature: float = 2.0,
+        record_gradients: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     ) -> DHRDOutput:
         """Run the decoder once for both heads (paper, "Model" and "Loss").
 
@@ -177,10 +178,14 @@ class DHRDModel(PreTrainedModel):
         `num_examples`, `lm_loss` over target tokens and by `num_lm_tokens`: by default, this batch's own counts.
         With a `privileged_gamma`, a classifier also reads the last state of each rationale, before `rationale_end
         (B,)` int64, and teaches the input's; both terms are divided by `num_rationales`, the rows with a rationale.
+        `record_gradients` gets the gradients of the class and the LM loss at the states, in the backward pass.
         """
         outputs = decoder_of(self.backbone)(input_ids, attention_mask=attention_mask, use_cache=False)
         hidden = outputs.last_hidden_state  # (B, S, H)
-        pooled = pool(hidden, input_mask, self.config.pooling, getattr(self, "pooling_query", None))  # (B, H)
+        class_hidden = lm_hidden = hidden
+        if record_gradients is not None:
+            class_hidden, lm_hidden = SplitStates.apply(hidden, record_gradients)
+        pooled = pool(class_hidden, input_mask, self.config.pooling, getattr(self, "pooling_query", None))  # (B, H)
         dtype = next(self.classifier.parameters()).dtype
         logits = self.classifier(pooled.to(dtype)).float()  # (B, K)
         class_loss = lm_loss = None
@@ -189,7 +194,7 @@ class DHRDModel(PreTrainedModel):
             # Balanced weights have the mean 1 over the train rows, so the count is that of examples with them, too.
             class_loss = F.cross_entropy(logits, class_labels, weight=class_weights, reduction="sum") / count
         if lm_labels is not None and alpha > 0:
-            total, valid_tokens = self.lm_loss_sum(hidden, lm_labels)
+            total, valid_tokens = self.lm_loss_sum(lm_hidden, lm_labels)
             count = valid_tokens if num_lm_tokens is None else num_lm_tokens
             lm_loss = total / count.clamp(min=1)
         privileged = ()

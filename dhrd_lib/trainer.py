@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import reduce
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
@@ -100,6 +101,53 @@ class TrainingClock(TrainerCallback, ExportableState):
         self.seconds += time.perf_counter() - self._started
 
 
+class AutoAlpha(TrainerCallback, ExportableState):
+    """Sets alpha after each step: the LM loss's gradient gets a share of the norm of the classifier's.
+
+    Both are gradients at the decoder's last states, the LM loss's without alpha. Norms and cosine are averaged
+    exponentially over the steps, after GradNorm (Chen et al. 2018); where the mean cosine is negative, the LM loss
+    is off (Du et al. 2018), but for the trace that measures it.
+    """
+
+    DECAY, OFF = 0.9, 1e-8
+
+    def __init__(self, share: float) -> None:
+        self.share, self.alpha, self.used, self.steps = share, self.OFF, self.OFF, 0
+        self.averages = [0.0, 0.0, 0.0]  # Norms and cosine, without bias correction, which cancels in alpha.
+        self.moments: torch.Tensor | float = 0.0  # (3,): the step's squared norms and dot product
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        names = ("alpha", "steps", "averages")
+        return {"args": {"share": self.share}, "attributes": {name: getattr(self, name) for name in names}}
+
+    @property
+    def cosine(self) -> float:
+        """The mean cosine of the two gradients."""
+        return self.averages[2] / (1 - self.DECAY ** max(self.steps, 1))
+
+    def record(self, class_grad: torch.Tensor, lm_grad: torch.Tensor) -> None:
+        """Add the gradients `(B, S, H)` of a micro-batch to the step's moments."""
+        a, b = class_grad.float(), lm_grad.float() / self.alpha
+        self.moments = self.moments + torch.stack([(a * a).sum(), (b * b).sum(), (a * b).sum()])
+
+    def update(self, class_norm: float, lm_norm: float, dot: float) -> None:
+        """Set the next step's alpha by the norms and the dot product of a step's gradients."""
+        self.used = self.alpha
+        if class_norm * lm_norm == 0:  # No row of the step has a rationale.
+            return
+        self.steps += 1
+        step = zip(self.averages, (class_norm, lm_norm, dot / class_norm / lm_norm), strict=True)
+        self.averages = [self.DECAY * old + (1 - self.DECAY) * new for old, new in step]
+        class_mean, lm_mean, cosine = self.averages
+        self.alpha = self.share * class_mean / lm_mean if cosine >= 0 else self.OFF
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        class_square, lm_square, dot = reduce(self.moments, "sum").tolist()
+        self.update(math.sqrt(class_square), math.sqrt(lm_square), dot)
+        self.moments = 0.0
+
+
 class DHRDTrainer(Trainer):
     """transformers' Trainer with the losses, each divided by its own count over the effective batch.
 
@@ -117,6 +165,8 @@ class DHRDTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         callbacks: list[TrainerCallback] = [TrainingClock(), *kwargs.pop("callbacks", ())]
+        if config.alpha == "auto":
+            callbacks.append(AutoAlpha(config.alpha_share))
         if config.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
         super().__init__(callbacks=callbacks, **kwargs)
@@ -174,7 +224,13 @@ class DHRDTrainer(Trainer):
         counts = torch.tensor([[examples, tokens, rationales]], device=device)
         return self.accelerator.gather(counts).sum(0)
 
+    @property
+    def _auto_alpha(self) -> AutoAlpha | None:
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, AutoAlpha)), None)
+
     def _alpha(self, step: int) -> float:
+        if auto := self._auto_alpha:
+            return auto.alpha if step == self.state.global_step else auto.used
         return scheduled_alpha(self.config.alpha, self.config.alpha_schedule, step, self.state.max_steps)
 
     def _beta(self, step: int) -> float:
@@ -189,12 +245,13 @@ class DHRDTrainer(Trainer):
     ) -> Any:
         """Return the total loss of a micro-batch (paper, "Loss"), as its share of the step's."""
         counts = num_items_in_batch
-        lm_trained = self.config.alpha > 0 and (model.training or self.config.beta == 0)
+        lm_trained = self.config.alpha != 0 and (model.training or self.config.beta == 0)
         if lm_trained and "lm_labels" not in inputs:
             # No row has a rationale. Under FSDP each process waits for the others at the LM head.
             inputs = {**inputs, "lm_labels": torch.full_like(inputs["input_ids"], IGNORE_INDEX)}
         inputs = dict(inputs)
         states = inputs.pop("trunk_states", None)  # (B, S, H)
+        step, auto = self.state.global_step, self._auto_alpha
         privileged = self.config.is_privileged and model.training
         with ExitStack() as stack:
             if states is not None:
@@ -203,8 +260,9 @@ class DHRDTrainer(Trainer):
                 stack.enter_context(gathered_lm_head(self.model))
             outputs = model(
                 **inputs,
-                alpha=self._alpha(self.state.global_step) if model.training else self.config.alpha,
-                beta=self._beta(self.state.global_step) if model.training else self.config.beta,
+                alpha=self._alpha(step) if model.training or auto else self.config.alpha,
+                beta=self._beta(step) if model.training else self.config.beta,
+                record_gradients=auto.record if auto else None,
                 num_examples=None if counts is None else counts[0],
                 num_lm_tokens=None if counts is None else counts[1],
                 class_weights=self.class_weights,
@@ -233,6 +291,8 @@ class DHRDTrainer(Trainer):
             trained = (True, self.config.alpha, self.config.is_privileged, self.config.is_privileged)
             logs |= {name: term for name, term, of in zip(TERMS, terms.tolist(), trained, strict=True) if of}
             logs["alpha"] = self._alpha(self.state.global_step - 1)
+            if auto := self._auto_alpha:
+                logs["lm_class_cosine"] = auto.cosine
             if self.config.beta_delay:
                 logs["beta"] = self._beta(self.state.global_step - 1)
             self._terms.zero_()

@@ -225,7 +225,7 @@ def _encode(
     Sorts dev's rows in `splits` by length, as they are evaluated in batches in their order.
     """
     training = config.training
-    reads_rationales = training.alpha > 0 or training.is_privileged
+    reads_rationales = training.alpha != 0 or training.is_privileged
     fmt = replace(model.sequence_format, lm_span=training.lm_span, order=config.data.order)
     rows, reports = {}, {}
     for split in list(splits):

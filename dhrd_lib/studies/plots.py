@@ -168,7 +168,8 @@ def weight_heat_map(summary: pd.DataFrame, split: str = "") -> go.Figure:
     """Draw the mean accuracy at each pair of loss weights; `summary` is of `summarize` by alpha and beta."""
     text = [f"{100 * of.value:.1f}%<br>[{100 * of.low:.1f}, {100 * of.high:.1f}]" for of in summary.itertuples()]
     cells = summary.assign(text=text).pivot(index="beta", columns="alpha", values=["value", "text"])
-    alphas, betas = (list(map("{:g}".format, axis)) for axis in (cells["value"].columns, cells.index))
+    axes = (cells["value"].columns, cells.index)
+    alphas, betas = ([of if of == "auto" else f"{of:g}" for of in axis] for axis in axes)
     values, text = 100 * cells["value"].to_numpy(dtype=float), cells["text"].fillna("").to_numpy()
     heat = _heat(alphas, betas, values, text, "alpha %{x}, beta %{y}: %{z:.1f}%")
     title = f"Which loss weights do best? Means over seeds, in brackets 95% intervals.{_on(split)}"

@@ -88,7 +88,7 @@ def one_factor(table: pd.DataFrame, factor: str, line: str | None = None) -> pd.
     """
     if factor in _AXES:
         field, counted, zero = _AXES[factor]
-        table = table[(table["alpha"] > 0) & table["alignment"].isin([counted, zero])]
+        table = table[(table["alpha"] != 0) & table["alignment"].isin([counted, zero])]
         table = table.assign(**{factor: table[field].where(table["alignment"] == counted, 0)})
     else:
         for name in set(factors(table)) - {factor, line}:

@@ -32,7 +32,8 @@ def _loss_weights(result: AblationResult, split: str) -> Iterator[str]:
         for row in compared.query("beta == 0").itertuples():
             yield f"Reasoning alone, decoded by CoT, is {_points(row)} from the baseline (seeds: {row.n_seeds})."
         weighted = result.table.query("beta > 0 and alpha_schedule == 'constant'")
-        ratio = weighted["alpha"] / weighted["beta"]
+        weighted = weighted[weighted["alpha"] != "auto"]
+        ratio = weighted["alpha"].astype(float) / weighted["beta"]
         same = (np.array(list(of)) for _, of in weighted.groupby([ratio, "seed", "split"])["predictions"])
         agreement = np.mean([(rows == rows[0]).mean() for rows in same])
         yield f"Runs with the same alpha / beta agree on {agreement:.3%} of the rows."

@@ -49,6 +49,7 @@ CHANGES = {
     "data__group": "idx",
     "training__class_weights": "balanced",
     "training__alpha": 0.5,
+    "training__alpha_share": 2.0,
     "training__beta": 0.5,
     "training__alpha_schedule": "linear",
     "training__beta_delay": 0.5,
@@ -108,6 +109,9 @@ def test_every_field_changes_the_run(table, tmp_path, finished, field, tmp_path_
     if field.startswith("training__privileged_") and field != "training__privileged_head":
         head = {"training__privileged_head": "separate", "training__privileged_gamma": 1.0}
         finished, value = train(config(table, "taught", **head), tmp_path), {**head, field: value}
+    if field == "training__alpha_share":
+        finished = train(config(table, "auto", training__alpha="auto"), tmp_path)
+        value = {"training__alpha": "auto", field: value}
     changed = train(config(table, "changed", **(value if isinstance(value, dict) else {field: value})), tmp_path)
     assert trace(changed) != trace(finished)
 

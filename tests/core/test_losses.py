@@ -9,7 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dhrd_lib.losses import balanced_class_weights, dhrd_loss, distillation_loss_sum, lm_cross_entropy_sum
+from dhrd_lib.losses import (
+    SplitStates,
+    balanced_class_weights,
+    dhrd_loss,
+    distillation_loss_sum,
+    lm_cross_entropy_sum,
+)
 from dhrd_lib.sequences import IGNORE_INDEX
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -95,6 +101,14 @@ def test_total_leaves_out_a_term_of_weight_zero():
     assert dhrd_loss(nan, torch.tensor(3.0), alpha=2.0, beta=0.0) == 6.0
     assert dhrd_loss(class_loss, nan, alpha=0.0, beta=2.0, others=[(1.0, class_loss), (0.0, nan)]) == 6.0
     assert dhrd_loss(None, None, alpha=1.0, beta=1.0) is None
+
+
+def test_split_states_record_each_losss_gradient():
+    hidden, recorded = torch.tensor([1.0, 2.0], requires_grad=True), []
+    a, b = SplitStates.apply(hidden, lambda *gradients: recorded.extend(gradients))
+    ((2 * a).sum() + (b**2).sum()).backward()
+    assert [grad.tolist() for grad in recorded] == [[2, 2], [2, 4]]
+    assert hidden.grad.tolist() == [4, 6]
 
 
 def test_distillation_loss_by_hand():

@@ -172,7 +172,10 @@ PRIVILEGED = {"training__privileged_head": "separate", "training__privileged_gam
 
 @pytest.mark.parametrize(
     ("changes", "terms"),
-    [(PRIVILEGED | {"training__beta_delay": 0.3}, ("beta", "privileged_class_loss", "privileged_kl"))],
+    [
+        (PRIVILEGED | {"training__beta_delay": 0.3}, ("beta", "privileged_class_loss", "privileged_kl")),
+        ({"training__alpha": "auto"}, ("alpha", "lm_class_cosine")),
+    ],
 )
 def test_options_resume_to_same_weights(table, tmp_path, changes, terms):
     own = config(table, training__eval_steps=2, **changes)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import Run, find_runs, load_run, load_runs
-from dhrd_lib.trainer import LengthGroupedSampler, scheduled_alpha, scheduled_beta
+from dhrd_lib.trainer import AutoAlpha, LengthGroupedSampler, scheduled_alpha, scheduled_beta
 from dhrd_lib.training import train
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -203,6 +203,7 @@ SEPARATE = {"training__privileged_head": "separate", "training__privileged_gamma
     [
         ({"training__alpha": 0.0}, ()),
         ({"training__alpha": 1.0}, ("lm_loss",)),
+        ({"training__alpha": "auto"}, ("lm_loss", "lm_class_cosine")),
         ({**SEPARATE, "training__alpha": 0.0}, ("privileged_class_loss", "privileged_kl")),
     ],
 )
@@ -261,6 +262,44 @@ def test_best_dev_checkpoint_is_kept(finished):
 )
 def test_alpha_schedules(schedule, expected):
     assert [scheduled_alpha(2.0, schedule, step, 5) for step in (0, 2, 4)] == pytest.approx(expected)
+
+
+def test_auto_alpha_by_hand():
+    auto = AutoAlpha(share=0.5)
+    class_grad, lm_grad = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[2.0, 0.0]]])
+    auto.record(class_grad, lm_grad * auto.alpha)  # Norms 5 and 2, dot product 6.
+    auto.on_step_end()
+    assert (auto.used, auto.alpha) == pytest.approx((1e-8, 0.5 * 5 / 2))
+    assert auto.cosine == pytest.approx(6 / 10)
+    for grad in (class_grad, 0 * class_grad):  # Two micro-batches: (6, 8) twice has the square 2 * 100.
+        auto.record(2 * grad, lm_grad * auto.alpha)
+    auto.on_step_end()
+    norms = 0.09 * 5 + 0.1 * 10, 0.09 * 2 + 0.1 * 8**0.5
+    assert (auto.used, auto.alpha) == pytest.approx((0.5 * 5 / 2, 0.5 * norms[0] / norms[1]))
+    assert auto.cosine == pytest.approx((0.09 * 0.6 + 0.1 * 12 / (10 * 8**0.5)) / 0.19)
+    auto.update(1.0, 0.0, 0.0)  # A step without a rationale.
+    assert (auto.used, auto.steps) == (auto.alpha, 2)
+    auto.update(1.0, 1.0, -1.0)
+    assert (auto.alpha, auto.cosine < 0) == (1e-8, True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"model__freeze_layers": 2}, {"model__finetune": "lora"}])
+def test_auto_alpha_balances_gradients(table, tmp_path, changes, monkeypatch):
+    norms, update = [], AutoAlpha.update
+
+    def recorded(self, class_norm, lm_norm, dot):
+        norms.append((class_norm, lm_norm))
+        update(self, class_norm, lm_norm, dot)
+
+    monkeypatch.setattr(AutoAlpha, "update", recorded)
+    run = train(config(table, training__alpha="auto", training__alpha_share=0.3, **changes), tmp_path)
+    terms = logged(run, "loss", "class_loss", "lm_loss", "alpha", "lm_class_cosine")
+    assert terms[0][4] == 1e-8
+    for _, loss, class_loss, lm_loss, alpha, _ in terms:
+        assert loss == pytest.approx(class_loss + alpha * lm_loss, abs=1e-4)
+    (class_norm, lm_norm), *_ = norms
+    assert terms[1][4] == pytest.approx(0.3 * class_norm / lm_norm if terms[0][5] >= 0 else 1e-8)
+    assert run.config.training.setting == "DHRD"
 
 
 def test_beta_delay_trains_the_lm_loss_alone_first(table, tmp_path):

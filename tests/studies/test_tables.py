@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dhrd_lib.studies import tables
+from dhrd_lib.studies import plots, tables
+from dhrd_lib.studies.ablations import AblationResult
 from dhrd_lib.studies.statistics import bootstrap_interval
 from dhrd_lib.studies.tables import ResultsError, compare, one_factor, summarize
 from dhrd_lib.widgets import AblationDashboard
@@ -122,3 +123,13 @@ def test_dashboard_shows_the_chosen_runs():
     assert set(runs.customdata[:, 0]) == {"a1.0-s0", "a1.0-s1", "a1.0-s0-mean", "a1.0-s1-mean"}
     dashboard.controls["metric"].value = "macro_f1"
     assert list(dashboard.drawn().data[0].y) == [100, pytest.approx(100 / 3)]
+
+
+def test_auto_alpha_is_compared_and_drawn():
+    labels = [0, 1] * 10
+    table = made({(alpha, 0): labels for alpha in (0.0, 1.0, "auto")}, labels).assign(beta=1.0)
+    result = AblationResult("loss_weights", table)
+    assert result.summary()["alpha"].tolist() == [0.0, 1.0, "auto"]
+    assert result.against(alpha=0.0)["alpha"].tolist() == [1.0, "auto"]
+    assert result.plot("alpha").layout.xaxis.title.text == "alpha"
+    assert plots.weight_heat_map(summarize(table, ["alpha", "beta"])).data[0].x == ("0", "1", "auto")
