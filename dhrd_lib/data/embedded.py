@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ def gguf_folder(gguf: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
+            print(f"Converting {gguf.name} once, in about 20 seconds", file=sys.stderr, flush=True)
             with new_folder(target) as folder:
                 arguments = {"gguf_file": gguf.name, "trust_remote_code": False}
                 tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
