@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dhrd_lib.backbones import autocast
 from dhrd_lib.config import ConfigError
 
 # `is_complete` reads so many of the latest tokens, so that the cost of a step does not grow with the text.
 TEXT_WINDOW = 256
 
 
-@torch.inference_mode()
+@torch.no_grad()  # In inference mode, autocast would convert every weight at every step.
 def generate(
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -53,7 +54,7 @@ def generate(
         return torch.tensor([is_stopped or length > 0 for length in lengths], device=all_ids.device)
 
     devices = [lm.device] if lm.device.type == "cuda" else []
-    with nullcontext() if seed is None else torch.random.fork_rng(devices=devices):
+    with autocast(lm), nullcontext() if seed is None else torch.random.fork_rng(devices=devices):
         if seed is not None:
             torch.manual_seed(seed)
         rows = lm.generate(

@@ -35,29 +35,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, chunk_tokens, softcap, grad_enabled):
         # needs_input_grad ignores torch.no_grad.
         needed = [need and grad_enabled for need in ctx.needs_input_grad[:3]]
-        inputs = zip((hidden, weight, bias), needed, strict=True)
-        grads = [torch.zeros_like(tensor) if need else None for tensor, need in inputs]
+        tensors, device = (hidden, weight, bias), hidden.device.type
+        grads = [torch.zeros_like(tensor) if need else None for tensor, need in zip(tensors, needed, strict=True)]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(targets), chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            logits = F.linear(hidden[rows], weight, bias).float()
-            capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-            log_probs = F.log_softmax(capped, dim=-1)
-            total -= log_probs.gather(1, targets[rows, None]).sum()
-            if not any(needed):
-                continue
-            # d loss / d logits = softmax - one hot, in the memory of the log-probabilities.
-            grad = log_probs.exp_()
-            grad.scatter_add_(1, targets[rows, None], torch.full_like(grad[:, :1], -1.0))
-            if softcap is not None:
-                grad *= 1 - (capped / softcap) ** 2
-            grad = grad.to(hidden.dtype)
-            if needed[0]:
-                grads[0][rows] = grad @ weight
-            if needed[1]:
-                grads[1].addmm_(grad.T, hidden[rows])
-            if needed[2]:
-                grads[2] += grad.sum(0)
+        # Under autocast, the products are in its dtype; the softmax and the sums over chunks are not.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        states, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(targets), chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                logits = F.linear(states[rows], weight, bias).float()
+                capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+                log_probs = F.log_softmax(capped, dim=-1)
+                total -= log_probs.gather(1, targets[rows, None]).sum()
+                if not any(needed):
+                    continue
+                # d loss / d logits = softmax - one hot, in the memory of the log-probabilities.
+                grad = log_probs.exp_()
+                grad.scatter_add_(1, targets[rows, None], torch.full_like(grad[:, :1], -1.0))
+                if softcap is not None:
+                    grad *= 1 - (capped / softcap) ** 2
+                grad = grad.to(dtype)
+                if needed[0]:
+                    grads[0][rows] = grad @ weight
+                if needed[1] and grads[1].dtype == dtype:
+                    grads[1].addmm_(grad.T, states[rows])
+                elif needed[1]:
+                    grads[1] += grad.T @ states[rows]
+                if needed[2]:
+                    grads[2] += grad.sum(0)
         ctx.save_for_backward(*grads)
         return total
 

@@ -19,7 +19,17 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from dhrd_lib import generation
-from dhrd_lib.backbones import Backbone, check_own_weights, decoder_of, load_backbone, logit_softcap, lowest_layers
+from dhrd_lib.backbones import (
+    Backbone,
+    autocast,
+    autocast_if_faster,
+    check_own_weights,
+    compute_dtype,
+    decoder_of,
+    load_backbone,
+    logit_softcap,
+    lowest_layers,
+)
 from dhrd_lib.config import ConfigError, ModelConfig
 from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, Inputs, Predictions, length_sorted_batches, render_inputs
 from dhrd_lib.losses import SplitStates, dhrd_loss, distillation_loss_sum, lm_cross_entropy_sum
@@ -32,6 +42,7 @@ class DHRDConfig(PreTrainedConfig):
 
     `lora` has the arguments of `peft.LoraConfig`; `verbalizers` are the labels as the LM head writes them, in the
     order of `id2label`. `classifier_trained` is False after training with beta = 0: only CoT predicts then.
+    `compute_dtype` is "bfloat16 autocast" where that was faster on the CPU that the model was built on.
     """
 
     model_type = "dhrd"
@@ -52,6 +63,7 @@ class DHRDConfig(PreTrainedConfig):
     lm_chunk_tokens: int = 512
     lora: dict | None = None
     classifier_trained: bool = True
+    compute_dtype: str = "float32"
     tie_word_embeddings: bool = False
 
 
@@ -180,7 +192,8 @@ class DHRDModel(PreTrainedModel):
         (B,)` int64, and teaches the input's; both terms are divided by `num_rationales`, the rows with a rationale.
         `record_gradients` gets the gradients of the class and the LM loss at the states, in the backward pass.
         """
-        outputs = decoder_of(self.backbone)(input_ids, attention_mask=attention_mask, use_cache=False)
+        with autocast(self.backbone):
+            outputs = decoder_of(self.backbone)(input_ids, attention_mask=attention_mask, use_cache=False)
         hidden = outputs.last_hidden_state  # (B, S, H)
         class_hidden = lm_hidden = hidden
         if record_gradients is not None:
@@ -213,7 +226,8 @@ class DHRDModel(PreTrainedModel):
         """Return the sum and the token count of the LM loss; training reads the head's weights here alone."""
         weight, bias = self.lm_head.weight, getattr(self.lm_head, "bias", None)  # (V, H), (V,)
         chunk_tokens, softcap = self.config.lm_chunk_tokens, logit_softcap(self.backbone)
-        return lm_cross_entropy_sum(hidden, lm_labels, weight, bias, chunk_tokens=chunk_tokens, softcap=softcap)
+        with autocast(self.backbone):
+            return lm_cross_entropy_sum(hidden, lm_labels, weight, bias, chunk_tokens=chunk_tokens, softcap=softcap)
 
     def encode(self, inputs: Inputs) -> list[dict[str, Any]]:
         """Return token rows with `input_ids`, `input_length` and `input_tokens_cut`, the number that were cut off.
@@ -282,8 +296,10 @@ class DHRDModel(PreTrainedModel):
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> DHRDModel:
         """Load a folder that `save_pretrained` wrote: a model in evaluation mode, with its tokenizer.
 
-        Raises `FileNotFoundError` where the folder holds no model, as of a run that kept none, `ConfigError` where
-        it holds one of another kind, and `BackboneError` where its weights aren't safetensors of its own.
+        A model that was trained in bfloat16 autocast computes in it where this CPU is faster at it, too, and no
+        `dtype` is named. Raises `FileNotFoundError` where the folder holds no model, as of a run that kept none,
+        `ConfigError` where it holds one of another kind, and `BackboneError` where its weights aren't safetensors
+        of its own.
         """
         if not Path(folder, "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no model; expected a folder of save_pretrained.")
@@ -294,6 +310,8 @@ class DHRDModel(PreTrainedModel):
         safe = {"use_safetensors": True, "trust_remote_code": False}
         model = super().from_pretrained(folder, config=config, **safe, **kwargs)
         model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if config.compute_dtype == "bfloat16 autocast" and "dtype" not in kwargs:
+            autocast_if_faster(model.backbone)
         return model
 
 
@@ -346,6 +364,7 @@ def build_model(
         truncation_side=truncation_side,
         lm_chunk_tokens=lm_chunk_tokens,
         lora=lora,
+        compute_dtype=compute_dtype(lm),
         id2label=dict(enumerate(task.label_names)),
         label2id={name: i for i, name in enumerate(task.label_names)},
     )

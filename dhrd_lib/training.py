@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from dhrd_lib.backbones import resolve_device
+from dhrd_lib.backbones import compute_dtype, resolve_device
 from dhrd_lib.config import ConfigError, RunConfig, TrainingConfig
 from dhrd_lib.data.splits import groups_of, split_overlap
 from dhrd_lib.evaluation import task_metrics
@@ -194,7 +194,8 @@ def _train(
         metrics = {split: _store_predictions(folder, split, splits[split], task, logits) for split in evaluated}
         if training.keep_model:
             model.save_pretrained(folder / "model", state_dict=weights)
-        write_json(folder / "environment.json", environment(model.device))
+        dtype = "bfloat16 autocast" if arguments.bf16 else compute_dtype(model.backbone)
+        write_json(folder / "environment.json", {**environment(model.device), "dtype": dtype})
         clock = next(c for c in trainer.callback_handler.callbacks if isinstance(c, TrainingClock))
         state = trainer.state
         best = state.best_model_checkpoint

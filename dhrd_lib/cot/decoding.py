@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dhrd_lib.backbones import Backbone, decoder_of, lm_logits
+from dhrd_lib.backbones import Backbone, autocast, decoder_of, lm_logits
 from dhrd_lib.config import Config, ConfigError, PositiveFloat, PositiveInt, Seed
 from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.evaluation import NO_ANSWER
@@ -227,7 +227,8 @@ class CoT:
             ids + rationale + marker for ids, row in zip(prompts, rows, strict=True) for rationale, _ in row
         ]
         check_context(self.lm, prefixes, max(map(len, answers)))
-        scores = score_continuations(self.lm, prefixes, answers)
+        with autocast(self.lm):
+            scores = score_continuations(self.lm, prefixes, answers)
         probabilities = softmax(scores, axis=1).reshape(len(rows), -1, len(answers)).mean(1)
         tokens = np.array([sum(spent for _, spent in row) for row in rows])
         return CoTPredictions(self.task.label_names, probabilities.argmax(1), probabilities, tokens)

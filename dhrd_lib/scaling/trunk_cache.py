@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from dhrd_lib.backbones import decoder_of, layers_of, lowest_layers
+from dhrd_lib.backbones import autocast, compute_dtype, decoder_of, layers_of, lowest_layers
 from dhrd_lib.config import cache_dir
 from dhrd_lib.data.embedded import new_folder
 from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, length_sorted_batches
@@ -60,7 +60,7 @@ def trunk_states(model: DHRDModel, batch: Mapping[str, torch.Tensor], n_layers: 
     """Return the states `(B, S, H)` that leave the lowest `n_layers` layers; the others aren't run."""
     layers, recorded = layers_of(model.backbone), []
     hook = layers[n_layers - 1].register_forward_hook(lambda layer, inputs, output: recorded.append(output))
-    with skip_layers(model, range(n_layers, len(layers))):
+    with autocast(model.backbone), skip_layers(model, range(n_layers, len(layers))):
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         decoder_of(model.backbone)(ids, attention_mask=mask, use_cache=False)
     hook.remove()
@@ -70,7 +70,8 @@ def trunk_states(model: DHRDModel, batch: Mapping[str, torch.Tensor], n_layers: 
 def cached_trunk_states(model: DHRDModel, splits: Mapping[str, Rows], n_layers: int) -> dict[str, list[np.ndarray]]:
     """Return, for each split's rows, the float32 states `(S_i, H)` that leave the lowest `n_layers` layers.
 
-    They are computed once, in evaluation mode, and kept by a hash of the frozen weights and the row's `input_ids`.
+    They are computed once, in evaluation mode, and kept by a hash of the frozen weights, the dtype that computes,
+    and the row's `input_ids`.
     Attention is causal: a row also serves for its input alone.
     """
     folder, cached = cache_dir() / "trunk" / _hash_weights(model, n_layers), {}
@@ -107,7 +108,7 @@ def _hash_weights(model: DHRDModel, n_layers: int) -> str:
     for module in lowest_layers(model.backbone, n_layers):
         for parameter in module.parameters():
             digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
-    shape = model.config.backbone_config.to_dict()
+    shape = {**model.config.backbone_config.to_dict(), "dtype": compute_dtype(model.backbone)}
     shape.pop("_name_or_path", None)  # The same backbone may lie in another folder.
     digest.update(json.dumps([shape, n_layers], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]

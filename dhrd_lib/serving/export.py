@@ -70,7 +70,7 @@ def export(source: str | Path, format: Format, *, int8: bool = False, out: str |
 
 def _load(folder: Path) -> DHRDModel:
     """Return the trained model on the CPU, in float32, its adapters merged."""
-    model = DHRDModel.from_pretrained(folder).float()
+    model = DHRDModel.from_pretrained(folder, dtype=torch.float32)
     for name, module in list(model.backbone.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()

@@ -18,7 +18,16 @@ from transformers import (
     T5Config,
 )
 
-from dhrd_lib.backbones import BackboneError, decoder_of, layers_of, lm_logits, load_backbone, resolve_device
+from dhrd_lib import backbones
+from dhrd_lib.backbones import (
+    BackboneError,
+    compute_dtype,
+    decoder_of,
+    layers_of,
+    lm_logits,
+    load_backbone,
+    resolve_device,
+)
 from dhrd_lib.config import ModelConfig
 from dhrd_lib.data import embedded
 from dhrd_lib.modeling import build_model
@@ -54,6 +63,25 @@ def test_tiny_is_deterministic_and_round_trips_text():
     assert one.tokenizer.decode(one.tokenizer(text).input_ids) == text
     assert one.model.dtype == torch.float32
     assert load_backbone("tiny", device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "speedup", "expected"),
+    [("auto", 1.3, "bfloat16 autocast"), ("auto", 1.1, "float32"), ("float32", 1.3, "float32")],
+)
+def test_cpu_autocasts_where_bfloat16_is_faster(monkeypatch, dtype, speedup, expected):
+    monkeypatch.setattr(backbones, "_bfloat16_speedup", lambda *_: speedup)
+    model = load_backbone("tiny", "cpu", dtype).model
+    assert compute_dtype(model) == expected
+    assert model.dtype == torch.float32
+    assert model.config._attn_implementation == ("eager" if expected == "bfloat16 autocast" else "sdpa")
+
+
+def test_bfloat16_needs_its_instructions(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True})
+    assert backbones._bfloat16_speedup.__wrapped__(((16, 16),), 1) == 0
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert backbones._bfloat16_speedup.__wrapped__(((16, 16),), 1) > 0
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "mps", "cuda:99"])

@@ -10,8 +10,8 @@ from conftest import ARCHITECTURES, tiny_backbone, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhrd_lib import generation
-from dhrd_lib.backbones import layers_of, load_backbone
+from dhrd_lib import backbones, generation
+from dhrd_lib.backbones import autocast_if_faster, compute_dtype, layers_of, load_backbone
 from dhrd_lib.config import POOLING_MODES, ConfigError, ModelConfig
 from dhrd_lib.inputs import TaskError
 from dhrd_lib.modeling import DHRDModel, build_model, pool
@@ -193,6 +193,26 @@ def test_head_and_adapters_stay_in_float32(task, tmp_path):
             assert parameter.dtype == (torch.float32 if small else torch.bfloat16), name
     again = DHRDModel.from_pretrained(tmp_path)
     assert torch.equal(forward(again, rows(again, True)).logits, forward(model, rows(model, True)).logits)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_autocast_keeps_weights_losses_and_logits_in_float32(task, architecture, tmp_path, monkeypatch):
+    exact = forward(tiny_model(task, architecture), rows(tiny_model(task), True))
+    monkeypatch.setattr(backbones, "_bfloat16_speedup", lambda *_: 2.0)
+    backbone = tiny_backbone(architecture)
+    autocast_if_faster(backbone.model)
+    model = build_model(ModelConfig(backbone="tiny"), task, backbone=backbone)
+    output = model(**DHRDCollator(model.tokenizer.pad_token_id)(rows(model, True)))
+    output.loss.backward()
+    for name in ("logits", "class_loss", "lm_loss"):
+        assert output[name].dtype == torch.float32
+        torch.testing.assert_close(output[name].detach(), exact[name], rtol=0.02, atol=0.02)
+    assert not torch.equal(output.logits, exact.logits)
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.generate_rationale(TEXTS[0], max_new_tokens=4)
+    model.save_pretrained(tmp_path)
+    assert compute_dtype(DHRDModel.from_pretrained(tmp_path).backbone) == "bfloat16 autocast"
+    assert compute_dtype(DHRDModel.from_pretrained(tmp_path, dtype="float32").backbone) == "float32"
 
 
 def test_build_model_keeps_pretrained_weights(task):

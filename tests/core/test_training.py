@@ -34,6 +34,7 @@ def finished(table, tmp_path_factory) -> Run:
 def test_run_stores_everything(finished):
     assert RunConfig.load(finished.folder / "config.json") == finished.config
     assert torch.__version__.startswith(finished.environment["packages"]["torch"])  # which may add "+cu130"
+    assert finished.environment["dtype"] == "float32"
     assert finished.test_splits == ["test"]
     predictions = finished.predictions("test")
     assert predictions["idx"].is_unique

@@ -78,7 +78,7 @@ def test_states_are_computed_once_and_serve_the_inputs_alone(task, computed):
         assert np.array_equal(alone[i], full[i][: row["input_length"]])
 
 
-def test_states_belong_to_rows_layers_and_weights_but_not_to_a_folder(task, computed):
+def test_states_belong_to_rows_layers_weights_and_dtype_but_not_to_a_folder(task, computed):
     model = tiny_model(task)
     cached(model, rows(model))
     model.config.backbone_config._name_or_path = "another/folder"
@@ -92,6 +92,9 @@ def test_states_belong_to_rows_layers_and_weights_but_not_to_a_folder(task, comp
         model.backbone.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     cached(model, rows(model))
     assert sum(computed) == 12
+    model.backbone.has_autocast = True
+    cached(model, rows(model))
+    assert sum(computed) == 15
 
 
 def test_an_interrupted_computation_leaves_no_states(task, monkeypatch, tmp_path):
