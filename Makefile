@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 export DHRD_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: run test lab app lint bench clean
+.PHONY: run test lab app docs lint bench clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m dhrd_lib compare --profile $(PROFILE)
@@ -22,6 +22,10 @@ lab: $(VENV)/.installed
 
 app: $(VENV)/.installed
 	$(BIN)/python -m app.app
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	$(BIN)/sphinx-build -W --keep-going -c docs . site
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -160,9 +160,9 @@ class ModelConfig(Config):
 class DataConfig(Config):
     """The task, where its rows come from, and how they become token rows.
 
-    `task` is a task's name or the path of a data file or folder. `text` to `metrics` belong to a user's file (see
-    docs/data.md): its columns, the `template`, `label_names` (a mapping, or a list for 0, 1, ...), the `encoding`,
-    the `columns` of a CSV file without a header, and the `metrics` whose mean selects the checkpoint.
+    `task` is a task's name or the path of a data file or folder. `text` to `metrics` belong to a user's file
+    (docs/guides/data.md): its columns, the `template`, `label_names` (a mapping, or a list for 0, 1, ...), the
+    `encoding`, the `columns` of a CSV file without a header, and the `metrics` whose mean selects the checkpoint.
     `shuffled_share` of the rows get another row's rationale in a shuffled `alignment`; `order` is that of the parts
     after the input. Inputs are cut at `truncation_side`. `dev_fraction` of train is cut off for model selection
     where the data has no dev split. Row limits of 0 mean all rows.

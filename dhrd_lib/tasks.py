@@ -85,7 +85,7 @@ def load_task(name: str, data_dir: str | Path | None = None, **options: Any) -> 
     Splits are `train`, `dev` and the task's `test_splits`. Each has the source's fields as text, and `idx` (str, by
     default a hash of text and label), `input_text` (the rendered template), `label` (`ClassLabel`), `rationale`
     and `group` (str or None). Rationales in DHRD_RATIONALES_DIR/<task>.jsonl, or those packaged for CB and COPA,
-    replace those of train. Raises `TaskError`; the rows that it names count from 1. See docs/data.md.
+    replace those of train. Raises `TaskError`; the rows that it names count from 1. See docs/guides/data.md.
     """
     return load_rows(DataConfig(task=str(name), data_dir=data_dir and str(data_dir), **options))
 

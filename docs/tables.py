@@ -22,7 +22,7 @@ from dhrd_lib.studies.statistics import Interval, points_interval
 from dhrd_lib.studies.tables import load_results
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/scaling.md")
+PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/costs.md", "docs/guides/rationales.md")
 STUDIES, BENCHMARKS = ROOT / "notebooks" / "results", ROOT / "benchmarks" / "results"
 BLOCKS: dict[str, Callable[[], str]] = {}
 # The paper's backbones: published shapes (see `llama` and `qwen`), and queries per second (pooled, CoT).
@@ -133,6 +133,17 @@ def alignment() -> str:
 def rationale_length() -> str:
     """Return the rationale lengths' ablation against whole rationales."""
     return ablation("rationale_length", {"alpha": 1.0, "alignment": "consistent"})
+
+
+@block
+def leak_filter() -> str:
+    """Return how often the label filter erred on rationales that were read by hand."""
+    read = stored(STUDIES, "leak_filter")["read_by_hand"]
+    return (
+        f"Of {read['flagged']} flagged rationales that were read, {read['false_positives']} don't give their label "
+        f"away. Of {read['unflagged']} unflagged ones {read['false_negatives']} name it, and "
+        f"{read['in_other_words']} give it away in other words."
+    )
 
 
 @block

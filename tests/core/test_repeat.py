@@ -60,7 +60,7 @@ def apart(one: Run, two: Run) -> tuple[float, float]:
 
 
 def test_docs_state_the_tolerance():
-    docs = " ".join((ROOT / "docs" / "data.md").read_text(encoding="utf-8").split())
+    docs = " ".join((ROOT / "docs" / "guides" / "report.md").read_text(encoding="utf-8").split())
     stated = f"losses stay within {LOSS_TOLERANCE:g} and probabilities within {PROBABILITY_TOLERANCE:g}"
     assert stated in docs
 

@@ -251,7 +251,7 @@ def test_command_generates_reports_and_exports(tmp_path, four_rows):
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_documented_commands_ask_a_server(place, tmp_path, four_rows):
-    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    text = (ROOT / "docs" / "guides" / "rationales.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^python -m dhrd_lib (rationales .*)$", text, flags=re.MULTILINE)
     command = shlex.split(commands[place], comments=True)
     with FaultServer(lambda prompt, nth: f"It burst. {SENTINEL} {('fix', 'refund')[nth % 2]}") as server:

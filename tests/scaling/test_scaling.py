@@ -62,7 +62,7 @@ def alone(folder) -> dict[str, Run]:
     return {name: train(config(folder, name, 1), folder / "alone") for name in CHANGES}
 
 
-SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+GUIDE, COSTS = ((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("guides/scaling.md", "costs.md"))
 
 
 def launch(root: Path, file: str, paths: list[Path]) -> subprocess.Popen:
@@ -140,7 +140,7 @@ def probabilities(run: Run, split: str) -> np.ndarray:
 
 def test_documented_files_exist():
     for file in ("docs/accelerate/ddp.yaml", "docs/accelerate/fsdp.yaml"):
-        assert file in SCALING
+        assert file in GUIDE
         assert (ROOT / file).is_file()
 
 
@@ -167,5 +167,5 @@ def test_documented_activation_bytes():
         return sum(storage.nbytes() for place, storage in storages.items() if place not in weights) // tokens
 
     width, mlp, kv_width = 64, 192, 32
-    assert "`4 L (7 H + 4 I + 4 K)`" in SCALING
+    assert "`4 L (7 H + 4 I + 4 K)`" in COSTS
     assert (kept(4) - kept(2)) / 2 == pytest.approx(4 * (7 * width + 4 * mlp + 4 * kv_width), rel=0.02)
