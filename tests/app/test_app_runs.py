@@ -93,7 +93,7 @@ class TestRunsTab:
         root = store_runs(tmp_path, DHRD)
         shutil.copytree(root / DHRD, root / "other")
         (root / "other" / "config.json").write_text('{"name": "x", "of_another_version": 1}')
-        with pytest.warns(UserWarning, match="The run is left out"):
+        with pytest.warns(UserWarning, match="is skipped"):
             status, _, picker, *_ = self.made(root)._read(None)
         assert "of_another_version is not a field" in status
         assert picker.choices == [(DHRD, DHRD)]
