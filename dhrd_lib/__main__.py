@@ -35,10 +35,9 @@ def compare(
     from dhrd_lib.training import train
 
     configs, finished = comparison(profile), []
-    for number, config in enumerate(configs, 1):
-        print(f"Run {number} of {len(configs)}: {config.name} ({config.training.setting})", flush=True)
+    for config in configs:
+        print(f"Run {len(finished) + 1} of {len(configs)}: {config.name} ({config.training.setting})", flush=True)
         finished.append(train(config, runs))
-    print("Comparing the runs", flush=True)
     print_table(Comparison(finished).write_report(runs / "report.html"))
     print(f"Report: {runs / 'report.html'}")
 

@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from queue import SimpleQueue
 from threading import Event
 from typing import Any
@@ -19,8 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dhrd_lib.backbones import autocast
 from dhrd_lib.config import ConfigError
 
-# `is_complete` reads so many of the latest tokens, so that the cost of a step does not grow with the text.
-TEXT_WINDOW = 256
+TEXT_WINDOW = 256  # latest tokens that `is_complete` reads: the cost of a step does not grow with the text
 
 
 @torch.no_grad()  # In inference mode, autocast would convert every weight at every step.
@@ -37,8 +35,8 @@ def generate(
     """Decode one batch of prompts and return each row's new ids; `arguments` are those of `lm.generate`.
 
     A row ends at an end token, which it keeps, once `is_complete(text)` of its latest new tokens, or at
-    `max_new_tokens`. `on_step` gets all new ids after each step and ends the batch by returning True. With a seed,
-    the draws depend on it and on the batch, and the caller's random state is left as it was.
+    `max_new_tokens`. `on_step` gets all new ids after each step and ends the batch by returning True. Draws with a
+    seed depend on it and on the batch, and leave the caller's random state as it was.
     """
     ids, mask = left_padded(prompts, tokenizer.pad_token_id, lm.device)
     start, ends = ids.shape[1], end_ids(lm, tokenizer)
@@ -54,7 +52,7 @@ def generate(
         return torch.tensor([is_stopped or length > 0 for length in lengths], device=all_ids.device)
 
     devices = [lm.device] if lm.device.type == "cuda" else []
-    with autocast(lm), nullcontext() if seed is None else torch.random.fork_rng(devices=devices):
+    with autocast(lm), torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         rows = lm.generate(

@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 PACKAGES = (
     "torch transformers datasets accelerate peft tokenizers safetensors scikit-learn scipy numpy pandas plotly"
 )
-# Metrics of a whole run, beside those of its splits.
-TOTALS = ("train_seconds", "train_tokens", "tokens_per_second")
+TOTALS = ("train_seconds", "train_tokens", "tokens_per_second")  # of a whole run, not of a split
 
 
 @dataclass(frozen=True)
