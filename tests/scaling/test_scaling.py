@@ -32,6 +32,7 @@ CHANGES = {
     # A batch of one has a row without a rationale on one process alone: the others mustn't wait for it.
     "untied": {"model.backbone": "untied", "training.batch_size": 2, "training.epochs": 1},
     "stopped": {"training.eval_steps": 2},
+    "options": {"training.alpha": "auto", "training.privileged_head": "separate", "training.privileged_gamma": 1.0},
 }
 
 
