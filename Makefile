@@ -24,7 +24,7 @@ app: $(VENV)/.installed
 	$(BIN)/python -m app.app
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@$(PIP) -r docs/requirements.txt
 	$(BIN)/sphinx-build -W --keep-going -c docs . site
 
 lint: $(VENV)/.installed

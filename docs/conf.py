@@ -12,7 +12,7 @@ os.environ["DHRD_FIGURE_IMAGES"] = "1"  # the kernels inherit it
 project, author = "DHRD Workbench", "the DHRD Workbench authors"
 extensions = ["myst_nb", "sphinx_external_toc", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton"]
 external_toc_path = "docs/toc.yml"
-exclude_patterns = [".venv", ".cache", "runs", "site", "tests", "**/.ipynb_checkpoints"]
+exclude_patterns = [".venv", ".*cache", "runs", "site", "tests", "**/.ipynb_checkpoints"]
 
 html_theme = "furo"
 html_title = project
@@ -30,3 +30,4 @@ nb_execution_raise_on_error = True
 default_role = "code"  # docstrings have single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+python_maximum_signature_line_length = 100
