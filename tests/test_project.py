@@ -31,7 +31,7 @@ class TestNotebook:
         title = text.splitlines()[0]
         assert title.startswith("# ")
         assert title.rstrip("*").endswith("?")
-        assert "GPU" in text
+        assert re.search(r"^Runs in \d+ minutes? on a CPU .*GPU", text, re.MULTILINE)
         assert [heading for heading in HEADINGS if heading not in text] == []
 
     def test_has_no_output_and_no_machine_path(self, path):
