@@ -26,6 +26,7 @@ nb_execution_mode = os.environ.get("NOTEBOOKS", "cache")
 nb_execution_cache_path = ".cache/notebooks"
 nb_execution_timeout = -1
 nb_execution_raise_on_error = True
+suppress_warnings = ["mystnb.unknown_mime_type"]  # plotly's own, of figures that have HTML too
 
 default_role = "code"  # docstrings have single backticks
 autodoc_member_order = "bysource"
