@@ -24,7 +24,7 @@ from transformers import pipeline
 
 from dhrd_lib.config import ConfigError
 from dhrd_lib.cot import CoT, CoTPredictions, Decoding, Generations
-from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, length_sorted_batches, render_inputs
+from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, Inputs, length_sorted_batches, render_inputs
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.serving.classifier import ExportedClassifier
 from dhrd_lib.serving.export import sequence_classifier
@@ -262,11 +262,22 @@ def pooled_system(
     return System(name, answer, model.encode, count, settings, "tokens", device, weights, **limits)
 
 
-def pipeline_system(name: str, model: DHRDModel, settings: tuple[int, ...] = (1, 8, 16), **limits: int) -> System:
-    """Wrap the same weights as transformers' `pipeline("text-classification")`; the answers are logits (N, K)."""
+def pipeline_system(
+    name: str,
+    model: DHRDModel,
+    settings: tuple[int, ...] = (1, 8, 16, 32),
+    dtype: torch.dtype = torch.float32,
+    **limits: int,
+) -> System:
+    """Wrap the same weights as transformers' `pipeline("text-classification")`; the answers are logits (N, K).
+
+    It gets its texts sorted by length, so that its batches have little padding.
+    """
     tokenizer = copy.deepcopy(model.tokenizer)
     tokenizer.truncation_side = "left"  # as `SequenceFormat` cuts: the last token is the one that is pooled
     classifier = sequence_classifier(model)
+    if classifier.dtype != dtype:
+        classifier = copy.deepcopy(classifier).to(dtype)
     cut = {"truncation": True, "max_length": model.config.max_input_tokens}
     pipe = pipeline(
         "text-classification",
@@ -277,13 +288,17 @@ def pipeline_system(name: str, model: DHRDModel, settings: tuple[int, ...] = (1,
         top_k=None,
     )
 
-    def answer(texts: Sequence[str], batch_size: int) -> np.ndarray:
-        entries = pipe(list(texts), batch_size=batch_size, **cut)
-        logits = [{entry["label"]: entry["score"] for entry in row} for row in entries]
-        return np.array([[row[name] for name in model.label_names] for row in logits])
+    def answer(inputs: Inputs, batch_size: int) -> np.ndarray:
+        texts = render_inputs(model.config.template, inputs)
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        entries = pipe([texts[place] for place in order], batch_size=batch_size, **cut)
+        scores = [{entry["label"]: entry["score"] for entry in row} for row in entries]
+        logits = np.array([[row[name] for name in model.label_names] for row in scores])
+        return logits[np.argsort(order)]
 
-    def encode(texts: Sequence[str]) -> list[Any]:
-        return [pipe.preprocess(text, **cut) for text in texts]
+    def encode(inputs: Inputs) -> list[Any]:
+        texts = render_inputs(model.config.template, inputs)
+        return [pipe.preprocess(text, **cut) for text in sorted(texts, key=len)]
 
     def count(texts: Sequence[str], batch_size: int, _: Any) -> Tokens:
         return _tokens_by_rows([encoded["input_ids"].shape[1] for encoded in encode(texts)], batch_size)

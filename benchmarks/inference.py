@@ -1,10 +1,11 @@
-"""Inference engines on one trained classifier: torch, ONNX Runtime and OpenVINO, float32 and int8, in one run.
+"""Inference engines on one trained classifier: torch, transformers' pipeline, ONNX Runtime, OpenVINO, in one run.
 
     python -m benchmarks.inference --run runs/NAME [--split test] [--rounds 5] [--out runs/bench]
 
 Writes OUT/inference.json. Every engine classifies the whole split in turns with the others, so speed and accuracy
-come from the same predictions; start-up is that of a fresh process up to its first prediction. Without --run an
-untrained backbone is measured on fewer texts: speed doesn't depend on the weights' values.
+come from the same predictions; start-up is that of a fresh process up to its first prediction. All are measured in
+float32 and int8, as they have it, and in bfloat16 where the processor is faster at it; each at its best batch size.
+Without --run an untrained backbone is measured on fewer texts: speed doesn't depend on the weights' values.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.common import parse_args, write_result
 from benchmarks.compute import linear_shapes, matmul_peak
-from benchmarks.harness import MIB, Measurement, measure, pooled_system, ratio, timed
+from benchmarks.harness import MIB, Measurement, System, measure, pipeline_system, pooled_system, ratio, timed
+from dhrd_lib.backbones import autocast_if_faster
 from dhrd_lib.config import ModelConfig
 from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.runs import load_run
-from dhrd_lib.serving.classifier import classifier_folder, load_classifier
+from dhrd_lib.serving.classifier import classifier_folder, load_classifier, openvino_engine
 from dhrd_lib.serving.export import export
 from dhrd_lib.studies.statistics import paired_comparison, points_interval
 from dhrd_lib.tasks import load_rows, load_task
@@ -62,26 +64,24 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         folders = {"torch": classifier_folder(source)}
         for name, (format, int8) in EXPORTS.items():
             folders[name] = export(source, format, int8=int8, out=Path(scratch) / f"{format}-{int8}")
-        classifiers = {name: load_classifier(folder) for name, folder in folders.items()}
         sizes = {name: folder_mib(folder) for name, folder in folders.items()}
-        systems = [
-            pooled_system(name, classifier, device=torch.device("cpu"), weights=sizes[name])
-            for name, classifier in classifiers.items()
-        ]
-        results = measure(systems, rows, rounds=options.rounds, latency_queries=options.latency_queries)
+        model = DHRDModel.from_pretrained(folders["torch"], dtype=torch.float32)
+        results = measure(
+            systems(model, folders, sizes), rows, rounds=options.rounds, latency_queries=options.latency_queries
+        )
         result = {
             "weights": Path(options.run).name if options.run else "untrained",
             "rows": len(rows),
-            "engines": [{**one.row(), "folder_mib": sizes[one.system.name]} for one in results],
+            "engines": [{**one.row(), "folder_mib": sizes.get(one.system.name)} for one in results],
             "to_torch": {one.system.name: compare(results[0], one, labels) for one in results[1:]},
             "start_seconds": {name: start_seconds(folders[name], rows[0]) for name in folders},
             "start_seconds_empty_cache": {
                 name: start_seconds(folders[name], rows[0], empty_cache=True) for name in EXPORTS
             },
             "gflop_per_second": {
-                "torch float32": matmul_peak(classifiers["torch"], tokens=MAX_TOKENS_PER_CPU_BATCH),
-                "ONNX Runtime float32": onnx_matmul_peak(classifiers["torch"]),
-                "ONNX Runtime int8": onnx_matmul_peak(classifiers["torch"], int8=True),
+                "torch float32": matmul_peak(model, tokens=MAX_TOKENS_PER_CPU_BATCH),
+                "ONNX Runtime float32": onnx_matmul_peak(model),
+                "ONNX Runtime int8": onnx_matmul_peak(model, int8=True),
             },
         }
     print_result(result)
@@ -99,6 +99,25 @@ def model_and_rows(options: argparse.Namespace, scratch: Path) -> tuple[Path, li
         build_model(ModelConfig(backbone=options.backbone, device="cpu"), task).save_pretrained(folder)
     rows = splits[options.split].to_list()[: n_rows or None]
     return folder, rows, np.array([row["label"] for row in rows])
+
+
+def systems(model: DHRDModel, folders: dict[str, Path], sizes: dict[str, float]) -> list[System]:
+    """Return torch, the pipeline and the exports in float32 and int8, and in bfloat16 where that is faster here."""
+    cpu = {"device": torch.device("cpu")}
+    exported = {name: load_classifier(folders[name]) for name in EXPORTS}
+    found = [pooled_system("torch", model), pipeline_system("pipeline", model)]
+    found += [pooled_system(name, of, weights=sizes[name], **cpu) for name, of in exported.items()]
+    halved = DHRDModel.from_pretrained(folders["torch"], dtype=torch.float32)
+    autocast_if_faster(halved.backbone)
+    if getattr(halved.backbone, "has_autocast", False):
+        engine = openvino_engine(folders["OpenVINO"], "bf16")
+        openvino = replace(exported["OpenVINO"], engine=engine)
+        found += [
+            pooled_system("torch bfloat16", halved),
+            pipeline_system("pipeline bfloat16", model, dtype=torch.bfloat16),
+            pooled_system("OpenVINO bfloat16", openvino, weights=sizes["OpenVINO"], **cpu),
+        ]
+    return found
 
 
 def folder_mib(folder: Path) -> float:
@@ -179,11 +198,15 @@ def onnx_matmul(width: int, out: int, int8: bool) -> onnxruntime.InferenceSessio
 def print_result(result: dict[str, Any]) -> None:
     """Print speed, size and start-up of each engine, its comparison with torch, and the rates of the products."""
     for engine in result["engines"]:
-        print(
-            f"{engine['system']}: {engine['queries_per_second']:.2f} queries/s, {engine['latency_p50_ms']:.0f} ms "
-            f"one at a time, {engine['folder_mib']:.0f} MiB, first prediction after "
-            f"{result['start_seconds'][engine['system']]:.1f} s"
+        name = engine["system"]
+        line = (
+            f"{name}: {engine['queries_per_second']:.2f} queries/s in batches of {engine['best_batch']} "
+            f"{engine['best_batch_unit']}, {engine['latency_p50_ms']:.0f} ms one at a time"
         )
+        if name in result["start_seconds"]:
+            start = result["start_seconds"][name]
+            line += f", {engine['folder_mib']:.0f} MiB, first prediction after {start:.1f} s"
+        print(line)
     for name, engine in result["to_torch"].items():
         speed, accuracy = engine["queries_per_second_ratio"], engine["accuracy_difference"]
         points = points_interval(*(accuracy[key] for key in ("difference", "low", "high")))

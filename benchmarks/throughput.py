@@ -1,17 +1,17 @@
-"""Throughput of the pooled classifiers, transformers' own pipeline, and CoT decoding, in one run.
+"""Throughput of the pooled classifiers and of CoT decoding, in one run.
 
     python -m benchmarks.throughput [--run runs/NAME] [--queries 500] [--out runs/bench]
 
 Writes OUT/throughput.json and OUT/throughput.html, and prints the ratios. Speed depends on the weights only in how
 soon CoT reaches its answer: without --run the backbone is prompted zero-shot, with --run the trained run's LM head
-generates its rationales. The table counts the generated tokens.
+generates its rationales. The table counts the generated tokens. `benchmarks.inference` compares the classifier with
+other engines.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from benchmarks.common import parse_args, write_result
@@ -24,7 +24,6 @@ from benchmarks.harness import (
     lm_head_system,
     measure,
     mixed_texts,
-    pipeline_system,
     pooled_system,
     ratio,
 )
@@ -36,8 +35,6 @@ from dhrd_lib.studies import plots
 from dhrd_lib.studies.cot_budget import BUDGETS
 from dhrd_lib.tasks import TASKS, Task
 
-# The pipeline's default of 1 answers every text; batches, whose padding takes minutes, answer some of them.
-PIPELINES = {1: {}, 8: {"rounds": 1, "queries_per_round": 24}}
 COT_BATCHES = (8,)  # the fastest of 4, 8 and 16 rows, fixed because the choice takes minutes
 # The labels of all tasks: the texts are mixed, and each asks its own question.
 LABELS = tuple(dict.fromkeys(w for name in MIXED_TASKS for w in TASKS[name].verbalizers))
@@ -69,15 +66,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         choice_queries=16,
     )
     rows = pd.DataFrame([result.row() for result in results])
-    by_name = {result.system.name: result for result in results}
-    pairs = zip(by_name["DHRD"].answers, by_name["pipeline (batches of 1)"].answers, strict=True)
     result = {
         "texts": source,
         "weights": options.run or options.backbone,
         "cot": cot.name,
         "systems": rows.to_dict("records"),
         "ratios": {f"DHRD / {other.system.name}": ratio(results[0], other) for other in results[1:]},
-        "largest_logit_difference": float(max(np.abs(ours - theirs).max() for ours, theirs in pairs)),
         "classify": share,
         "peak_share": peak_shares(results, dhrd, share["peak_gflop_per_second"]),
         "profile": profile_classify(dhrd).head(12).to_dict("records"),
@@ -123,7 +117,6 @@ def systems(dhrd: DHRDModel, baseline: DHRDModel, cot: CoT, max_new_tokens: int)
     return [
         pooled_system("DHRD", dhrd),
         pooled_system("pooled baseline", baseline, rounds=1),
-        *(pipeline_system(f"pipeline (batches of {n})", dhrd, (n,), **limits) for n, limits in PIPELINES.items()),
         cot_system("CoT (paper's parameters)", cot, paper, rounds=2, queries_per_round=1),
         cot_system("CoT (batched)", cot, paper, COT_BATCHES, **batched),
         lm_head_system("CoT (budget 0, LM head alone)", cot, rounds=1, queries_per_round=10),
@@ -165,7 +158,6 @@ def print_result(result: dict[str, Any], rows: pd.DataFrame) -> None:
         print(f"{name}: {speedup['value']:.3g}{spread if speedup['rounds'] > 1 else ''}")
     print(f"CoT is {result['cot']}, on {result['weights']}; {result['texts']}.")
     print("The paper reports 96 to 142 for pooled / CoT, with larger backbones on GPUs.")
-    print(f"Largest logit difference from the pipeline: {result['largest_logit_difference']:.1e}")
     classify = result["classify"]
     print(
         f"classify at {classify['rows']} x {classify['tokens']} tokens: {classify['gflop_per_second']:.1f} "

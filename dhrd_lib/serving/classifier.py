@@ -106,7 +106,7 @@ def load_classifier(path: str | Path) -> DHRDModel | ExportedClassifier:
     tokenizer.encode_special_tokens = True  # Special tokens in a user's text are text.
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    engines = {"onnx": _onnx_engine, "openvino": _openvino_engine, "hf": _hf_engine}
+    engines = {"onnx": _onnx_engine, "openvino": openvino_engine, "hf": _hf_engine}
     return ExportedClassifier(config, tokenizer, engines[config.format](folder))
 
 
@@ -144,14 +144,14 @@ def _onnx_engine(folder: Path) -> Engine:
     return lambda ids, mask: session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]
 
 
-def _openvino_engine(folder: Path) -> Engine:
+def openvino_engine(folder: Path, precision: str = "f32") -> Engine:
     import openvino
 
     graph = (folder / "openvino_model.xml").resolve()
     settings = {
         "INFERENCE_NUM_THREADS": _threads(),
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # on some processors the engine would choose bfloat16
+        "INFERENCE_PRECISION_HINT": precision,  # left to itself, the engine chooses bfloat16 on some processors
     }
     # What is compiled is kept for the next start. OpenVINO identifies a graph by its path, size and time, but not
     # all weights are read from the export again: the cache folder is named after their file's size and time.

@@ -40,12 +40,16 @@ def export(source: str | Path, format: Format, *, int8: bool = False, out: str |
     if out.exists():
         raise ConfigError(f"{out} exists already; expected a folder that doesn't.")
     model = _load(folder)
+    pooling, head = model.config.pooling, model.config.head
+    if format == "hf" and (pooling, head) != ("last", "linear"):
+        found = f"pooling is {pooling!r} and head {head!r}"
+        raise ConfigError(f"{found}; expected 'last' and 'linear', all that transformers' classifier has.")
     config = ExportConfig(
         format=format,
         precision="int8" if int8 else "float32",
         backbone=model.config.backbone_name,
-        pooling=model.config.pooling,
-        head=model.config.head,
+        pooling=pooling,
+        head=head,
         template=model.config.template,
         label_names=model.label_names,
         max_input_tokens=model.config.max_input_tokens,
@@ -119,11 +123,7 @@ def _write_graph(model: DHRDModel, format: Format, int8: bool, folder: Path) -> 
 
 
 def sequence_classifier(model: DHRDModel) -> PreTrainedModel:
-    """Return transformers' `AutoModelForSequenceClassification` on the model's weights; raise `ConfigError`."""
-    pooling, head = model.config.pooling, model.config.head
-    if (pooling, head) != ("last", "linear"):
-        found = f"pooling is {pooling!r} and head {head!r}"
-        raise ConfigError(f"{found}; expected 'last' and 'linear', all that transformers' classifier has.")
+    """Return transformers' `AutoModelForSequenceClassification` on the weights of a model with `last` pooling."""
     config = copy.deepcopy(model.backbone.config)
     config.id2label, config.label2id = dict(model.config.id2label), dict(model.config.label2id)
     config.pad_token_id = model.tokenizer.pad_token_id

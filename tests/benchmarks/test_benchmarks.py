@@ -45,13 +45,12 @@ def test_throughput_writes_file_and_page(tmp_path, capsys, monkeypatch):
         [*(f"--{name}={value}" for name, value in limits.items()), "--backbone=tiny", f"--out={tmp_path}"]
     )
     stored = json.loads((tmp_path / "throughput.json").read_text())
-    assert stored["largest_logit_difference"] < 1e-4
     names = {"pooled baseline", "CoT (paper's parameters)", "CoT (budget 16)"}
     assert {f"DHRD / {name}" for name in names} <= set(stored["ratios"])
     assert stored["environment"]["packages"]["torch"]
     assert (stored["settings"]["queries"], stored["settings"]["backbone"]) == (8, "tiny")
     page = (tmp_path / "throughput.html").read_text()
-    assert "pipeline (batches of 8)" in page
+    assert "CoT (budget 16)" in page
     share, profile = stored["classify"], pd.DataFrame(stored["profile"])
     assert share["peak_gflop_per_second"] == max(share["peak_by_shape"].values())
     assert share["share"] == pytest.approx(share["gflop_per_second"] / share["peak_gflop_per_second"])
@@ -105,5 +104,6 @@ def test_inference_compares_every_engine(tmp_path):
     from benchmarks import inference
 
     stored = inference.main(["--backbone=tiny", "--rows=10", "--latency-queries=2", f"--out={tmp_path}"])
-    assert [engine["system"] for engine in stored["engines"]] == ["torch", *inference.EXPORTS]
-    assert stored["to_torch"]["ONNX Runtime"]["rows_with_another_label"] == 0
+    names = [engine["system"] for engine in stored["engines"]]
+    assert names[:6] == ["torch", "pipeline", *inference.EXPORTS]
+    assert all(stored["to_torch"][name]["rows_with_another_label"] == 0 for name in ("pipeline", "ONNX Runtime"))
