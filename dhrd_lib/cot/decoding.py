@@ -6,15 +6,12 @@ import math
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
-import pandas as pd
 import torch
-from datasets import Dataset
 from pydantic import Field
 from scipy.special import softmax
 from torch.nn import functional as F
@@ -146,7 +143,7 @@ class CoT:
     def from_backbone(cls, backbone: Backbone, task: Task, examples: Sequence[Mapping[str, Any]] = ()) -> CoT:
         """Return zero-shot CoT with a bare backbone, prompted in words, or few-shot CoT with worked examples.
 
-        Examples (see `pick_examples`) become earlier turns of the chat. A sentinel separates rationale and answer.
+        Examples have a rationale and become earlier turns of the chat. A sentinel precedes the answer.
         """
         fields = {"labels": ", ".join(task.verbalizers), "sentinel": SENTINEL}
 
@@ -198,9 +195,8 @@ class CoT:
         (text,) = render_inputs(self.task.template, row)
         prompt = self.encode_prompt(text)
         check_context(self.lm, [prompt], decoding.max_new_tokens)
-        with closing(stream(self.lm, self.tokenizer, prompt, **decoding.arguments(self.reader))) as steps:
-            for ids, seconds in steps:
-                yield Generations([text], [[ids]], decoding.max_new_tokens, seconds)
+        for ids, seconds in stream(self.lm, self.tokenizer, prompt, **decoding.arguments(self.reader)):
+            yield Generations([text], [[ids]], decoding.max_new_tokens, seconds)
 
     def parse(self, generations: Generations) -> CoTPredictions:
         """Read the answers from the text after the marker; the majority of several samples counts."""
@@ -268,13 +264,3 @@ def score_continuations(
         losses = F.cross_entropy(lm_logits(lm, hidden).float().mT, targets, reduction="none")  # 0 at padding
         scores.append(-losses.sum(1))
     return torch.stack(scores).cpu().numpy()
-
-
-def pick_examples(train: Dataset, k: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return k rows of train with a rationale, drawn with the seed, one of each label in turn, or `ConfigError`."""
-    rows = [row for row in train.shuffle(seed=seed) if row["rationale"]]
-    if len(rows) < k:
-        raise ConfigError(f"{len(rows)} rows of train have a rationale; expected at least k={k}.")
-    labels = pd.Series([row["label"] for row in rows])
-    turns = labels.groupby(labels).cumcount()  # The n-th row of every label comes before the (n+1)-th of any.
-    return [rows[place] for place in np.lexsort((labels, turns))[:k]]

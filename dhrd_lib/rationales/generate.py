@@ -7,11 +7,10 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import pandas as pd
 from datasets import Dataset
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,8 +20,8 @@ from dhrd_lib.backbones import EMBEDDED
 from dhrd_lib.config import ConfigError, WorkbenchError
 from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.inputs import SENTINEL
-from dhrd_lib.rationales.replies import read_reply
-from dhrd_lib.rationales.teachers import LocalTeacher, OpenAITeacher, TeacherConfig, make_prompt, teacher_parameters
+from dhrd_lib.rationales import teachers
+from dhrd_lib.rationales.teachers import TeacherConfig, make_prompt, read_reply, teacher_parameters
 from dhrd_lib.tasks import Task
 
 
@@ -86,22 +85,17 @@ class RationaleStore:
         return reviewed
 
 
-@dataclass
-class Generation:
-    """The outcome of `generate`; replies and tokens are of this call alone, `records` those of `select`."""
+class Generation(NamedTuple):
+    """The outcome of `generate`: each row's record (see `select`), why rows failed (by idx), and counts of rows."""
 
+    records: list[Record | None]
+    failed: dict[str, str]
     stored_before: int
-    failed: dict[str, str] = field(default_factory=dict)  # reasons by idx
-    stored: int = 0
-    replies: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    records: list[Record | None] = field(default_factory=list, repr=False)
+    stored: int
 
     def __str__(self) -> str:
-        rows = f"{len(self.records)} rows: {self.stored_before} stored before, {self.stored} stored now"
-        tokens = f"{self.tokens_in} tokens in, {self.tokens_out} tokens out"
-        return f"{rows}, {len(self.failed)} failed; {self.replies} replies, {tokens}"
+        counts = f"{self.stored_before} stored before, {self.stored} stored now, {len(self.failed)} failed"
+        return f"{len(self.records)} rows: {counts}"
 
 
 def store_for(task: Task, config: TeacherConfig, folder: str | Path) -> RationaleStore:
@@ -138,7 +132,8 @@ def generate(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | 
     store, (blanks, prompts) = store_for(task, config, folder), blank_records(task, dataset, config)
     tries = config.tries if config.protocol == "rejection" else 1
     reader = AnswerReader(SENTINEL, task.label_names, task.verbalizers)
-    system, recording = [("system", config.system)] if config.system else [], Lock()
+    system = [("system", config.system)] if config.system else []
+    failed: dict[str, str] = {}
 
     def ask(rows: list[int]) -> None:
         """Ask for a batch and store it before the next one is sent, so that a kill costs what is under way."""
@@ -146,32 +141,27 @@ def generate(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | 
             waiting = [i for i in rows if len(made[i]) == attempt and True not in made[i]]
             seed = None if config.seed is None else config.seed + attempt
             replies = teacher.ask([[*system, ("user", prompts[i])] for i in waiting], seed)
-            with recording:
-                for i, reply in zip(waiting, replies, strict=True):
-                    outcome.replies += not reply.failure
-                    outcome.tokens_in += reply.tokens_in
-                    outcome.tokens_out += reply.tokens_out
-                    try:
-                        values = read_reply(reply, reader, dataset[i]["label"], config.use_reasoning)
-                    except ValueError as error:
-                        outcome.failed[blanks[i].idx] = str(error)
-                        continue
-                    store.append(Record(**blanks[i].model_dump() | reply._asdict() | values))
-                    made[i].append(values["agreed"])
+            for i, reply in zip(waiting, replies, strict=True):
+                try:
+                    values = read_reply(reply, reader, dataset[i]["label"], config.use_reasoning)
+                except ValueError as error:
+                    failed[blanks[i].idx] = str(error)
+                    continue
+                store.append(Record(**blanks[i].model_dump() | reply._asdict() | values))
+                made[i].append(values["agreed"])
 
     with FileLock(f"{store.path}.run"):
         stored = [[one for one in records if not one.review] for records in _stored(store, blanks, config)]
         made = [[one.agreed for one in records if one.rationale.strip()] for records in stored]
         missing = [i for i, agreed in enumerate(made) if len(agreed) < tries and True not in agreed]
-        outcome = Generation(len(blanks) - len(missing))
         if missing:
-            teacher = (LocalTeacher if config.kind == "local" else OpenAITeacher)(config)
+            teacher = (teachers.LocalTeacher if config.kind == "local" else teachers.OpenAITeacher)(config)
             size, threads = (config.batch_size, 1) if config.kind == "local" else (1, config.concurrency)
             missing.sort(key=lambda i: len(prompts[i]))  # less padding in a batch
             batches = [missing[i : i + size] for i in range(0, len(missing), size)]
             thread_map(ask, batches, max_workers=threads, desc="rationales")
-    outcome.stored, outcome.records = len(missing) - len(outcome.failed), select(task, dataset, config, folder)
-    return outcome
+    counts = len(blanks) - len(missing), len(missing) - len(failed)
+    return Generation(select(task, dataset, config, folder), failed, *counts)
 
 
 def select(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | Path) -> list[Record | None]:
@@ -184,11 +174,9 @@ def select(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | Pa
 
 
 def export(rationales: Mapping[str, str], path: str | Path) -> None:
-    """Write rationales by `idx` as the TASK.jsonl that `load_task` reads in DHRD_RATIONALES_DIR, all or none."""
+    """Write rationales by `idx` as the TASK.jsonl that `load_task` reads in DHRD_RATIONALES_DIR."""
     if not rationales:  # `load_task` would use the data's own instead of an empty file's
         raise ConfigError(f"{path} isn't written: no rationale is kept; expected one or more.")
-    rows = [json.dumps({"idx": idx, "rationale": text}, ensure_ascii=False) for idx, text in rationales.items()]
-    scratch = Path(f"{path}.part")
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    scratch.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    rows = pd.Series(rationales, name="rationale").rename_axis("idx").reset_index()
+    rows.to_json(path, orient="records", lines=True, force_ascii=False)

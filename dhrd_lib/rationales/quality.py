@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from dhrd_lib.cot.answers import JOINING, UNSPACED, normalized
 from dhrd_lib.rationales.generate import Record
-from dhrd_lib.rationales.replies import has_thinking
+from dhrd_lib.rationales.teachers import has_thinking
 from dhrd_lib.tasks import Task
 
 _JOINING = regex.compile(f"[{JOINING}]")
@@ -29,15 +29,13 @@ _COMMON_WORDS = (
 )
 _QUOTE = r"[\"'`*“”‘’«»„「」『』《》()（）\[\]]"
 _ANSWER_IS = (  # such as "the answer must be"
-    r"(?:\b(?:answer|label|class|category|verdict|conclusion|choice|option|prediction|antwort|réponse|respuesta"
-    r"|ответ)\b[^.!?\n]{0,30}?(?:[:=]|\b(?:is|be|was|ist|est|es)\b)\s*"
-    r"|(?:答案|标签|結論|结论|回答|答え|正解|정답|답|الإجابة)[^。！？\n]{0,12}?(?:[:：=]|是|为|は|은|는|هي)\s*)"
+    r"(?:\b(?:answer|label|class|verdict|conclusion|choice|option|prediction)\b[^.!?\n]{0,30}?\b(?:is|be|was)\s+"
+    r"|(?:答案|标签|結論|结论|回答|答え|正解|정답|답|الإجابة)[^。！？\n]{0,12}?(?:是|为|は|은|는|هي)\s*)"
 )
 FLAGS = {
     "disagrees": "the answer is another label than gold",
     "no_answer": "no label, or several, after the sentinel",
     "leaks_label": "the gold label's word, or a form of it, is in the rationale",
-    "empty": "there is no rationale",
     "cut_off": "it ran into the token limit",
     "thinking": "marks of the model's thinking are in it",
     "prompt_cut": "the server read fewer tokens than the input has",
@@ -83,7 +81,6 @@ def flags(record: Record, input_text: str, verbalizer: str) -> tuple[str, ...]:
         "disagrees": record.agreed is False,
         "no_answer": record.agreed is None,
         "leaks_label": names_label(record.rationale, verbalizer),
-        "empty": not words,
         "cut_off": record.finish_reason == "length",
         "thinking": has_thinking(record.rationale),
         # No tokenizer has more than 8 characters per token; in English it's 4 to 5.
@@ -107,10 +104,10 @@ class RationaleReport:
         return self.rows[self.rows["kept"]].set_index("idx")["rationale"].to_dict()
 
     def table(self) -> pd.DataFrame:
-        """Return counts, and shares of the rationales present: every filter, reviews, what is kept."""
+        """Return counts, and shares of the rationales present: every filter, and what is kept."""
         rows, present = len(self.rows), self.rows.dropna(subset="rationale")
         flagged = present["flags"].explode().value_counts().reindex(list(FLAGS), fill_value=0)
-        counts = {"rationales": len(present), **flagged, **present[["reviewed", "kept"]].sum()}
+        counts = {"rationales": len(present), **flagged, "kept": present["kept"].sum()}
         table = pd.DataFrame({"count": {"rows": rows, "missing": rows - len(present), **counts}})
         return table.assign(share=pd.Series(counts) / max(len(present), 1))
 
@@ -138,7 +135,6 @@ def quality_report(task: Task, dataset: Dataset, records: Sequence[Record | None
     rows["agreed"] = math.nan if of_data else rows["agreed"].eq(True)
     rows["leaks"] = ["leaks_label" in names for names in rows["flags"]]
     rows["words"] = [len(_words(record.rationale)) if record else None for record in records]
-    rows["reviewed"] = rows["review"].notna()
-    passes = rows["reviewed"] | ~rows["flags"].map(bool)
+    passes = rows["review"].notna() | ~rows["flags"].map(bool)
     rows["kept"] = rows["rationale"].notna() & passes & (rows["review"] != "reject")
     return RationaleReport(rows)

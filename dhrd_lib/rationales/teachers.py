@@ -1,4 +1,4 @@
-"""Teachers: the prompt for a rationale, and the models that reply to it (paper, "Teacher")."""
+"""Teachers: the prompt for a rationale, the models that reply to it, and reading replies (paper, "Teacher")."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import openai
+import regex
 from pydantic import Field, model_validator
 
 from dhrd_lib import config as types
 from dhrd_lib.backbones import EMBEDDED, load_backbone
 from dhrd_lib.config import Config, ConfigError
+from dhrd_lib.cot.answers import MAX_ANSWER_CHARACTERS, AnswerReader
 from dhrd_lib.generation import context_length, encode_chat, end_ids, generate
 from dhrd_lib.inputs import SENTINEL, render, template_fields
-from dhrd_lib.rationales.replies import Reply, opened_thinking
 from dhrd_lib.tasks import Task
 
 _ANSWER = "After the explanation write {sentinel}, and after that the answer, one of: {labels}.\n\n{input}\n"
@@ -30,8 +31,36 @@ PROMPTS = {
 }
 # Status and codes of errors that every row would meet: of the account, or of a parameter that every request has.
 _HOPELESS = {401, 402, 404, "insufficient_quota", "model_not_found", "unsupported_parameter", "unsupported_value"}
-_MAX_SAME_FAILURES = 10
 Chat = list[tuple[str, str]]  # role, content
+_NAME = "(?:seed:)?(?:think|thinking|thought|reasoning)"
+# What opens and closes a model's thinking. The opening mark may be in the prompt, by its chat template.
+_THINKING = (
+    (rf"[<\[◁]{_NAME}[>\]▷]", rf"[<\[◁]/{_NAME}[>\]▷]"),  # most models; EXAONE, Seed-OSS, Magistral, Kimi
+    (r"<\|(?:begin_of_thought|START_THINKING)\|>", r"<\|(?:end_of_thought|END_THINKING)\|>"),  # Sky-T1, Command A
+    (r"<\|inner_prefix\|>", r"<\|inner_suffix\|>"),  # Apertus
+    (r"<\|channel>", r"<channel\|>"),  # Gemma 4
+    (r"<unused94>|\[unused16\]", r"<unused95>|\[unused17\]"),  # MedGemma, Pangu
+    (r"<\|channel\|>\s*(?:analysis|commentary)[^<]*<\|message\|>", r"<\|channel\|>\s*final[^<]*<\|message\|>"),
+    (r"\A\s*analysis(?=.*assistantfinal)", r"assistantfinal"),  # gpt-oss, with control tokens and without
+    (r"Here(?: is|'s) my thought process:", r"Here(?: is|'s) my response:"),  # Granite 3
+)
+_OPENING, _CLOSING = (
+    regex.compile("|".join(marks), regex.IGNORECASE | regex.DOTALL) for marks in zip(*_THINKING, strict=True)
+)
+# A server that does not know a model's end token leaves it in the text, and what the model writes after it.
+_END_OF_TURN = regex.compile(
+    r"<\|(?:im_end|im_start|eot_id|eom_id|end_of_text|endoftext|end_of_turn|end|return|user|start_header_id)\|>"
+    r"|<｜end▁of▁sentence｜>|</s>|<end_of_turn>|<eos>|<turn\|>|\[EOS\]"
+)
+_WRAPPER = regex.compile(
+    r"(?i)</?(?:answer|response|output|explanation|rationale)>|<\|(?:(?:begin|end)_of_(?:solution|box)"
+    r"|(?:START|END)_RESPONSE)\|>"
+)
+# In any case and emphasis, as a heading or in other brackets; without brackets in capitals, or alone on a line.
+_SENTINEL = regex.compile(
+    r"[\s*_#>`~\-]*(?:[\[［【(<\\]+\s*(?i:END[ _]OF[ _]REASONING)\s*[\]］】)>\\]+|\bEND[ _]OF[ _]REASONING\b"
+    r"|(?im:^[*_#>`~\- ]*END[ _]OF[ _]REASONING(?=[*_`~:. ]*$)))[*_`~:]*"
+)
 
 
 class TeacherConfig(Config):
@@ -109,6 +138,63 @@ def teacher_parameters(config: TeacherConfig) -> dict[str, Any]:
     return {**values, "server": _server(config)} if config.kind == "openai" else values
 
 
+class Reply(NamedTuple):
+    """A teacher's reply: a text, and the thinking that came apart from it, or in `failure` why there is none."""
+
+    text: str = ""
+    reasoning: str = ""
+    finish_reason: str = ""
+    tokens_in: int = 0  # 0 where the server doesn't count them
+    tokens_out: int = 0
+    failure: str | None = None
+
+
+def split_thinking(text: str) -> tuple[str, str]:
+    """Return the thinking (up to the last closing mark, or from one that isn't closed) and the rest, untagged."""
+    *_, end = [0, *(match.end() for match in _CLOSING.finditer(text))]
+    thinking, rest = text[:end], text[end:]
+    if opened := _OPENING.search(rest):
+        thinking, rest = thinking + rest[opened.start() :], rest[: opened.start()]
+    thinking = _CLOSING.sub("", _OPENING.sub("", thinking))
+    return _END_OF_TURN.split(thinking, 1)[0].strip(), _WRAPPER.sub("", _END_OF_TURN.split(rest, 1)[0]).strip()
+
+
+def opened_thinking(prompt: str) -> str:
+    """Return the opening mark that a rendered prompt ends with, or "": the reply then begins with thinking."""
+    *_, last = [None, *_OPENING.finditer(prompt.rstrip())]
+    return last.group() if last and last.end() == len(prompt.rstrip()) else ""
+
+
+def has_thinking(text: str) -> bool:
+    """Return whether a mark of thinking is in a text."""
+    return bool(_OPENING.search(text) or _CLOSING.search(text))
+
+
+def read_reply(reply: Reply, reader: AnswerReader, gold: int, use_reasoning: bool = False) -> dict[str, Any]:
+    """Return rationale, answer, whether it agrees with gold (None: no label, or several), and finish reason.
+
+    The sentinel is the first one that a label follows, because a reply may quote it before. A text with an answer
+    is complete, whatever the limit cut off after it. Raises `ValueError` where there is no rationale.
+    """
+    if reply.failure:
+        raise ValueError(reply.failure)
+    thinking, text = split_thinking(reply.text)
+    thinking = reply.reasoning.strip() or thinking
+    rationale, answer, label = text, "", None
+    for match in reversed(list(_SENTINEL.finditer(text))):
+        after = text[match.end() :]
+        classes = set(reader.read_all(SENTINEL + after))
+        if len(classes) == 1 or label is None:
+            rationale, answer = text[: match.start()].strip(), " ".join(after.split())[:MAX_ANSWER_CHARACTERS]
+            label = classes.pop() if len(classes) == 1 else None
+    rationale = thinking if use_reasoning else rationale
+    if not rationale:
+        hint = f", but {len(thinking)} characters of thinking, which use_reasoning=true takes" if thinking else ""
+        raise ValueError(f"the reply has no rationale (finish reason {reply.finish_reason!r}){hint}")
+    agreed, finish = (None, reply.finish_reason) if label is None else (label == gold, "stop")
+    return {"rationale": rationale, "answer": answer, "agreed": agreed, "finish_reason": finish}
+
+
 class OpenAITeacher:
     """A server with OpenAI's chat API; the client repeats requests that met 429, 5xx or a broken connection."""
 
@@ -118,13 +204,10 @@ class OpenAITeacher:
         if not re.fullmatch("[!-~]*" if server else "[!-~]+", self._key):
             raise ConfigError(f"{config.api_key_env} holds no key; expected printable ASCII, or base_url.")
         self._stopped, self._failures = "", Counter()  # failures since the last reply
-        self._client = openai.OpenAI(
-            api_key=self._key or "none",  # The client requires one, a local server does not.
-            base_url=server,
-            timeout=config.timeout_s,
-            max_retries=config.max_retries,
-            default_query=config.default_query,
-        )
+        options = {"timeout": config.timeout_s, "max_retries": config.max_retries}
+        # The client requires a key, a local server does not.
+        key, query = self._key or "none", config.default_query
+        self._client = openai.OpenAI(api_key=key, base_url=server, default_query=query, **options)
 
     def ask(self, chats: Sequence[Chat], seed: int | None = None) -> list[Reply]:
         """Return a reply to each chat; an error that every row would meet ends the asking."""
@@ -146,10 +229,17 @@ class OpenAITeacher:
                 raise openai.APIError(str(error), response.http_request, body=error)
             self._failures.clear()
             return self._read(reply)
-        except openai.OpenAIError as error:
-            return Reply(failure=self._failure(error))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # The client doesn't check replies.
             return Reply(failure="the reply isn't a chat completion")
+        except openai.OpenAIError as error:
+            status, code = getattr(error, "status_code", None), getattr(error, "code", None)
+            reason = self._clean(" ".join(f"{error} {error.__cause__ or ''}".split()))[:200]
+            if status == 401:  # A server may quote a part of the key.
+                reason = f"Error code: 401 - the server refuses the key in {config.api_key_env}"
+            self._failures[reason] += 1
+            if {status, code} & _HOPELESS or self._failures[reason] >= max(10, 2 * config.concurrency):
+                self._stopped = reason
+            return Reply(failure=reason)
 
     def _read(self, reply: dict[str, Any]) -> Reply:
         choice, usage = reply["choices"][0], reply.get("usage") or {}
@@ -164,18 +254,6 @@ class OpenAITeacher:
             failure = f"the server ended the reply early (finish reason {finish!r})"
         counts = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
         return Reply(text, thinking, str(finish), *counts, failure)
-
-    def _failure(self, error: openai.OpenAIError) -> str:
-        """Return why a request failed, without the key, and stop where every row would meet the same error."""
-        status = getattr(error, "status_code", None)
-        reason = self._clean(" ".join(f"{error} {error.__cause__ or ''}".split()))[:200]
-        if status == 401:  # A server may quote a part of the key.
-            reason = f"Error code: 401 - the server refuses the key in {self._config.api_key_env}"
-        self._failures[reason] += 1
-        is_hopeless = {status, getattr(error, "code", None)} & _HOPELESS
-        if is_hopeless or self._failures[reason] >= max(_MAX_SAME_FAILURES, 2 * self._config.concurrency):
-            self._stopped = reason
-        return reason
 
     def _clean(self, text: str) -> str:
         # A shorter key is a placeholder ("none", "EMPTY") and may be a word of the text.

@@ -10,10 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_backbone, tiny_model
-from datasets import Dataset
 
-from dhrd_lib.config import ConfigError
-from dhrd_lib.cot import CoT, Decoding, Generations, decoding, pick_examples
+from dhrd_lib.cot import CoT, Decoding, Generations, decoding
 from dhrd_lib.cot.decoding import score_continuations
 from dhrd_lib.evaluation import NO_ANSWER
 from dhrd_lib.inputs import SENTINEL
@@ -70,17 +68,6 @@ class TestPrompts:
         assert "one of: fix, refund, explain." in text
         assert text.endswith(zero.tokenizer.decode(zero.encode_prompt("Why?")))
         assert (zero.name, one.name) == ("zero-shot", "1-shot")
-
-    def test_examples_are_seeded_and_alternate_labels(self):
-        train = Dataset.from_list(
-            [{"label": i % 3, "rationale": "why" if i else None, "idx": i} for i in range(30)]
-        )
-        picked = pick_examples(train, 5, seed=1)
-        assert [row["label"] for row in picked] == [0, 1, 2, 0, 1]
-        assert len({row["idx"] for row in picked}) == 5
-        assert picked == pick_examples(train, 5, seed=1) != pick_examples(train, 5, seed=2)
-        with pytest.raises(ConfigError, match="29 rows of train have a rationale; expected at least k=30"):
-            pick_examples(train, 30)
 
     def test_import_loads_no_openai_client(self):
         script = "import sys, dhrd_lib.cot; assert 'openai' not in sys.modules"

@@ -36,10 +36,8 @@ def test_second_run_asks_nothing(triage, rows, tmp_path):
         second = generate(triage, rows, config.replace({"base_url": f"{server.base_url}/"}), tmp_path)
     assert set(server.asked.values()) == {1}
     assert server.most_at_once == 3
-    assert (first.stored, first.replies, first.failed) == (12, 12, {})
-    counts = "12 rows: 0 stored before, 12 stored now, 0 failed; 12 replies, 1200 tokens in, 240 tokens out"
-    assert str(first) == counts
-    assert (second.stored_before, second.stored, second.replies) == (12, 0, 0)
+    assert str(first) == "12 rows: 0 stored before, 12 stored now, 0 failed"
+    assert (second.stored_before, second.stored) == (12, 0)
     assert second.records == first.records == select(triage, rows, config, tmp_path)
     for row, record in zip(rows, first.records, strict=True):
         assert good_reply(make_prompt(triage, row, config)).startswith(record.rationale)
@@ -104,10 +102,10 @@ def test_rejection_keeps_the_first_reply_that_agrees(triage, rows, tmp_path):
         assert {body["seed"] for body in server.bodies} == {5, 6, 7}
         kept = quality_report(triage, rows, outcome.records).kept
         assert set(kept) == {record.idx for record in outcome.records if record.agreed}
-        assert generate(triage, rows, config, tmp_path).replies == 0
+        assert generate(triage, rows, config, tmp_path).stored == 0
         # One try more continues those that were made.
         again = generate(triage, rows, served(server, tries=4, **fields), tmp_path)
-        assert again.replies == sum(record.agreed is False for record in outcome.records)
+        assert again.stored == sum(record.agreed is False for record in outcome.records)
 
 
 def test_exported_rationales_are_joined_by_load_task(train, tmp_path, monkeypatch):
@@ -213,7 +211,7 @@ def test_transformers_serve_and_local_teacher_agree(real_server, triage, train, 
     outcome = generate(triage, rows, config, tmp_path)
     assert (outcome.stored, outcome.failed) == (4, {})
     assert all(record.tokens_in > 100 and 0 < record.tokens_out <= 16 for record in outcome.records)
-    assert generate(triage, rows, config, tmp_path).replies == 0
+    assert generate(triage, rows, config, tmp_path).stored == 0
     # The same model asked directly, in one batch, gets the same prompts and gives the same replies.
     direct = TeacherConfig(model=EMBEDDED, device="cpu", max_tokens=16, batch_size=2)
     local = generate(triage, rows.select(range(2)), direct, tmp_path).records

@@ -76,7 +76,6 @@ COPY = "The paint kit burst and dried onto the paper before the course began, so
         ({"agreed": False}, ("disagrees",)),
         ({"agreed": None}, ("no_answer",)),
         ({"rationale": "It is to be replaced."}, ("leaks_label",)),
-        ({"rationale": " \n"}, ("empty",)),
         ({"finish_reason": "length"}, ("cut_off",)),
         ({"rationale": "hmm\n</think>\n\nA burst kit is no use."}, ("thinking",)),
         ({"tokens_in": 12}, ("prompt_cut",)),
@@ -127,9 +126,8 @@ def test_report_counts_every_filter_and_row(task):
         "disagrees": 1,
         "no_answer": 1,
         "leaks_label": 2,
-        "empty": 1,
     }
-    counts |= {"cut_off": 1, "reviewed": 2, "kept": 3}
+    counts |= {"cut_off": 1, "kept": 3}
     assert {name: count for name, count in table.items() if count} == counts
     assert set(report.kept) == {"0", "6", "8"}
     assert report.table()["share"]["leaks_label"] == 2 / 8

@@ -4,7 +4,7 @@ import pytest
 
 from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.rationales import SENTINEL
-from dhrd_lib.rationales.replies import Reply, opened_thinking, read_reply
+from dhrd_lib.rationales.teachers import Reply, opened_thinking, read_reply
 
 TRIAGE = ("refund", "replace", "fix", "explain", "escalate")
 REPLY = f"Why.\n{SENTINEL}\nrefund"

@@ -11,8 +11,7 @@ from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import ConfigError, WorkbenchError
 from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.rationales import SENTINEL, TeacherConfig, generate, make_prompt, teachers
-from dhrd_lib.rationales.replies import read_reply
-from dhrd_lib.rationales.teachers import LocalTeacher, OpenAITeacher, teacher_parameters
+from dhrd_lib.rationales.teachers import LocalTeacher, OpenAITeacher, read_reply, teacher_parameters
 
 KEY = "sk-canary-5f2b91c7d3e84a06"
 OPENAI = {"kind": "openai", "model": "m"}
