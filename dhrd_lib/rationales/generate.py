@@ -45,10 +45,9 @@ class Record(BaseModel):
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """Return idx, prompt, teacher and parameters without the limit; records with different keys never mix."""
+        """Return idx, prompt, teacher and parameters without the limit; older records have 1 for 1.0."""
         server = (self.parameters.get("server") or "").rstrip("/")
         values = json.dumps({**self.parameters, "server": server, "max_tokens": 0}, sort_keys=True)
-        # Older records have 1 for 1.0.
         return self.idx, self.prompt_hash, self.teacher, re.sub(r"\.0(?=[,}])", "", values)
 
 
@@ -59,9 +58,8 @@ class RationaleStore:
         self.path = Path(path)
 
     def append(self, record: Record) -> None:
-        """Append a record as a line."""
+        """Append a record after the end of the last line, so that a torn one stays apart."""
         with FileLock(f"{self.path}.lock"), self.path.open("ab") as file:
-            # The line's end comes first, so that a torn line stays one of its own.
             file.write(b"\n" * (file.tell() > 0) + record.model_dump_json().encode())
 
     def read(self) -> list[Record]:
@@ -151,8 +149,8 @@ def generate(task: Task, dataset: Dataset, config: TeacherConfig, folder: str | 
                 made[i].append(values["agreed"])
 
     with FileLock(f"{store.path}.run"):
-        stored = [[one for one in records if not one.review] for records in _stored(store, blanks, config)]
-        made = [[one.agreed for one in records if one.rationale.strip()] for records in stored]
+        records = _stored(store, blanks, config)
+        made = [[one.agreed for one in of_row if not one.review and one.rationale] for of_row in records]
         missing = [i for i, agreed in enumerate(made) if len(agreed) < tries and True not in agreed]
         if missing:
             teacher = (teachers.LocalTeacher if config.kind == "local" else teachers.OpenAITeacher)(config)

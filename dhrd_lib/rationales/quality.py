@@ -122,12 +122,10 @@ def quality_report(task: Task, dataset: Dataset, records: Sequence[Record | None
     """Report on the records of a split's rows (`generate(...).records`), or on the data's rationales."""
     of_data = records is None
     if of_data:  # They have no answer, and count as agreeing with gold.
-        blank = Record(idx="", prompt_hash="", teacher="", parameters={}, rationale="", agreed=True)
-        texts = dataset["rationale"]
-        records = [blank.model_copy(update={"rationale": text}) if text else None for text in texts]
+        source = {"idx": "", "prompt_hash": "", "teacher": "", "parameters": {}, "agreed": True}
+        records = [Record(rationale=text, **source) if text else None for text in dataset["rationale"]]
     rows = dataset.select_columns(["idx", "label", "input_text"]).to_pandas()
-    fields = [dict(record or ()) for record in records]
-    rows = rows.join(pd.DataFrame(fields, columns=["rationale", "review", "agreed"]))
+    rows = rows.join(pd.DataFrame([dict(one or ()) for one in records], columns=["rationale", "review", "agreed"]))
     golds = [task.verbalizers[label] for label in rows["label"]]
     triples = zip(records, rows["input_text"], golds, strict=True)
     rows["flags"] = [flags(*triple) if triple[0] else () for triple in triples]

@@ -149,16 +149,6 @@ class Reply(NamedTuple):
     failure: str | None = None
 
 
-def split_thinking(text: str) -> tuple[str, str]:
-    """Return the thinking (up to the last closing mark, or from one that isn't closed) and the rest, untagged."""
-    *_, end = [0, *(match.end() for match in _CLOSING.finditer(text))]
-    thinking, rest = text[:end], text[end:]
-    if opened := _OPENING.search(rest):
-        thinking, rest = thinking + rest[opened.start() :], rest[: opened.start()]
-    thinking = _CLOSING.sub("", _OPENING.sub("", thinking))
-    return _END_OF_TURN.split(thinking, 1)[0].strip(), _WRAPPER.sub("", _END_OF_TURN.split(rest, 1)[0]).strip()
-
-
 def opened_thinking(prompt: str) -> str:
     """Return the opening mark that a rendered prompt ends with, or "": the reply then begins with thinking."""
     *_, last = [None, *_OPENING.finditer(prompt.rstrip())]
@@ -178,7 +168,12 @@ def read_reply(reply: Reply, reader: AnswerReader, gold: int, use_reasoning: boo
     """
     if reply.failure:
         raise ValueError(reply.failure)
-    thinking, text = split_thinking(reply.text)
+    *_, end = [0, *(match.end() for match in _CLOSING.finditer(reply.text))]
+    thinking, text = reply.text[:end], reply.text[end:]
+    if opened := _OPENING.search(text):  # and never closed
+        thinking, text = thinking + text[opened.start() :], text[: opened.start()]
+    text = _WRAPPER.sub("", _END_OF_TURN.split(text, 1)[0]).strip()
+    thinking = _END_OF_TURN.split(_CLOSING.sub("", _OPENING.sub("", thinking)), 1)[0].strip()
     thinking = reply.reasoning.strip() or thinking
     rationale, answer, label = text, "", None
     for match in reversed(list(_SENTINEL.finditer(text))):
@@ -284,14 +279,13 @@ class LocalTeacher:
         fits = [row for row in rows if len(row) <= room]
         new = iter(generate(lm, tokenizer, fits, seed=seed, **options) if fits else [])
         replies = []
-        for row in rows:
-            if len(row) > room:
-                failure = f"the prompt has {len(row)} tokens; the context leaves {room} for it"
-                replies.append(Reply(failure=failure))
+        for n, row in zip(map(len, rows), rows, strict=True):
+            if n > room:
+                replies.append(Reply(failure=f"the prompt has {n} tokens; the context leaves {room} for it"))
                 continue
             ids = next(new)
             ended = bool(ids) and ids[-1] in ends
             # Marks of thinking may be special tokens, and the first may be in the prompt.
             text = opened_thinking(tokenizer.decode(row[-16:])) + tokenizer.decode(ids[:-1] if ended else ids)
-            replies.append(Reply(text, "", "stop" if ended else "length", len(row), len(ids)))
+            replies.append(Reply(text, "", "stop" if ended else "length", n, len(ids)))
         return replies

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_backbone, tiny_model
@@ -132,11 +131,6 @@ class TestReading:
         assert predictions.labels == ["refund", None]
         assert predictions.tokens.tolist() == list(map(len, rows))
         assert predictions.probabilities.tolist() == [[0, 1, 0], [0, 0, 0]]
-
-    def test_generate_takes_one_text_a_row_or_a_frame(self, cot):
-        expected = cot.generate(TEXTS[:1], SHORT).samples
-        for inputs in (TEXTS[0], {"text": TEXTS[0]}, pd.DataFrame({"text": TEXTS[:1]})):
-            assert cot.generate(inputs, SHORT).samples == expected
 
     def test_rationale_ends_before_the_marker(self, cot, model):
         before, marker = ids(model, " It is owed"), ids(model, "\nAnswer:")

@@ -4,7 +4,7 @@ import pytest
 
 from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.rationales import SENTINEL
-from dhrd_lib.rationales.teachers import Reply, opened_thinking, read_reply
+from dhrd_lib.rationales.teachers import Reply, read_reply
 
 TRIAGE = ("refund", "replace", "fix", "explain", "escalate")
 REPLY = f"Why.\n{SENTINEL}\nrefund"
@@ -118,9 +118,3 @@ def test_end_tokens_in_the_text_end_it(end):
 def test_reply_with_an_answer_is_complete(text, finish):
     reply, reader = Reply(text, finish_reason="length"), AnswerReader(SENTINEL, TRIAGE, TRIAGE)
     assert read_reply(reply, reader, 0)["finish_reason"] == finish
-
-
-def test_thinking_opened_by_the_prompt():
-    assert opened_thinking("<|im_start|>assistant\n<think>\n") == "<think>"
-    assert opened_thinking("<seed:bos>assistant\n<seed:think>") == "<seed:think>"
-    assert opened_thinking("<|im_start|>assistant\n<think>\n\n</think>\n\n") == ""

@@ -185,7 +185,7 @@ def test_reply_without_rationale_fails_and_is_asked_again(triage, rows, tmp_path
     assert (again.stored_before, again.failed) == (0, {})
 
 
-@pytest.mark.parametrize("fault", [429, 500, "hang", "drop", "drop_midway"])
+@pytest.mark.parametrize("fault", [429, 500, "drop"])
 def test_passing_fault_is_retried(triage, rows, tmp_path, fault):
     start = time.monotonic()
     outcome, _ = ask(lambda prompt, nth: good_reply(prompt) if nth else fault, triage, rows, tmp_path)
@@ -216,12 +216,6 @@ def test_fault_of_every_row_ends_the_asking(triage, rows, tmp_path, fault, reaso
     (*_, last) = outcome.failed.values()
     assert last.startswith("not asked, because earlier requests met ")
     assert reason in last
-
-
-def test_absent_server_fails_every_row(triage, rows, tmp_path):
-    config = TeacherConfig(**OPENAI, base_url="http://127.0.0.1:9/v1", max_retries=0)
-    outcome = generate(triage, rows.select([0, 1]), config, tmp_path)
-    assert all("Connection refused" in reason for reason in outcome.failed.values())
 
 
 def test_key_is_in_no_store_log_or_output(triage, rows, tmp_path, monkeypatch, caplog, capfd):
