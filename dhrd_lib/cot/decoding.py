@@ -66,15 +66,12 @@ class Decoding(Config):
 
 @dataclass(frozen=True)
 class Generations:
-    """The tokens decoded for N rows: `samples[row][i]` are the ids of one sample, up to its end.
+    """The tokens decoded for N rows."""
 
-    `inputs` are the rendered texts, `max_new_tokens` is a sample's budget, `seconds` the time for all of them.
-    """
-
-    inputs: list[str]
-    samples: list[list[list[int]]]
-    max_new_tokens: int
-    seconds: float
+    inputs: list[str]  # rendered texts
+    samples: list[list[list[int]]]  # `samples[row][i]` are the ids of one sample, up to its end
+    max_new_tokens: int  # of a sample
+    seconds: float  # for all rows
 
     @property
     def tokens(self) -> np.ndarray:
@@ -90,16 +87,12 @@ class Generations:
 
 @dataclass(frozen=True)
 class CoTPredictions:
-    """Predictions for N rows: `prediction_ids (N,)` are class indices or `NO_ANSWER`, which counts as wrong.
-
-    `probabilities (N, K)`: a class's probability (scored) or share of the votes (parsed); `tokens (N,)`: tokens
-    spent on each row, over all its samples.
-    """
+    """Predictions for N rows."""
 
     label_names: tuple[str, ...]
-    prediction_ids: np.ndarray
-    probabilities: np.ndarray
-    tokens: np.ndarray
+    prediction_ids: np.ndarray  # (N,), class indices or `NO_ANSWER`, which counts as wrong
+    probabilities: np.ndarray  # (N, K), a class's probability (scored) or share of the votes (parsed)
+    tokens: np.ndarray  # (N,), spent on each row, over all its samples
 
     @property
     def labels(self) -> list[str | None]:
@@ -188,10 +181,7 @@ class CoT:
         return Generations(texts, samples, decoding.max_new_tokens, time.perf_counter() - started)
 
     def stream(self, row: str | Mapping[str, Any], decoding: Decoding) -> Iterator[Generations]:
-        """Decode one sample of one input and yield, after each token, all that was decoded so far.
-
-        Closing it ends the decoding. Raises `ConfigError` as `generate` does.
-        """
+        """Yield all that was decoded of one input after each token; closing it ends the decoding."""
         (text,) = render_inputs(self.task.template, row)
         prompt = self.encode_prompt(text)
         check_context(self.lm, [prompt], decoding.max_new_tokens)
@@ -211,8 +201,7 @@ class CoT:
     def score(self, generations: Generations) -> CoTPredictions:
         """Read the answers from the LM head's probability of each verbalizer after rationale and marker.
 
-        A rationale ends before the marker, or else where it was cut; what follows it isn't counted as spent.
-        The probabilities of several samples are averaged.
+        What follows the marker isn't counted as spent. The probabilities of several samples are averaged.
         """
         encode = self.encode_prompt if generations.max_new_tokens else self.encode_bare
         texts = [self.answer_marker, *(f" {verbalizer}" for verbalizer in self.task.verbalizers)]
@@ -246,10 +235,7 @@ class CoT:
 def score_continuations(
     lm: PreTrainedModel, prefixes: Sequence[list[int]], continuations: Sequence[list[int]]
 ) -> np.ndarray:
-    """Return the summed log-probability of each of K continuations after each of N prefixes: `(N, K)`, nats.
-
-    A prefix is read once, and its cached keys and values serve all K continuations.
-    """
+    """Return the summed log-probability of each of K continuations after each of N prefixes: `(N, K)`, nats."""
     rows = [torch.tensor(ids, device=lm.device) for ids in continuations]
     targets = pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)  # (K, T)
     scores = []

@@ -149,12 +149,6 @@ class Reply(NamedTuple):
     failure: str | None = None
 
 
-def opened_thinking(prompt: str) -> str:
-    """Return the opening mark that a rendered prompt ends with, or "": the reply then begins with thinking."""
-    *_, last = [None, *_OPENING.finditer(prompt.rstrip())]
-    return last.group() if last and last.end() == len(prompt.rstrip()) else ""
-
-
 def has_thinking(text: str) -> bool:
     """Return whether a mark of thinking is in a text."""
     return bool(_OPENING.search(text) or _CLOSING.search(text))
@@ -285,7 +279,9 @@ class LocalTeacher:
                 continue
             ids = next(new)
             ended = bool(ids) and ids[-1] in ends
-            # Marks of thinking may be special tokens, and the first may be in the prompt.
-            text = opened_thinking(tokenizer.decode(row[-16:])) + tokenizer.decode(ids[:-1] if ended else ids)
+            # Marks of thinking may be special tokens, and the prompt may end with the first.
+            prompt = tokenizer.decode(row[-16:]).rstrip()
+            *_, opening = ["", *(mark.group() for mark in _OPENING.finditer(prompt) if mark.end() == len(prompt))]
+            text = opening + tokenizer.decode(ids[:-1] if ended else ids)
             replies.append(Reply(text, "", "stop" if ended else "length", n, len(ids)))
         return replies

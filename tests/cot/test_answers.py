@@ -34,10 +34,6 @@ def test_reads_first_whole_label_after_marker(text, answer):
     assert NLI.read(text) == answer
 
 
-def test_read_all_lists_every_label_of_the_line():
-    assert NLI.read_all("\nAnswer: entailment or not entailment?\nentailment") == [0, 1]
-
-
 @pytest.mark.parametrize(
     "answer",
     ["card_arrival", "Card arrival", "card-arrival", "CARD  ARRIVAL", "CardArrival", r"card\_arrival"],

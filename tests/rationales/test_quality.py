@@ -119,14 +119,7 @@ def test_report_counts_every_filter_and_row(task):
     ]
     report = quality_report(task, split(["x"] * 9), records)
     table = report.table()["count"]
-    counts = {
-        "rows": 9,
-        "missing": 1,
-        "rationales": 8,
-        "disagrees": 1,
-        "no_answer": 1,
-        "leaks_label": 2,
-    }
+    counts = {"rows": 9, "missing": 1, "rationales": 8, "disagrees": 1, "no_answer": 1, "leaks_label": 2}
     counts |= {"cut_off": 1, "kept": 3}
     assert {name: count for name, count in table.items() if count} == counts
     assert set(report.kept) == {"0", "6", "8"}

@@ -166,11 +166,8 @@ CUT = completion(None, "length", reasoning_content="hmm")
         ({"choices": []}, "the reply isn't a chat completion", 1),
         ({"choices": [{"message": {"content": [3]}}]}, "the reply isn't a chat completion", 1),
         ({"error": {"message": "Provider returned error", "code": 429}}, "Provider returned error", 1),
-        ({"error": "overloaded"}, "overloaded", 1),
-        ("html", "the reply isn't a chat completion", 1),
         ("broken_json", "the reply isn't a chat completion", 1),
         ("hang", "Request timed out", 3),
-        ("drop", "Connection error", 3),
         ("drop_midway", "Connection error", 3),
         (400, "Error code: 400", 1),
         (500, "Error code: 500", 3),
@@ -230,11 +227,6 @@ def test_key_is_in_no_store_log_or_output(triage, rows, tmp_path, monkeypatch, c
     assert "***" in stores
     assert "Error code: 401" in everything
     assert KEY not in everything
-
-
-def test_placeholder_key_does_not_black_out_text(triage, rows, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "facts")
-    assert "facts" in ask(good_reply, triage, rows, tmp_path)[0].records[0].rationale
 
 
 def local(**fields):
