@@ -18,7 +18,6 @@ app = typer.Typer(help=about, add_completion=False, no_args_is_help=True, pretty
 TRAIN, STUDY, USE, DATA = "Train", "Study", "Use a run", "Make rationales"
 Runs = Annotated[Path, typer.Option(help="Folder of runs.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes on this machine.")]
-Storage = Annotated[str | None, typer.Option(help="URL of an Optuna storage.")]
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -31,14 +30,14 @@ def compare(
     Example: python -m dhrd_lib compare --profile quick
     """
     from dhrd_lib.studies.comparison import Comparison, comparison
-    from dhrd_lib.studies.report import print_table
     from dhrd_lib.training import train
 
     configs, finished = comparison(profile), []
     for config in configs:
         print(f"Run {len(finished) + 1} of {len(configs)}: {config.name} ({config.training.setting})", flush=True)
         finished.append(train(config, runs))
-    print_table(Comparison(finished).write_report(runs / "report.html"))
+    table = Comparison(finished).write_report(runs / "report.html")
+    print(table.to_string(index=False, na_rep="", float_format="{:.3f}".format))
     print(f"Report: {runs / 'report.html'}")
 
 
@@ -83,9 +82,7 @@ def ablate(
 def sweep(
     grid: Annotated[Path, typer.Argument(help="A grid (JSON): name, base, grid.")],
     workers: Workers = 1,
-    storage: Storage = None,
     runs: Runs = Path("runs"),
-    again: Annotated[bool, typer.Option("--again", help="Train failed cells once more.")] = False,
 ) -> None:
     """Train every unfinished cell of a grid; processes and machines with one folder of runs share the work.
 
@@ -93,8 +90,8 @@ def sweep(
     """
     from dhrd_lib.studies import sweeps
 
-    table = sweeps.sweep(sweeps.Grid.load(grid), runs, storage=storage, workers=workers, again=again)
-    print(table.filter(["run", "state", "reason", "split", "primary"]).to_string(index=False, na_rep=""))
+    table = sweeps.sweep(sweeps.Grid.load(grid), runs, workers=workers)
+    print(table.fillna({"reason": ""}).to_string(index=False, na_rep="", float_format="{:.3f}".format))
     if (table["state"] != "finished").any():
         raise typer.Exit(1)
 
@@ -104,20 +101,19 @@ def tune(
     search: Annotated[Path, typer.Argument(help="A search (JSON): name, space, base, n_trials, seed.")],
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in all, instead of the search's.")] = None,
     workers: Workers = 1,
-    storage: Storage = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Search configuration values for the best metric on dev; machines with one storage and folder share the work.
+    """Search configuration values for the best metric on dev; machines with one folder of runs share the work.
 
     Example: python -m dhrd_lib tune search.json --trials 30
     """
     from dhrd_lib.studies import sweeps
 
     plan = sweeps.Search.load(search)
-    study = sweeps.tune(plan.replace({"n_trials": trials or plan.n_trials}), runs, storage, workers=workers)
-    table = sweeps.trials(study)
+    study = sweeps.tune(plan.replace({"n_trials": trials or plan.n_trials}), runs, workers=workers)
+    table = study.trials_dataframe(("value", "state", "params", "user_attrs"))
     print(table.to_string(index=False, na_rep=""))
-    if "finished" not in set(table["state"]):
+    if "COMPLETE" not in set(table["state"]):
         raise typer.Exit(1)
     print(f"Best: {json.dumps(study.best_params)}")
 
