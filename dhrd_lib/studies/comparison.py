@@ -11,9 +11,7 @@ from transformers import TrainerCallback
 
 from dhrd_lib.config import ConfigError, RunConfig
 from dhrd_lib.runs import Run
-from dhrd_lib.studies.report import write_report
-from dhrd_lib.studies.statistics import Interval, points_interval
-from dhrd_lib.studies.tables import collect, compare, summarize
+from dhrd_lib.studies.report import TEMPLATES, tabulate, write_report
 from dhrd_lib.training import train
 
 PROFILES = {
@@ -29,19 +27,19 @@ BASELINE = {"alpha": 0.0, "beta_delay": 0.0, "privileged_head": "none", "privile
 def profile_config(profile: str = "quick", task: str = "support_triage") -> RunConfig:
     """Return a profile's DHRD configuration for a task, without a seed in its name."""
     sizes = PROFILES[profile]
-    sections = {
-        "model": {"freeze_layers": sizes["freeze_layers"]},
-        "data": {"task": task, "max_input_tokens": 256, "max_rationale_tokens": 128},
-        "training": {"epochs": sizes["epochs"], "batch_size": 8, "learning_rate": 2e-4},
-    }
-    return RunConfig.from_dict({"name": f"{profile}-{task}", **sections})
+    return RunConfig(
+        name=f"{profile}-{task}",
+        model={"freeze_layers": sizes["freeze_layers"]},
+        data={"task": task, "max_input_tokens": 256, "max_rationale_tokens": 128},
+        training={"epochs": sizes["epochs"], "batch_size": 8, "learning_rate": 2e-4},
+    )
 
 
 def comparison(profile: str = "quick") -> list[RunConfig]:
     """Return the runs of a profile: DHRD and the pooled baseline on each of its tasks and seeds."""
     sizes = PROFILES[profile]
-    configs = (profile_config(profile, task) for task in sizes["tasks"])
-    return [run for config in configs for run in with_baselines(config, range(sizes["seeds"]))]
+    seeds = range(sizes["seeds"])
+    return [run for task in sizes["tasks"] for run in with_baselines(profile_config(profile, task), seeds)]
 
 
 def with_baselines(config: RunConfig, seeds: Iterable[int]) -> list[RunConfig]:
@@ -63,7 +61,7 @@ def with_baselines(config: RunConfig, seeds: Iterable[int]) -> list[RunConfig]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs of one or more configurations and of their baselines."""
+    """The runs of one or more configurations and of their baselines, by seed."""
 
     runs: list[Run]
 
@@ -78,35 +76,17 @@ class Comparison:
         return [run for run in self.runs if run.config.training.setting == "pooled baseline"]
 
     def table(self) -> pd.DataFrame:
-        """Return one row per task, split and setting.
-
-        Columns: those of `tables.summarize`, then difference, diff_low, diff_high, p_value (setting minus baseline,
-        seed by seed on the same rows; NaN for the baseline).
-        """
-        rows, keys = collect(self.runs), ["task", "split", "setting", "n_seeds"]
-        differences = compare(rows, ["setting"], {"setting": "pooled baseline"})
-        differences = differences[[*keys, "difference", "low", "high", "p_value"]]
-        differences = differences.rename(columns={"low": "diff_low", "high": "diff_high"})
-        return summarize(rows, ["setting"]).merge(differences, on=keys, how="left")
+        """Return the metric of each split and setting, and DHRD's difference (see `report.tabulate`)."""
+        return tabulate(self.runs)
 
     def write_report(self, path: str | Path) -> pd.DataFrame:
-        """Write the HTML report of the runs (see `studies.report.write_report`) and return its main table."""
+        """Write the HTML report of the runs, and return `table`."""
         return write_report(self.runs, path)
 
     def takeaways(self) -> str:
         """Return DHRD's differences on the final splits and the training times, as Markdown."""
-        lines, table = [], self.table()
-        for row in table[table["split"] != "dev"].dropna(subset="difference").itertuples():
-            value = Interval(row.value, row.low, row.high)
-            points = points_interval(row.difference, row.diff_low, row.diff_high)
-            lines.append(
-                f"- On `{row.split}` of {row.task}, DHRD is at {value}, {points} points from its baseline."
-            )
-        minutes = [sum(run.metrics["train_seconds"] for run in runs) / 60 for runs in (self.baselines, self.dhrd)]
-        lines.append(f"- Training took {minutes[0]:.1f} minutes for the baseline and {minutes[1]:.1f} for DHRD.")
-        if len(self.dhrd) == 1:
-            lines.append("- One seed each: the intervals cover the rows, not what another seed would change.")
-        return "\n".join(lines)
+        final = self.table().query("split != 'dev'").dropna(subset="difference")
+        return TEMPLATES.get_template("takeaways.md.jinja").module.comparison(self, final).strip()
 
 
 def compare_with_baseline(

@@ -1,7 +1,6 @@
 """Tables of runs: one row per run and split, from run folders or from a stored file, summarized and compared.
 
-A setting is a combination of values of the fields in `by`, never of the seed. Settings are compared seed by seed on
-the same rows, so a figure is the same whether its table was collected or loaded.
+A setting is a combination of values of the fields in `by`, never of the seed.
 """
 
 from __future__ import annotations
@@ -24,24 +23,18 @@ _GOLD = ("task_metrics", "groups", "labels")
 _OF_SPLIT = ("split", *_GOLD, "predictions")
 
 
-class ResultsError(WorkbenchError):
-    """Runs that can't be compared, or cells of an ablation that failed."""
-
-
 def collect(runs: Sequence[Run]) -> pd.DataFrame:
     """Return one row per run and split: run, setting, every configuration field, totals, environment, predictions.
 
-    `labels` and `predictions` are tuples of class indices in the order of the rows' idx, `groups` is a tuple or
-    None, `task_metrics` has the names of the task's metrics. A run with `beta = 0` has the predictions of its CoT
-    decoding (`cot_SPLIT.json`), and no row for a split without them: its classifier is untrained.
+    `labels` and `predictions` are tuples of class indices in the order of the rows' idx, `groups` a tuple or None,
+    `task_metrics` the names of the task's metrics. A run with `beta = 0` has no row for a split that CoT hasn't
+    decoded: its classifier is untrained.
     """
     rows = []
     for run in runs:
         shared = run.fields | {name: run.metrics[name] for name in TOTALS} | {"environment": run.environment}
         for split in run.metrics["splits"]:
-            frame, cot = run.predictions(split).sort_values("idx"), run.folder / f"cot_{split}.json"
-            if cot.is_file():
-                frame["prediction_id"] = json.loads(cot.read_text(encoding="utf-8"))["predictions"]
+            frame = predictions_of(run, split)
             if "prediction_id" in frame:
                 row = {"split": split, "task_metrics": tuple(run.metrics["task_metrics"])}
                 row["groups"] = tuple(frame["group"]) if frame["group"].notna().all() else None
@@ -50,16 +43,22 @@ def collect(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def predictions_of(run: Run, split: str) -> pd.DataFrame:
+    """Return the run's predictions by idx; those of its CoT decoding where it has been decoded."""
+    frame, cot = run.predictions(split).sort_values("idx", ignore_index=True), run.folder / f"cot_{split}.json"
+    if cot.is_file():
+        frame["prediction_id"] = json.loads(cot.read_text(encoding="utf-8"))["predictions"]
+        names = [*run.label_names, "no answer"]  # `NO_ANSWER` is -1
+        frame["prediction"] = [names[index] for index in frame["prediction_id"]]
+    return frame
+
+
 def store_results(table: pd.DataFrame, path: str | Path) -> None:
     """Write a table of `collect` as JSON: columns with one value once, each split's labels once, then the rows."""
-    gold = table.drop_duplicates(["task", "split"])[["task", "split", *_GOLD]]
-    rows = table.drop(columns=list(_GOLD))
+    gold, rows = table.drop_duplicates(["task", "split"]), table.drop(columns=list(_GOLD))
     shared = [name for name in rows if rows[name].map(repr).nunique() == 1]
-    content = {
-        "shared": rows[shared].head(1).to_dict("records")[0],
-        "gold": gold.to_dict("records"),
-        "rows": rows.drop(columns=shared).to_dict("records"),
-    }
+    content = {"shared": rows.iloc[0][shared].to_dict(), "gold": gold[["task", "split", *_GOLD]].to_dict("records")}
+    content["rows"] = rows.drop(columns=shared).to_dict("records")
     Path(path).write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
@@ -83,8 +82,8 @@ def factors(table: pd.DataFrame) -> list[str]:
 def one_factor(table: pd.DataFrame, factor: str, line: str | None = None) -> pd.DataFrame:
     """Return the runs of a figure over one factor, with task, split and value of `line` as `series`.
 
-    Each other factor is held at the value with which most values of the factor were run. Besides the columns a
-    factor may be `share_of_wrong_rationales` or `rationale_tokens`.
+    Each other factor is held at the value with which most values of the factor were run. A factor may also be
+    `share_of_wrong_rationales` or `rationale_tokens`, which settings of other alignments don't have.
     """
     if factor in _AXES:
         field, counted, zero = _AXES[factor]
@@ -94,15 +93,13 @@ def one_factor(table: pd.DataFrame, factor: str, line: str | None = None) -> pd.
         for name in set(factors(table)) - {factor, line}:
             counts = table.groupby(name)[[factor, "run"]].nunique()
             table = table[table[name] == counts.sort_values([factor, "run"]).index[-1]]
-    parts = [table[name].astype(str) for name in ("task", "split") if table[name].nunique() > 1]
+    parts = table[[name for name in ("task", "split") if table[name].nunique() > 1]].astype(str)
     if line:
-        parts.append(line.replace("_", " ") + " " + table[line].astype(str))
-    series = [" ".join(names) for names in zip(*parts, strict=True)]
-    return table.assign(series=series or "all runs")
+        parts["line"] = line.replace("_", " ") + " " + table[line].astype(str)
+    return table.assign(series=parts.agg(" ".join, axis=1) if len(parts.columns) else "all runs")
 
 
-# Factors that two fields make up together: the field, the alignment in which it counts, and where it is 0. Settings
-# of another alignment, or without a rationale, have none.
+# Factors that two fields make up together: the field, the alignment in which it counts, and the one where it is 0.
 _AXES = {
     "share_of_wrong_rationales": ("shuffled_share", "shuffle_rationale", "consistent"),
     "rationale_tokens": ("max_rationale_tokens", "consistent", "only_label"),
@@ -122,14 +119,14 @@ def summarize(table: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] | N
     """Return one row per task, split and setting: its mean over seeds and the interval over seeds and rows.
 
     Columns: task, split, those in `by`, n_seeds, value, low, high (fractions) and std (over seeds; NaN for one).
-    Raises `ResultsError` where a setting has two runs with one seed, or runs of a split have other rows.
+    Raises `WorkbenchError` where a setting has two runs with one seed, or runs of a split have other rows.
     """
     rows, by = [], ["task", "split", *by]
     for key, runs in table.groupby(by, sort=False, dropna=False):
         labels, groups, names = _gold(runs)
         interval = bootstrap_interval(metrics or names, labels, list(_predictions_by_seed(runs, by)), groups)
-        figures = {"n_seeds": len(runs), **vars(interval), "std": by_seed(runs, metrics)["value"].std()}
-        rows.append(dict(zip(by, key, strict=True)) | figures)
+        row = {**dict(zip(by, key, strict=True)), "n_seeds": len(runs), **vars(interval)}
+        rows.append(row | {"std": by_seed(runs, metrics)["value"].std()})
     return pd.DataFrame(rows)
 
 
@@ -137,13 +134,13 @@ def compare(table: pd.DataFrame, by: Sequence[str], reference: Mapping[str, Any]
     """Return each setting minus the reference (a value for each field in `by`), seed by seed on the same rows.
 
     Columns: task, split, those in `by`, the fields of `PairedComparison` (a is the reference), and p_holm, which is
-    corrected for that task and split. Only the seeds of both count; a setting without any is left out. Raises
-    `ResultsError` where no run is of the reference, and as `summarize`.
+    corrected for that task and split. Only common seeds count. Raises `WorkbenchError` where no run is of the
+    reference, and as `summarize`.
     """
     rows, by = [], list(by)
     is_reference = (table[by] == [reference[name] for name in by]).all(axis=1)
     if not is_reference.any():
-        raise ResultsError(f"no run is of the reference {dict(reference)}; expected one or more.")
+        raise WorkbenchError(f"no run is of the reference {dict(reference)}; expected one or more.")
     for (task, split), part in table.groupby(["task", "split"], sort=False):
         labels, groups, metrics = _gold(part)
         base = _predictions_by_seed(part[is_reference[part.index]], by)
@@ -161,12 +158,12 @@ def _gold(runs: pd.DataFrame) -> tuple:
     first = runs.iloc[0]
     if other := runs[runs["labels"] != first["labels"]]["run"].tolist():
         pair, where = f"{first['run']!r} and {other[0]!r}", f"{first['task']} {first['split']}"
-        raise ResultsError(f"runs {pair} have different rows of {where}; expected the same.")
+        raise WorkbenchError(f"runs {pair} have different rows of {where}; expected the same.")
     return first["labels"], first["groups"], first["task_metrics"]
 
 
 def _predictions_by_seed(runs: pd.DataFrame, by: Sequence[str]) -> pd.Series:
     if twice := runs[runs["seed"].duplicated(keep=False)]["run"].tolist():
         pair = " and ".join(map(repr, twice[:2]))
-        raise ResultsError(f"runs {pair} have the same {', '.join(by)} and seed; expected another field in `by`.")
+        raise WorkbenchError(f"runs {pair} have the same {', '.join(by)} and seed; expected another field in `by`.")
     return runs.set_index("seed")["predictions"]

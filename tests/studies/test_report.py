@@ -1,13 +1,11 @@
 """The report: its figures are the runs', it is fair to both sides, escaped and self-contained."""
 
-import io
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
 from plotly.offline import get_plotlyjs
-from rich.console import Console
 
 from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, WorkbenchError
 from dhrd_lib.evaluation import task_metrics
@@ -125,7 +123,7 @@ def test_text_of_data_is_escaped(tmp_path):
 def test_summary_has_difference_and_uncertainty(written):
     page, frame = written
     row = dhrd_on_test(frame)
-    summary = re.search(r'class="summary">(.*?)</p>', page).group(1)
+    summary = re.search(r'class="summary">(.*?)</p>', page, re.DOTALL).group(1)
     assert f"DHRD is {100 * row.difference:.1f} points ahead of the pooled baseline" in summary
     assert f"{100 * row.diff_low:+.1f} to {100 * row.diff_high:+.1f} points" in summary
     for words in ("excludes zero", "one seed", "Quick profile: one seed, lower layers frozen"):
@@ -148,7 +146,7 @@ def test_runs_differing_in_seed_are_one_setting(tmp_path):
     page, frame = write(runs, tmp_path)
     assert set(frame["n_seeds"]) == {3}
     assert set(frame["setting"]) == {"pooled baseline", "DHRD (alpha=0.5)", "DHRD (alpha=1.0)"}
-    for words in ("bootstrap over seeds and groups", "mean of F1a and EM", '<th scope="col">EM</th>'):
+    for words in ("bootstrap over seeds and groups", "f1a and em"):
         assert words in page
     assert "Quick profile" not in page
     ahead = (frame[frame["split"] != "dev"]["difference"] > 0).sum()
@@ -175,7 +173,7 @@ def test_classes_have_recall(runs, written):
 def test_overlap_with_train_is_shown(tmp_path, written):
     runs = [store_run(tmp_path / "a", 0.0, metrics={"overlap": {"dev": 0, "test": 3}})]
     page, frame = write(runs, tmp_path)
-    assert "<td>3 of 140</td>" in page
+    assert "Rows of test that are also in train: 3." in page
     assert "also in train" not in written[0]
     assert "Nothing is compared" in page
     assert frame["difference"].isna().all()
@@ -183,9 +181,8 @@ def test_overlap_with_train_is_shown(tmp_path, written):
 
 def test_reasoning_only_has_cot_figures_or_none(tmp_path, runs):
     reasoning = store_run(tmp_path / "reasoning", 1.0, beta=0.0)
-    page, frame = write([reasoning], tmp_path)
-    assert frame.empty
-    assert "<td>reasoning only</td>" in page  # its training
+    with pytest.raises(WorkbenchError, match="no runs with predictions"):
+        write([reasoning], tmp_path)
     write_json(reasoning.folder / "cot_test.json", {"predictions": [0] * 139 + [-1], "tokens": [9] * 140})
     page, frame = write([*runs, reasoning], tmp_path)
     row = frame[frame["setting"] == "reasoning only"].iloc[0]
@@ -220,16 +217,7 @@ def test_different_rows_raise(tmp_path, runs):
 
 
 def test_repeated_or_missing_runs_raise(tmp_path, runs):
-    with pytest.raises(WorkbenchError, match="'dhrd' and 'again' have the same configuration and seed"):
+    with pytest.raises(WorkbenchError, match="'dhrd' and 'again' have the same task, split, setting and seed"):
         write([*runs, store_run(tmp_path / "again", 1.0)], tmp_path)
     with pytest.raises(WorkbenchError, match="no runs"):
         write([], tmp_path)
-
-
-def test_terminal_table_shows_every_row(written):
-    console = Console(file=io.StringIO(), width=140)
-    report.print_table(written[1], console)
-    printed, row = console.file.getvalue(), written[1].iloc[-1]
-    assert [printed.count(text) for text in ("DHRD", "pooled baseline", "20.0%")] == [3, 3, 6]
-    assert f"{100 * row['value']:.1f}% [{100 * row['low']:.1f}," in printed
-    assert f"{100 * row['difference']:+.1f} [{100 * row['diff_low']:+.1f}," in printed
