@@ -10,10 +10,11 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from dhrd_lib.config import HEADS, POOLING_MODES, ConfigError, RunConfig
-from dhrd_lib.cot import CoT, Decoding
-from dhrd_lib.runs import Run, load_run, write_json
-from dhrd_lib.studies import plots, tables, takeaways
+from dhrd_lib.config import HEADS, POOLING_MODES, ConfigError, WorkbenchError
+from dhrd_lib.cot import CoT
+from dhrd_lib.runs import load_run, write_json
+from dhrd_lib.studies import plots, tables
+from dhrd_lib.studies.report import TEMPLATES
 from dhrd_lib.studies.sweeps import DEFAULTS, Grid, digest, sweep
 from dhrd_lib.tasks import load_rows
 
@@ -47,7 +48,6 @@ _BASE = {
 }
 # The pooled baseline stayed at chance with 208 and 480 rows, and with a rate of 5e-4 for two seeds of three.
 _SIZES = {"everyday_nli": {"freeze_layers": 20, "max_train_rows": 960, "epochs": 1, "learning_rate": 2e-4}}
-_SIZE_FIELDS = ["backbone", "freeze_layers", "max_train_rows", "epochs", "learning_rate"]
 _KEYS = {key.split(".")[1]: key for key in DEFAULTS}
 
 
@@ -70,7 +70,7 @@ class AblationResult:
         return tables.summarize(self.table, ["setting", *tables.factors(self.table)])
 
     def against(self, **reference: Any) -> pd.DataFrame:
-        """Return each setting minus the reference, as in `against(alpha=0.0)`: columns of `tables.compare`.
+        """Return each setting minus the reference, as in `against(alpha=0.0)` (see `tables.compare`).
 
         A factor that isn't named has its default in the reference, or its most frequent value if that wasn't run.
         """
@@ -81,10 +81,7 @@ class AblationResult:
         return compared.drop(columns=["test", "n_rows", "a_only_right", "b_only_right"])
 
     def plot(self, factor: str, line: str | None = None, question: str = "") -> go.Figure:
-        """Plot the metric over a factor on the final splits, one line per task, split and value of `line`.
-
-        `tables.one_factor` says at which values the other factors are held.
-        """
+        """Plot the metric over a factor on the final splits (see `tables.one_factor`)."""
         final = self.table[self.table["split"] != "dev"] if self.table["split"].nunique() > 1 else self.table
         rows, metric = tables.one_factor(final, factor, line), " and ".join(final["task_metrics"].iloc[0])
         summary = tables.summarize(rows, [factor, "series"])
@@ -92,22 +89,18 @@ class AblationResult:
 
     def takeaways(self, split: str = "test") -> str:
         """Return what the table shows on a split, as Markdown with one section per task."""
+        sentences = getattr(TEMPLATES.get_template("takeaways.md.jinja").module, self.name)
         lines = []
         for task, table in self.table.groupby("task", sort=False):
-            sentences = takeaways.SENTENCES[self.name](replace(self, table=table), split)
-            lines += [f"**{task}**", "", *(f"- {sentence}" for sentence in sentences), ""]
+            lines += [f"**{task}**", "", sentences(replace(self, table=table), split).strip(), ""]
         return "\n".join([*lines, "An interval that includes zero shows neither a difference nor equality."])
 
     def costs(self) -> pd.DataFrame:
-        """Return one row per task: its runs, hours of training in all, sizes, and rows of each split."""
+        """Return one row per task: its runs, hours of training in all, and sizes."""
         runs = self.table.drop_duplicates("run").groupby("task", sort=False)
-        costs = runs[["backbone", "freeze_layers", "max_train_rows", "epochs", "learning_rate"]].first()
-        costs.insert(0, "runs", runs.size())
-        costs.insert(1, "hours", runs["train_seconds"].sum() / 3600)
-        sizes = self.table.assign(
-            rows=self.table["labels"].map(len).astype(object), split=self.table["split"] + " rows"
-        )
-        return costs.join(sizes.pivot_table("rows", "task", "split", "first", sort=False)).reset_index()
+        figures = {"runs": runs.size(), "hours": runs["train_seconds"].sum() / 3600}
+        sizes = runs[["backbone", "freeze_layers", "max_train_rows", "epochs", "learning_rate"]].first()
+        return pd.DataFrame(figures).join(sizes).reset_index()
 
 
 def task_base(task: str = "support_triage", **fields: Any) -> dict[str, Any]:
@@ -121,16 +114,19 @@ def task_base(task: str = "support_triage", **fields: Any) -> dict[str, Any]:
 
 
 def grids(name: str, base: Mapping[str, Any], seeds: Sequence[int]) -> list[Grid]:
-    """Return the grids of an ablation; ablations with one base share runs, and another base has other names."""
-    task = RunConfig.from_dict(base).data.task
-    stem = f"ablation-{Path(task).stem}" + ("" if base == task_base(task) else f"-{digest(base)}")
+    """Return the grids of an ablation; ablations with one base share runs."""
     seeded = [{**values, "training.seed": tuple(seeds)} for values in ABLATIONS[name]]
-    return [Grid(name=stem, grid=values, base=base) for values in seeded]
+    return [Grid(name=f"ablation-{_stem(base)}", grid=values, base=base) for values in seeded]
 
 
 def results_name(name: str, base: Mapping[str, Any]) -> str:
     """Return the file name of an ablation's results."""
-    return f"ablation_{name}_{Path(RunConfig.from_dict(base).data.task).stem}.json"
+    return f"ablation_{name}_{_stem(base)}.json"
+
+
+def _stem(base: Mapping[str, Any]) -> str:
+    task = base["data"]["task"]
+    return Path(task).stem + ("" if base == task_base(task) else f"-{digest(base)}")
 
 
 def run_ablation(
@@ -140,63 +136,38 @@ def run_ablation(
     runs: str | Path = "runs",
     stored: str | Path | None = None,
     *,
-    base: Mapping[str, Any] | None = None,
     workers: int = 1,
     **fields: Any,
 ) -> AblationResult:
     """Return an ablation's results on one or several tasks; trains the cells that aren't finished in `runs`.
 
-    Runs with `beta = 0` are decoded by CoT, once. Raises `ResultsError` where a cell failed; the others are trained
-    all the same.
-
-    Args:
-        seeds: how many, from 0, or which.
-        stored: folder of files of `tables.store_results`, which replace runs of the same task and base.
-        base: `RunConfig` sections that the cells share, instead of the task's.
-        fields: fields of the configuration by name, in place of the task's: `backbone="tiny"`, `epochs=1`.
+    `seeds` is how many, from 0, or which; `stored` is a folder of files of `tables.store_results`, which replace
+    runs of the same task and fields; `fields` replace the task's, as in `epochs=1`. Runs with `beta = 0` are
+    decoded by CoT, once. Raises `WorkbenchError` where a cell failed; the others are trained all the same.
     """
     if name not in ABLATIONS:
         raise ConfigError(f"the ablation is {name!r}; expected one of {', '.join(ABLATIONS)}.")
-    seeds, results = range(seeds) if isinstance(seeds, int) else seeds, []
-    for shared in (
-        [base] if base else [task_base(one, **fields) for one in ([task] if isinstance(task, str) else task)]
-    ):
+    seeds, tasks = range(seeds) if isinstance(seeds, int) else seeds, [task] if isinstance(task, str) else task
+    results = []
+    for shared in [task_base(one, **fields) for one in tasks]:
         path = Path(stored or ".") / results_name(name, shared)
-        table = tables.load_results(path) if stored and path.is_file() else None
-        if table is None or not _has_base(table, name, shared):
-            table = _train(grids(name, shared, seeds), Path(runs), workers)
-        results.append(table)
+        is_stored = stored and path.is_file()
+        results.append(tables.load_results(path) if is_stored else _train(name, shared, seeds, Path(runs), workers))
     return AblationResult(name, pd.concat(results, ignore_index=True))
 
 
-def _has_base(table: pd.DataFrame, name: str, base: Mapping[str, Any]) -> bool:
-    """Return whether a stored table's runs share the base, but for the fields that the ablation varies."""
-    varied = {key.split(".")[1] for grid in ABLATIONS[name] for key in grid}
-    fields = {key: value for section in base.values() for key, value in section.items() if key not in varied}
-    return all((table[key] == value).all() for key, value in fields.items())
-
-
-def _train(grids: Sequence[Grid], runs: Path, workers: int) -> pd.DataFrame:
-    cells = pd.concat([sweep(grid, runs, workers=workers) for grid in grids]).drop_duplicates("run")
-    failed = cells[cells["state"] != "finished"]
-    if len(failed):
+def _train(name: str, base: Mapping[str, Any], seeds: Sequence[int], runs: Path, workers: int) -> pd.DataFrame:
+    swept = [sweep(grid, runs, workers=workers) for grid in grids(name, base, seeds)]
+    cells = pd.concat(swept).drop_duplicates("run")
+    if len(failed := cells[cells["state"] == "failed"]):
         run, reason = failed.iloc[0][["run", "reason"]]
-        raise tables.ResultsError(f"{len(failed)} of {len(cells)} cells failed; {run}: {str(reason).rstrip('.')}.")
+        raise WorkbenchError(f"{len(failed)} of {len(cells)} cells failed; {run}: {reason}.")
     done = [load_run(runs / run) for run in cells["run"]]
-    for run in done:
-        if run.config.training.beta == 0:
-            _decode_by_cot(run)
+    for run in (run for run in done if run.config.training.beta == 0):
+        split, data = run.test_splits[0], run.config.data
+        if not (path := run.folder / f"cot_{split}.json").is_file():
+            rows = sorted(load_rows(data)[1][split], key=lambda row: row["idx"])
+            n_tokens = data.max_rationale_tokens + 16  # as long as the rationales of its training, and the answer
+            answers = CoT.from_model(run.model()).predict(rows, sample=False, max_new_tokens=n_tokens)
+            write_json(path, {"predictions": answers.prediction_ids.tolist(), "tokens": answers.tokens.tolist()})
     return tables.collect(done)
-
-
-def _decode_by_cot(run: Run) -> None:
-    """Decode the first test split greedily, and store it in the run's folder as cot_SPLIT.json, where it isn't."""
-    split, data = run.test_splits[0], run.config.data
-    path = run.folder / f"cot_{split}.json"
-    if not path.is_file():
-        rows = sorted(load_rows(data)[1][split], key=lambda row: row["idx"])
-        system = CoT.from_model(run.model())
-        # At most as long as the rationales of its training, with room for the answer.
-        decoding = Decoding(sample=False, max_new_tokens=data.max_rationale_tokens + 16)
-        answers = system.parse(system.generate(rows, decoding))
-        write_json(path, {"predictions": answers.prediction_ids.tolist(), "tokens": answers.tokens.tolist()})

@@ -9,11 +9,11 @@ from conftest import ROOT
 from typer.testing import CliRunner
 
 from dhrd_lib.__main__ import app
-from dhrd_lib.config import ConfigError, RunConfig
+from dhrd_lib.config import ConfigError, RunConfig, WorkbenchError
 from dhrd_lib.runs import find_runs
 from dhrd_lib.studies import ablations
 from dhrd_lib.studies.ablations import ABLATIONS, run_ablation, task_base
-from dhrd_lib.studies.tables import ResultsError, load_results, store_results
+from dhrd_lib.studies.tables import load_results, store_results
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TINY = {"backbone": "tiny", "freeze_layers": 2, "max_train_rows": 16, "max_eval_rows": 8, "epochs": 1}
@@ -73,17 +73,19 @@ def test_run_without_class_loss_has_cot_figures_only(root, result):
 
 
 def test_failed_cell_is_named_and_the_rest_are_trained(tmp_path):
-    base = task_base(**{**TINY, "freeze_layers": 0, "finetune": "lora", "max_train_rows": 1})  # a shuffle needs two
-    with pytest.raises(ResultsError, match=r"cells failed; ablation-support_triage-.*Shuffling rationales"):
-        run_ablation("alignment", base=base, seeds=[0], runs=tmp_path)
+    fields = {**TINY, "freeze_layers": 0, "finetune": "lora", "max_train_rows": 1}  # a shuffle needs two
+    with pytest.raises(WorkbenchError, match=r"cells failed; ablation-support_triage-.*Shuffling rationales"):
+        run_ablation("alignment", seeds=[0], runs=tmp_path, **fields)
     assert len(find_runs(tmp_path)) == 3
 
 
 def test_stored_results_replace_runs_of_the_same_base(root, result, tmp_path):
-    store_results(result.table, tmp_path / "ablation_loss_weights_support_triage.json")
+    bases = [task_base(task, **TINY, learning_rate=1e-3) for task in TASKS]
+    mine, other_path = (tmp_path / ablations.results_name("loss_weights", base) for base in bases)
+    store_results(result.table, mine)
     other = result.where(split="test", seed=0)
     nli = other.table.assign(task="everyday_nli", run="stored")
-    store_results(nli, tmp_path / "ablation_loss_weights_everyday_nli.json")
+    store_results(nli, other_path)
     both = run_ablation("loss_weights", TASKS, [0], tmp_path / "none", stored=tmp_path, **TINY, learning_rate=1e-3)
     assert both.table.groupby("task")["run"].nunique().to_dict() == {
         "support_triage": result.table["run"].nunique(),
