@@ -17,6 +17,9 @@ from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
+import plotly.express as px
+import plotly.graph_objects as go
 import psutil
 import torch
 from torch import nn
@@ -28,6 +31,7 @@ from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, Inputs, length_sorted_batc
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.serving.classifier import ExportedClassifier
 from dhrd_lib.serving.export import sequence_classifier
+from dhrd_lib.studies import plots
 from dhrd_lib.tasks import load_task
 
 MIB = 2**20
@@ -389,3 +393,17 @@ def mixed_texts(n: int = 500, seed: int = 0) -> tuple[list[str], str]:
         texts += [available[i] for i in rng.permutation(len(available))[:share]]
     missing = "" if "boolq" in names else " (no BoolQ: DHRD_DATA_DIR isn't set)"
     return [texts[i] for i in rng.permutation(len(texts))], f"{len(texts)} texts of {', '.join(names)}{missing}"
+
+
+def throughput_bars(rows: pd.DataFrame) -> go.Figure:
+    """Draw queries per second on a log axis, a bar per system, from the rows of `measure`."""
+    # A log axis has no zero, so the bars' left end is a choice: a decade under the slowest.
+    low, high = np.log10([rows["queries_per_second"].min(), rows["queries_per_second"].max()])
+    hover = ["queries", "best_batch", "best_batch_unit", "latency_p50_ms", "latency_p95_ms"]
+    options = {"hover_data": [*hover, "written_tokens_per_query"], "text_auto": ".3~g", "template": plots.TEMPLATE}
+    title = "How many queries per second does each system answer? Log axis, best batch size"
+    figure = px.bar(rows, x="queries_per_second", y="system", log_x=True, title=title, **options)
+    figure.update_traces(textposition="outside", cliponaxis=False)
+    figure.update_xaxes(title="queries per second", dtick=1, range=[np.floor(low), high + 0.25])
+    figure.update_yaxes(title=None, autorange="reversed")
+    return figure.update_layout(height=170 + 30 * len(rows), margin={"t": 50, "r": 50})

@@ -26,12 +26,12 @@ from benchmarks.harness import (
     mixed_texts,
     pooled_system,
     ratio,
+    throughput_bars,
 )
 from dhrd_lib.backbones import Backbone, load_backbone
 from dhrd_lib.config import ModelConfig
 from dhrd_lib.cot import CoT, Decoding
 from dhrd_lib.modeling import DHRDModel, build_model
-from dhrd_lib.studies import plots
 from dhrd_lib.studies.cot_budget import BUDGETS
 from dhrd_lib.tasks import TASKS, Task
 
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "profile": profile_classify(dhrd).head(12).to_dict("records"),
     }
     print_result(result, rows)
-    return write_result("throughput", result, options, dhrd.device, plots.throughput_bars(rows))
+    return write_result("throughput", result, options, dhrd.device, throughput_bars(rows))
 
 
 def models(run: str, backbone: str, max_input_tokens: int) -> tuple[DHRDModel, DHRDModel, CoT]:

@@ -1,10 +1,8 @@
-"""Rendering: figures that show in notebooks and in the pages exported from them.
+"""Figures that also show in pages exported from notebooks, where plotly's own MIME type is left out.
 
-In a notebook, plotly stores a figure as its own MIME type alone, which nbconvert's HTML export leaves out. HTML is
-added, and plotly.js once per kernel (5 MB in the saved notebook): unlike plotly's "notebook", it requests nothing.
-
-With DHRD_FIGURE_IMAGES=1, and a Chrome for kaleido, each figure has a picture too, which its HTML shows where no
-script runs. That takes seconds for the first figure of a kernel, and a third of a second for each other one.
+HTML is added, and plotly.js once per kernel (5 MB); unlike plotly's "notebook" renderer, it requests nothing. With
+DHRD_FIGURE_IMAGES=1, and a Chrome for kaleido, each figure has a picture too, which its HTML shows where no script
+runs: seconds for the first figure of a kernel, a third of a second for each other one.
 """
 
 from __future__ import annotations
