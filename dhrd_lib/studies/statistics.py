@@ -1,8 +1,7 @@
 """Intervals of metrics, paired comparisons on the same rows, and corrections for several comparisons.
 
-Labels, predictions, metrics and groups are those of `dhrd_lib.evaluation`. Where a function takes predictions it
-takes one (N,) array, or a list with one per seed. What is resampled or swapped is the group where there are
-groups, else the row; thousands of resamples of the units' counts are one matrix product.
+Predictions are one (N,) array of class indices, or a list with one per seed. What is resampled or swapped is the
+group where there are groups, else the row; thousands of resamples of the units' counts are one matrix product.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from dhrd_lib.evaluation import primary_metric, unit_counts
 
 _BATCH_NUMBERS = 2**22  # how many numbers a batch of resamples may hold: 32 MiB
 _NBSP = "\N{NO-BREAK SPACE}"
+Runs = ArrayLike | Sequence[ArrayLike]
+Groups = ArrayLike | None
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Interval:
 class PairedComparison:
     """The primary metric of b minus that of a (a fraction), on the same rows; its text is in points.
 
-    `low` and `high` bound the difference, `n_rows` is of one run, the counts of rows add up over the seeds.
+    `n_rows` is of one run; the counts of rows on which one alone is right add up over the seeds.
     """
 
     difference: float
@@ -59,42 +60,35 @@ def points_interval(difference: float, low: float, high: float) -> str:
 
 
 def bootstrap_interval(
-    metrics: Sequence[str],
-    labels: ArrayLike,
-    predictions: ArrayLike | Sequence[ArrayLike],
-    groups: ArrayLike | None = None,
-    *,
-    n_resamples: int = 2000,
+    metrics: Sequence[str], labels: ArrayLike, predictions: Runs, groups: Groups = None, n_resamples: int = 2000
 ) -> Interval:
-    """Return the primary metric (its mean over seeds) with its 95% percentile bootstrap interval.
+    """Return the primary metric (its mean over seeds) with its 95% bootstrap interval over rows and seeds.
 
-    Resamples rows (or groups), and with several seeds the seeds together with them. Percentile and not BCa, which
-    is undefined where every row is right, as small test sets do reach. Raises `ValueError` as `task_metrics`.
+    Percentile and not BCa, which is undefined where every row is right, as small test sets do reach. Raises
+    `ValueError` as `task_metrics`.
     """
     counts = unit_counts(metrics, labels, _by_seed(predictions), groups)
     rng = np.random.default_rng(0)
     means = _seed_means(_resample(metrics, counts, n_resamples, rng), rng)
-    value = primary_metric(metrics, counts.sum(axis=0)).mean()
-    return Interval(float(value), *_percentiles(means))
+    return Interval(float(primary_metric(metrics, counts.sum(axis=0)).mean()), *_percentiles(means))
 
 
 def paired_comparison(
     metrics: Sequence[str],
     labels: ArrayLike,
-    predictions_a: ArrayLike | Sequence[ArrayLike],
-    predictions_b: ArrayLike | Sequence[ArrayLike],
-    groups: ArrayLike | None = None,
-    *,
+    predictions_a: Runs,
+    predictions_b: Runs,
+    groups: Groups = None,
     n_resamples: int = 2000,
 ) -> PairedComparison:
     """Compare two runs, or two settings over several seeds, on the same rows; the i-th runs share a seed.
 
     The interval is a paired percentile bootstrap over rows (or groups) and seed pairs. With one seed the p-value is
     McNemar's exact test for plain accuracy on rows, else a permutation test that swaps a and b unit by unit. With
-    several it is twice the smaller share of resamples on either side of zero, so that it falls under 5% where the
-    interval excludes zero; both are careful where seeds differ little, because drawing rows and seeds at once
-    counts their joint noise more than once (Owen's pigeonhole bootstrap), and too narrow with two seeds that differ
-    much. Raises `ValueError` for unequal numbers of seeds.
+    several it is twice the smaller share of resamples on either side of zero, so that it agrees with the interval;
+    both are careful where seeds differ little, because drawing rows and seeds at once counts their joint noise more
+    than once (Owen's pigeonhole bootstrap), and too narrow with two seeds that differ much. Raises `ValueError` for
+    unequal numbers of seeds.
     """
     a, b = _by_seed(predictions_a), _by_seed(predictions_b)
     n_seeds = len(a)
@@ -118,33 +112,29 @@ def paired_comparison(
     else:
         p_value = _permutation_p(metrics, counts[:, 0], counts[:, 1], n_resamples)
         test = f"paired permutation test over {unit}"
-    difference, interval = float((point[n_seeds:] - point[:n_seeds]).mean()), _percentiles(differences)
-    return PairedComparison(difference, *interval, p_value, test, right.shape[1], n_seeds, a_only, b_only)
+    difference, bounds = float((point[n_seeds:] - point[:n_seeds]).mean()), _percentiles(differences)
+    return PairedComparison(difference, *bounds, p_value, test, right.shape[1], n_seeds, a_only, b_only)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """Return Holm's step-down correction of the p-values of several comparisons, in their order."""
-    p_values = np.asarray(p_values, dtype=float)
-    order = np.argsort(p_values)
-    adjusted = np.empty_like(p_values)
-    adjusted[order] = np.maximum.accumulate(p_values[order] * np.arange(len(order), 0, -1))
+    order, adjusted = np.argsort(p_values), np.empty(len(p_values))
+    adjusted[order] = np.maximum.accumulate(np.sort(p_values) * np.arange(len(order), 0, -1))
     return np.minimum(adjusted, 1)
 
 
-def _by_seed(predictions: ArrayLike | Sequence[ArrayLike]) -> list[ArrayLike]:
-    """Return a list with one (N,) array per seed."""
+def _by_seed(predictions: Runs) -> list[ArrayLike]:
     return list(predictions) if np.ndim(next(iter(predictions), 0)) else [predictions]
 
 
 def _resample(metrics: Sequence[str], counts: np.ndarray, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Return the primary metric of every run in every resample of the units: (n_resamples, runs)."""
-    n_units, n_runs, n_counts = counts.shape
-    flat = counts.reshape(n_units, -1)
-    values, batch = [], max(1, _BATCH_NUMBERS // n_units)
+    n_units, flat, values = len(counts), counts.reshape(len(counts), -1), []
+    batch = max(1, _BATCH_NUMBERS // n_units)
     for start in range(0, n_resamples, batch):
         size = min(batch, n_resamples - start)
         weights = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size)
-        totals = (weights.astype(float) @ flat).reshape(size, n_runs, n_counts)
+        totals = (weights.astype(float) @ flat).reshape(size, *counts.shape[1:])
         values.append(primary_metric(metrics, totals))
     return np.concatenate(values)
 
@@ -155,15 +145,14 @@ def _seed_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Draws one seed fewer than there are (Rao and Wu's rescaled bootstrap): drawing all S of them makes the
     variance between seeds too small by (S - 1) / S, which is a fifth at five seeds.
     """
-    n_resamples, n_seeds = values.shape
-    drawn = rng.integers(n_seeds, size=(n_resamples, max(1, n_seeds - 1)))
+    n_seeds = values.shape[1]
+    drawn = rng.integers(n_seeds, size=(len(values), max(1, n_seeds - 1)))
     return np.take_along_axis(values, drawn, axis=1).mean(axis=1)
 
 
 def _percentiles(values: np.ndarray) -> tuple[float, float]:
     # As (1 - 0.95) / 2, so that stored intervals stay equal to the last bit.
-    low, high = np.quantile(values, [(1 - 0.95) / 2, (1 + 0.95) / 2])
-    return float(low), float(high)
+    return tuple(np.quantile(values, [(1 - 0.95) / 2, (1 + 0.95) / 2]).tolist())
 
 
 def _permutation_p(metrics: Sequence[str], counts_a: np.ndarray, counts_b: np.ndarray, n_resamples: int) -> float:
@@ -177,13 +166,7 @@ def _permutation_p(metrics: Sequence[str], counts_a: np.ndarray, counts_b: np.nd
         return primary_metric(metrics, total_b - moved) - primary_metric(metrics, total_a + moved)
 
     # scipy permutes the marks 0 and 1 within a unit, so the first sample says which units are swapped.
-    result = scipy.stats.permutation_test(
-        (np.zeros(len(gain)), np.ones(len(gain))),
-        difference,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=n_resamples,
-        batch=max(1, _BATCH_NUMBERS // len(gain)),
-        rng=np.random.default_rng(0),
-    )
-    return float(result.pvalue)
+    marks = np.zeros(len(gain)), np.ones(len(gain))
+    options = {"permutation_type": "samples", "vectorized": True, "n_resamples": n_resamples}
+    options |= {"batch": max(1, _BATCH_NUMBERS // len(gain)), "rng": np.random.default_rng(0)}
+    return float(scipy.stats.permutation_test(marks, difference, **options).pvalue)

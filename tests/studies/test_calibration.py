@@ -6,7 +6,6 @@ from scipy.special import softmax
 
 from dhrd_lib.studies.calibration import (
     apply_temperature,
-    brier_score,
     expected_calibration_error,
     fit_temperature,
     reliability,
@@ -39,13 +38,6 @@ def test_ece_weighs_bins_by_rows():
     assert ece == pytest.approx((2 * 0.4 + 1 * 1.0) / 3)
 
 
-def test_brier_score_sums_over_classes():
-    expected = np.mean([2 * 0.1**2, 2 * 0.6**2, 2 * 0.3**2, 2 * 0.2**2])
-    assert brier_score(LABELS, PROBABILITIES) == pytest.approx(expected)
-    # A class without rows still has a column.
-    assert brier_score([0, 1], [[0.5, 0.3, 0.2], [0, 1, 0]]) == pytest.approx((0.25 + 0.09 + 0.04) / 2)
-
-
 @pytest.mark.parametrize("sharpness", [0.5, 1.0, 3.0])
 def test_fitted_temperature_undoes_known_one(sharpness):
     labels, probabilities = draw(8000, sharpness)
@@ -65,6 +57,5 @@ def test_temperature_changes_no_prediction():
 
 def test_probabilities_rounded_to_zero_work():
     labels, probabilities = [0, 1, 0], [[1.0, 0.0], [1.0, 0.0], [0.9998, 0.0]]
-    assert brier_score(labels, probabilities) == pytest.approx(2 / 3)
     assert fit_temperature(labels, probabilities) > 5
     assert np.isfinite(apply_temperature(probabilities, 2.0)).all()
