@@ -25,7 +25,7 @@ app: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	@$(PIP) -r docs/requirements.txt
-	$(BIN)/sphinx-build -W --keep-going -c docs . site
+	$(BIN)/sphinx-build -W --keep-going -c docs . site/html
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
