@@ -25,7 +25,7 @@ myst_heading_anchors = 3
 nb_execution_mode = os.environ.get("NOTEBOOKS", "cache")
 nb_execution_cache_path = ".cache/notebooks"
 nb_execution_timeout = -1
-nb_execution_raise_on_error = True
+nb_execution_raise_on_error = nb_merge_streams = True
 suppress_warnings = ["mystnb.unknown_mime_type"]  # plotly's own, of figures that have HTML too
 
 default_role = "code"  # docstrings have single backticks
