@@ -35,7 +35,8 @@ BASE = {
     "training": {"epochs": 8, "keep_model": False},
 }
 BASELINE, PAPER, FLOOR = "baseline", "alpha 1", "TF-IDF"
-_SPAN, _PRIVILEGED = {"training.lm_span": "rationale_label"}, {"training.privileged_gamma": 1.0}
+_SPAN = {"training.lm_span": "rationale_label"}
+_PRIVILEGED = {"training.privileged_head": "separate", "training.privileged_gamma": 1.0}
 # The fields in which a setting differs from `BASE`.
 SETTINGS: dict[str, dict[str, Any]] = {
     BASELINE: {"training.alpha": 0.0},
@@ -49,14 +50,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "privileged": {"training.alpha": 0.0, **_PRIVILEGED},
     "privileged + LM": {"training.alpha": 0.3, **_SPAN, **_PRIVILEGED},
 }
-# Rationales of another row, and rationale and label of another row.
+# Rationales of another row, and rationale and label of another row, which only the LM loss reads.
 CONTROLS = {"wrong rationale": "shuffle_rationale", "wrong both": "shuffle_rationale_label"}
 PRIVILEGED_VARIANTS = {
     "gamma 0": {"training.privileged_gamma": 0.0},
     "gamma 3": {"training.privileged_gamma": 3.0},
     "temperature 1": {"training.privileged_temperature": 1.0},
     "temperature 4": {"training.privileged_temperature": 4.0},
-    "shared head": {"model.rationale_head": "shared"},
+    "shared head": {"training.privileged_head": "shared"},
 }
 SIZES = {
     "support_triage": (128, 64, 32, 256, 512, 875),
@@ -146,7 +147,9 @@ def control_cells(results: pd.DataFrame, settings: list[str]) -> list[Cell]:
     """Return stage 3: the finalists with wrong rationales, and variants of privileged pooling, at two sizes."""
     variants = {f"privileged, {name}": SETTINGS["privileged"] | of for name, of in PRIVILEGED_VARIANTS.items()}
     for name in settings:
-        variants |= {f"{name}, {how}": SETTINGS[name] | {"data.alignment": of} for how, of in CONTROLS.items()}
+        for how, of in CONTROLS.items():
+            if how == "wrong rationale" or SETTINGS[name].get("training.alpha") != 0:
+                variants[f"{name}, {how}"] = SETTINGS[name] | {"data.alignment": of}
     return [
         Cell(name, rows, seed, fields | budget(results))
         for rows in (128, 64)
