@@ -11,17 +11,19 @@ import glob
 import hashlib
 import itertools
 import json
+import multiprocessing
 import re
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import optuna
 import pandas as pd
+import torch
 from filelock import FileLock, Timeout
-from joblib import Parallel, delayed
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from pydantic import Field, model_validator
@@ -155,7 +157,7 @@ def sweep(grid: Grid, root: str | Path = "runs", *, workers: int = 1) -> pd.Data
         if stored.is_file() and RunConfig.load(stored) != grid.config(run):
             raise ConfigError(f"{root / run} holds a run of another configuration; expected another grid's name.")
         (root / run / "error.txt").unlink(missing_ok=True)
-    Parallel(workers)(delayed(_train_runs)(grid, root) for _ in range(workers))
+    _train_all(grid, root, workers)
     for run, values in grid.cells.items():
         state, reason = _state(root / run)
         splits = load_run(root / run).metrics["splits"] if state == "finished" else {}
@@ -166,7 +168,7 @@ def sweep(grid: Grid, root: str | Path = "runs", *, workers: int = 1) -> pd.Data
 
 def tune(search: Search, root: str | Path = "runs", *, workers: int = 1) -> optuna.Study:
     """Train runs for the best metric on dev, sampled by TPE, until the search has its trials; return its study."""
-    Parallel(workers)(delayed(_train_runs)(search, Path(root)) for _ in range(workers))
+    _train_all(search, Path(root), workers)
     return search.study(Path(root))
 
 
@@ -184,6 +186,16 @@ def _is_free(folder: Path) -> bool:
             return True
     except Timeout:
         return False
+
+
+def _train_all(plan: Grid | Search, root: Path, workers: int) -> None:
+    if workers == 1:
+        return _train_runs(plan, root)
+    # A fresh interpreter each: a forked one would share this one's threads and GPU.
+    spawn, threads = multiprocessing.get_context("spawn"), max(torch.get_num_threads() // workers, 1)
+    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (threads,)) as pool:
+        list(pool.map(_train_runs, [plan] * workers, [root] * workers))
+    return None
 
 
 def _train_runs(plan: Grid | Search, root: Path) -> None:
