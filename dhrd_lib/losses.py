@@ -41,27 +41,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Under autocast, the products are in its dtype; the softmax and the sums over chunks are not.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         states, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
+        part_rows = 16 if device == "cpu" else chunk_tokens  # so many softmaxes stay in a processor's cache
         with torch.autocast(device, enabled=False):
             for start in range(0, len(targets), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                logits = F.linear(states[rows], weight, bias).float()
-                capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-                log_probs = F.log_softmax(capped, dim=-1)
-                total -= log_probs.gather(1, targets[rows, None]).sum()
-                if not any(needed):
-                    continue
-                # d loss / d logits = softmax - one hot, in the memory of the log-probabilities.
-                grad = log_probs.exp_()
-                grad.scatter_add_(1, targets[rows, None], torch.full_like(grad[:, :1], -1.0))
-                if softcap is not None:
-                    grad *= 1 - (capped / softcap) ** 2
-                grad = grad.to(dtype)
+                grad = F.linear(states[rows], weight, bias)  # the logits, which their gradients replace
+                target_log_probs = []
+                for part, target in zip(grad.split(part_rows), targets[rows, None].split(part_rows), strict=True):
+                    logits = part.float()
+                    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+                    log_probs = F.log_softmax(capped, dim=-1)
+                    target_log_probs.append(log_probs.gather(1, target))
+                    if any(needed):  # d loss / d logits = softmax - one hot
+                        log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_probs.dtype))
+                        part.copy_(log_probs if softcap is None else log_probs * (1 - (capped / softcap) ** 2))
+                total -= torch.cat(target_log_probs).sum()
                 if needed[0]:
                     grads[0][rows] = grad @ weight
                 if needed[1] and grads[1].dtype == dtype:
                     grads[1].addmm_(grad.T, states[rows])
-                elif needed[1]:
-                    grads[1] += grad.T @ states[rows]
+                elif needed[1]:  # In parts, too: a product is added while it is in the cache.
+                    for of_weight, of_logits in zip(grads[1].split(4096), grad.split(4096, 1), strict=True):
+                        of_weight += of_logits.T @ states[rows]
                 if needed[2]:
                     grads[2] += grad.sum(0)
         ctx.save_for_backward(*grads)
