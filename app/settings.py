@@ -11,7 +11,6 @@ from dhrd_lib.config import Config, ConfigError, Name
 MAX_CHARACTERS = 8_000  # of one text
 MAX_ROWS = 5_000  # of one file
 MAX_FILE_MIB = 20
-MAX_UNFOLDED_MIB = 200  # of a Parquet file's values, once they are read
 MAX_WAITING = 32  # queued calls; further ones are rejected as busy
 MAX_FIELDS = 6  # texts that a template may read
 MAX_NEW_TOKENS = 500  # the paper's budget of CoT

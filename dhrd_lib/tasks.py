@@ -30,8 +30,8 @@ _WHOLE = re.compile(r"^([-+]?\d+)\.0+$")
 class Task:
     """A classification task: `label_names[i]` is the name of class i, `verbalizers[i]` its text in the sequence.
 
-    `template` turns a row into input text, `metrics` are names of `evaluation.METRICS`, and `test_splits` serve the
-    final figure alone.
+    `template` turns a row into input text, `metrics` are those of `task_metrics`, and `test_splits` serve the final
+    figure alone.
     """
 
     name: str
@@ -119,6 +119,10 @@ def load_rows(data: DataConfig) -> tuple[Task, datasets.DatasetDict]:
     # The packaged rationales are for SuperGLUE's rows, and not for those of a user's file called cb.csv.
     rows["train"] = _with_rationales(task.name, where, rows["train"], packaged=name in FOLDERS)
     rows = with_dev(where, rows, split_by, data.dev_fraction, data.split_seed)
+    texts = {split: table["input_text"].str.casefold().str.split().str.join(" ") for split, table in rows.items()}
+    for split, table in texts.items():
+        if split != "train" and (n_rows := table.isin(texts["train"]).sum()):
+            warnings.warn(f"{where}: {n_rows} of {split}'s inputs are in train, too.", stacklevel=2)
     features = datasets.Features(dict.fromkeys(rows["train"].columns, datasets.Value("string")))
     features["label"] = datasets.ClassLabel(names=list(task.label_names))
     loaded = datasets.DatasetDict()
@@ -146,8 +150,7 @@ def _template(data: DataConfig) -> str:
 
 def _class_names(where: str, rows: pd.DataFrame, column: str, given: Mapping[str, str]) -> dict[str, str]:
     """Return the class name of each label in a user's train rows, in the order of the classes."""
-    cells = _labels(rows, column)
-    labels = sorted({*cells} - {""})
+    labels = sorted({*_labels(rows, column)} - {""})
     where = f"{where}, column {column!r}"
     if len(labels) < 2 or len({*given.values()}) == 1 < len(given):
         found = f"only the label {min(given.values() or labels)!r}" if labels else "no label"
@@ -165,12 +168,6 @@ def _class_names(where: str, rows: pd.DataFrame, column: str, given: Mapping[str
     if not all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in labels):
         return {label: label for label in labels}
     labels.sort(key=float)
-    if f"{column}_text" in rows:
-        pairs = {(label, name) for label, name in zip(cells, _cells(rows, f"{column}_text"), strict=True) if label}
-        names = dict(pairs)
-        if not len(pairs) == len(names) == len({*names.values()}):
-            raise TaskError(f"{where} has labels with several values of '{column}_text'; {expected}.")
-        return {label: names[label] for label in labels}
     if labels[0] == "-1" and float(labels[1]) >= 0:
         raise TaskError(f"{where} has -1, which often marks a missing label; {expected}.")
     warnings.warn(f"{where} has numbers for labels; `label_names` names the classes for the LM head.", stacklevel=3)
@@ -182,7 +179,7 @@ def _normalize(
 ) -> pd.DataFrame:
     """Return a split's rows with our columns (see `load_task`), and refuse incomplete rows."""
     _require(where, rows, task.fields)
-    reserved = {*columns.values(), *columns, f"{columns['label']}_text", "input_text"} - {"", columns["group"]}
+    reserved = {*columns.values(), *columns, "input_text"} - {"", columns["group"]}
     if bad := [name for name in task.fields if name in reserved]:
         raise TaskError(f"the input reads {bad[0]!r}, which gives away the answer or is reserved; expected others.")
     labels = _labels(rows, columns["label"])
@@ -214,12 +211,12 @@ def _normalize(
 
 def _with_rationales(name: str, where: str, rows: pd.DataFrame, packaged: bool) -> pd.DataFrame:
     """Return the train rows with the teacher's rationales, joined by `idx`."""
-    folders = [user_path(os.environ["DHRD_RATIONALES_DIR"])] if os.environ.get("DHRD_RATIONALES_DIR") else []
-    folders += [DATA / "rationales"] * packaged
-    path = next((file for folder in folders if (file := folder / f"{name}.jsonl").is_file()), None)
-    table = read_table(path) if path else pd.DataFrame()
+    folders = [os.environ.get("DHRD_RATIONALES_DIR"), DATA / "rationales" if packaged else None]
+    paths = [path for folder in folders if folder and (path := user_path(folder) / f"{name}.jsonl").is_file()]
+    table = read_table(paths[0]) if paths else pd.DataFrame()
     if table.empty:
         return rows
+    path = paths[0]
     _require(str(path), table, ("idx", "rationale"))
     given = dict(zip(_cells(table, "idx"), _cells(table, "rationale"), strict=True))
     if strays := sorted(given.keys() - {*rows["idx"]}):

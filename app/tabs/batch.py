@@ -18,7 +18,7 @@ from app import html
 from app import runs as stored
 from app.backend import Backend, RowPredictions
 from app.events import QUIET, Session, connect_computation
-from app.settings import MAX_CHARACTERS, MAX_FIELDS, MAX_FILE_MIB, MAX_ROWS, MAX_UNFOLDED_MIB
+from app.settings import MAX_CHARACTERS, MAX_FIELDS, MAX_FILE_MIB, MAX_ROWS
 from app.tabs.compare import CompareTab
 from dhrd_lib import evaluation
 from dhrd_lib.config import ConfigError, WorkbenchError
@@ -28,6 +28,8 @@ from dhrd_lib.studies.statistics import bootstrap_interval, paired_comparison
 from dhrd_lib.tasks import Task, TaskError
 
 _SHOWN_ROWS, _NO_LABEL = 300, "(none)"
+# Not Parquet: a small file of it may unfold to more than fits into memory.
+SUFFIXES = tuple(suffix for suffix in files.SUFFIXES if suffix != ".parquet")
 
 
 class Table(NamedTuple):
@@ -55,8 +57,10 @@ class Result:
 def read_table(path: str | Path) -> Table:
     """Read an uploaded file; raises `TaskError` with a sentence that names it as the visitor does."""
     path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise TaskError(f"{path.name} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}.")
     try:
-        rows = files.read_table(path, max_rows=MAX_ROWS, max_bytes=MAX_UNFOLDED_MIB * 2**20)
+        rows = files.read_table(path, max_rows=MAX_ROWS)
     except TaskError as error:  # The folder is the server's; it is no business of the visitor's.
         raise TaskError(str(error).replace(str(path), path.name)) from error
     if rows.empty:
@@ -173,10 +177,10 @@ class BatchTab:
         self.fields = gr.State(())  # those that columns are chosen for
         gr.Markdown(
             f"Task and runs are those picked under **Compare**. At most {MAX_ROWS:,} rows, {MAX_FILE_MIB} MiB and "
-            f"{MAX_CHARACTERS:,} characters per text: CSV and TSV with a header, JSONL, Parquet.",
+            f"{MAX_CHARACTERS:,} characters per text: CSV and TSV with a header, JSONL.",
             elem_classes="limits",
         )
-        self.file = gr.File(label="File", file_types=list(files.SUFFIXES), height=120)
+        self.file = gr.File(label="File", file_types=list(SUFFIXES), height=120)
         with gr.Row():
             self.columns = [gr.Dropdown([], label="", visible=False, filterable=False) for _ in range(MAX_FIELDS)]
             self.label = gr.Dropdown([], label="Gold label column", visible=False, filterable=False)

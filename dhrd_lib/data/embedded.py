@@ -84,18 +84,10 @@ def _sha256(path: Path) -> str:
 def tiny_model(dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Return a random Llama of about 20 thousand parameters, the same at every call, and its tokenizer."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tiny_tokenizer(), eos_token="<|endoftext|>")
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    sizes = {"vocab_size": 512, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    end = tokenizer.eos_token_id
+    config = LlamaConfig(**sizes, **heads, bos_token_id=None, eos_token_id=end, pad_token_id=end)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,43 +34,38 @@ def read_splits(path: Path, encoding: str | None = None, columns: Sequence[str] 
     """Read a file as the train split, or a folder's train, validation, test and test_NAME, whole or in shards."""
     if path.is_file():
         return {"train": (str(path), read_table(path, encoding, columns))}
-    shards: dict[str, list[Path]] = {}
-    n_shards: dict[str, int] = {}
+    shards: dict[str, tuple[int, list[Path]]] = {}
     for file in sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES):
         name = re.fullmatch(r"(train|validation|test|test_.+?)(?:-\d+-of-(\d+))?", file.stem)
         if not name:
             raise TaskError(f"{file} is no split; expected train, validation, test or test_NAME as its name.")
-        shards.setdefault(name[1], []).append(file)
-        n_shards[name[1]] = int(name[2] or 1)
+        shards.setdefault(name[1], (int(name[2] or 1), []))[1].append(file)
     if "train" not in shards:
         raise TaskError(f"{path} has no train file; expected train with one of {', '.join(SUFFIXES)}.")
-    for split, files in shards.items():
-        if len(files) != n_shards[split]:
-            raise TaskError(f"{path} has {len(files)} files of {split}; expected {n_shards[split]}.")
-    tables = {split: [read_table(file, encoding, columns) for file in files] for split, files in shards.items()}
-    return {split: (str(shards[split][0]), pd.concat(parts, ignore_index=True)) for split, parts in tables.items()}
+    splits = {}
+    for split, (expected, files) in shards.items():
+        if len(files) != expected:
+            raise TaskError(f"{path} has {len(files)} files of {split}; expected {expected}.")
+        tables = [read_table(file, encoding, columns) for file in files]
+        splits[split] = (str(files[0]), pd.concat(tables, ignore_index=True))
+    return splits
 
 
 def read_table(
-    path: Path,
-    encoding: str | None = None,
-    columns: Sequence[str] = (),
-    max_rows: float = math.inf,
-    max_bytes: float = math.inf,
+    path: Path, encoding: str | None = None, columns: Sequence[str] = (), max_rows: float = math.inf
 ) -> pd.DataFrame:
     """Read a data file's cells as text; raise `TaskError`, which names the line, where it isn't well-formed.
 
     `encoding` defaults to UTF-8, or UTF-16 where a byte order mark says so; `columns` are those of a CSV file
-    without a header. More rows, or bytes of Parquet values, are refused before they are all in memory.
+    without a header. More than `max_rows` are refused before they are all in memory.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise TaskError(f"{path} ends in {suffix!r}; expected one of {', '.join(SUFFIXES)}.")
     try:
         if suffix == ".parquet":
-            rows = _parquet_rows(path, max_bytes)
-        else:
-            rows = json_rows(path, encoding) if suffix.startswith(".json") else _csv_rows(path, encoding, columns)
+            return text_table(_parquet_rows(path), path, max_rows)
+        rows = json_rows(path, encoding) if suffix.startswith(".json") else _csv_rows(path, encoding, columns)
         return text_table(rows, path, max_rows)
     except OSError as error:
         raise TaskError(f"{path} can't be read ({error.strerror}); expected a data file.") from error
@@ -133,17 +128,14 @@ def _csv_rows(path: Path, encoding: str | None, columns: Sequence[str]) -> Itera
     delimiter = "\t" if is_tsv else next((sign for sign in ",;\t" if sign in header), ",")
     widths = Counter(line.count(delimiter) for line in lines if line.strip("\r\n"))
     is_plain = is_tsv and len(widths) == 1
-    quoting = csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL
-    spaced = f"{delimiter} " in header  # as in `"text", "label"`
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, skipinitialspace=spaced, strict=True)
+    style = {"quoting": csv.QUOTE_NONE} if is_plain else {"skipinitialspace": f"{delimiter} " in header}
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, **style)
     names, n_records = list(columns), 0
     try:
         for cells in filter(None, reader):
             n_records += 1
             if is_plain:
-                cells = [
-                    re.sub(r'^"((?:[^"]|"")*)"$', lambda cell: cell[1].replace('""', '"'), cell) for cell in cells
-                ]
+                cells = [re.sub(r'^"((?:[^"]|"")*)"$', lambda of: of[1].replace('""', '"'), cell) for cell in cells]
             if not names:
                 names = [name.strip() for name in cells]
                 continue
@@ -159,21 +151,13 @@ def _csv_rows(path: Path, encoding: str | None, columns: Sequence[str]) -> Itera
         warnings.warn(f"{path} has {found}; a stray mark would lose rows.", stacklevel=2)
 
 
-def _parquet_rows(path: Path, max_bytes: float) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a Parquet file; numbers of a ClassLabel of `datasets` become names, -1 a missing label."""
     try:
         file = pq.ParquetFile(path)
-        schema = file.schema_arrow
-        if max_bytes < math.inf and (nested := [of.name for of in schema if pa.types.is_nested(of.type)]):
-            raise TaskError(f"{path} has lists or records in the column {nested[0]!r}; expected single values.")
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+        info = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
         names_of = {key: of["names"] for key, of in info.get("features", {}).items() if "names" in of}
-        n_bytes = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
-        # An empty batch, so that what the file claims is checked before anything is decoded.
-        for batch in chain([schema.empty_table()], file.iter_batches(CHUNK_ROWS if max_bytes == math.inf else 16)):
-            n_bytes += batch.nbytes  # a value that is stored once may be that of every row
-            if n_bytes > max_bytes:
-                raise TaskError(f"{path} has more than {max_bytes:,} bytes of values; expected at most so many.")
+        for batch in file.iter_batches(CHUNK_ROWS):
             batch.validate(full=True)
             for row in batch.to_pylist():
                 for key in names_of.keys() & row.keys():

@@ -1,4 +1,4 @@
-"""Cuts between train, dev and test, draws of fewer rows, and rows that two splits share."""
+"""Cuts between train, dev and test, and draws of fewer rows."""
 
 from __future__ import annotations
 
@@ -81,10 +81,3 @@ def groups_of(dataset: Dataset) -> list[str] | None:
     """Return the group of each row, or None where the data has no groups."""
     groups = dataset["group"][:]
     return None if all(group is None for group in groups) else groups
-
-
-def split_overlap(splits: Mapping[str, Dataset]) -> dict[str, int]:
-    """Return for each split but train how many of its input texts train has too, case and spaces aside."""
-    texts = {name: [" ".join(text.casefold().split()) for text in of["input_text"]] for name, of in splits.items()}
-    train = set(texts.pop("train"))
-    return {name: sum(text in train for text in rows) for name, rows in texts.items()}

@@ -38,21 +38,22 @@ def read_superglue(name: str, fields: Sequence[str], label_names: Sequence[str],
             others = "SuperGLUE's JSONL files in the folder DHRD_DATA_DIR, or everyday_nli or support_triage"
             raise TaskError(f"{found}; expected a network, or {others}.") from error
         raw = {split: (f"the hub's {split}", hub[split]) for split in ("train", "validation")}
-    kept = (*fields, "idx", "text", "group", "label")
+    unpack = {"multirc": _multirc, "wsc": _wsc}.get(name, lambda row: [row])
     names = dict(enumerate(label_names))  # JSONL has names or truth values, which equal 0 and 1, the hub has ids
-    splits = {}
-    for split, (where, rows) in raw.items():
-        flat = rows if name not in _UNPACK else (row for nested in rows for row in _UNPACK[name](nested))
-        flat = ({**row, "label": names.get(row.get("label"), row.get("label"))} for row in flat)
-        splits[split] = (where, text_table(({key: row[key] for key in kept if key in row} for row in flat), where))
-    return splits
+
+    def flat(rows: Iterator[Row]) -> Iterator[Row]:
+        for row in (row for nested in rows for row in unpack(nested)):
+            kept = {key: row[key] for key in (*fields, "idx", "text", "group") if key in row}
+            yield {**kept, "label": names.get(row.get("label"), row.get("label"))}
+
+    return {split: (where, text_table(flat(rows), where)) for split, (where, rows) in raw.items()}
 
 
 def _multirc(row: Row) -> Iterator[Row]:
     """Yield a row per answer; SuperGLUE nests them in a passage, the hub has flattened them."""
     if "passage" not in row:
-        question = f"{row['idx']['paragraph']}-{row['idx']['question']}"
-        yield {**row, "idx": f"{question}-{row['idx']['answer']}", "group": question}
+        group = f"{row['idx']['paragraph']}-{row['idx']['question']}"
+        yield {**row, "idx": f"{group}-{row['idx']['answer']}", "group": group}
         return
     for question in row["passage"]["questions"]:
         group = f"{row['idx']}-{question['idx']}"
@@ -69,6 +70,3 @@ def _wsc(row: Row) -> Iterator[Row]:
     starts = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(pronoun)}(?!\w)", text)]
     start = min(starts, key=lambda start: abs(len(text[:start].split()) - row["span2_index"]))
     yield {**row, "marked_text": f"{text[:start]}*{pronoun}*{text[start + len(pronoun) :]}"}
-
-
-_UNPACK = {"multirc": _multirc, "wsc": _wsc}

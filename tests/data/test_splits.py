@@ -2,12 +2,10 @@
 
 from collections import Counter
 
-import datasets
 import pytest
 from data_files import no_outside_data, refusal, write_jsonl  # noqa: F401
 
 from dhrd_lib.config import ConfigError, DataConfig
-from dhrd_lib.data.splits import split_overlap
 from dhrd_lib.tasks import load_rows, load_task
 
 
@@ -82,10 +80,11 @@ def test_dev_is_the_validation_file_only_beside_a_test_file(files, splits, tests
     assert len(data["dev"]) == (38 if whole else 4)
 
 
-def test_overlap_counts_rows_with_a_text_of_train():
-    texts = {"train": ["One  two", "three"], "dev": ["four"], "test": ["one two ", "THREE", "three", "five"]}
-    splits = {split: datasets.Dataset.from_dict({"input_text": rows}) for split, rows in texts.items()}
-    assert split_overlap(splits) == {"dev": 0, "test": 3}
+def test_inputs_of_train_in_another_split_are_warned_of(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", labeled(40))
+    write_jsonl(tmp_path / "test.jsonl", [{**row, "text": f" {row['text'].upper()} "} for row in labeled(41)])
+    with pytest.warns(UserWarning, match="36 of test's inputs are in train, too"):
+        load_task(str(tmp_path))
 
 
 def grouped(folder):
