@@ -22,12 +22,11 @@ from dhrd_lib.data.embedded import EMBEDDED, embedded_folder, gguf_folder, tiny_
 
 @dataclass(frozen=True)
 class Backbone:
-    """A causal LM with its pretrained LM head, its tokenizer, and where they came from."""
+    """A causal LM with its pretrained LM head, its tokenizer and its name."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
-    source: str
 
 
 def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | None = None) -> Backbone:
@@ -38,7 +37,7 @@ def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | 
     and float32 on a CPU, which computes in bfloat16 autocast where that is faster.
     """
     device = resolve_device(device)
-    torch_dtype, source = resolve_dtype(dtype, device), "random weights"
+    torch_dtype = resolve_dtype(dtype, device)
     if name == "tiny":
         model, tokenizer = tiny_model(torch_dtype)
     else:
@@ -65,7 +64,7 @@ def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | 
     _check_causal_decoder(model, name)
     if dtype in (None, "auto"):
         autocast_if_faster(model)
-    return Backbone(model, tokenizer, name, str(source))
+    return Backbone(model, tokenizer, name)
 
 
 def _locate(name: str) -> Path | str:
@@ -157,15 +156,10 @@ def compute_dtype(model: PreTrainedModel) -> str:
     return "bfloat16 autocast" if autocasts else str(model.dtype).removeprefix("torch.")
 
 
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the decoder under the LM head: ids in, last hidden states out."""
-    return model.get_decoder()
-
-
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder's layers, lowest first."""
     n_layers = model.config.get_text_config().num_hidden_layers
-    for module in decoder_of(model).modules():
+    for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
     raise BackboneError(f"{type(model).__name__} has no list of {n_layers} layers.")
@@ -176,7 +170,7 @@ def lowest_layers(model: PreTrainedModel, n_layers: int) -> list[nn.Module]:
     layers = layers_of(model)
     if n_layers > len(layers):
         raise ConfigError(f"freeze_layers is {n_layers}; the backbone has {len(layers)} layers.")
-    return [*(m for m in decoder_of(model).modules() if isinstance(m, nn.Embedding)), *layers[:n_layers]]
+    return [*(m for m in model.get_decoder().modules() if isinstance(m, nn.Embedding)), *layers[:n_layers]]
 
 
 def lm_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -194,7 +188,7 @@ def logit_softcap(model: PreTrainedModel) -> float | None:
 def _check_causal_decoder(model: PreTrainedModel, name: str) -> None:
     """Refuse what breaks the method: attention to later tokens, or an LM head other than the one we apply."""
     rows = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
-    hidden = decoder_of(model)(input_ids=rows, use_cache=False).last_hidden_state  # (2, 4, H)
+    hidden = model.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state  # (2, 4, H)
     if not torch.allclose(hidden[0, :3], hidden[1, :3], rtol=0, atol=1e-3):
         raise BackboneError(f"{name} attends to later tokens (an encoder); expected a decoder-only LM.")
     expected = model(input_ids=rows, use_cache=False).logits  # (2, 4, V)

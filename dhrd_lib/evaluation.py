@@ -20,14 +20,14 @@ NO_ANSWER = -1
 def task_metrics(
     metrics: Sequence[str], labels: ArrayLike, predictions: ArrayLike, groups: ArrayLike | None = None
 ) -> dict[str, float]:
-    """Return the named `METRICS` and "primary", their mean, which is how the paper counts a task with two.
+    """Return the named metrics and "primary", their mean, which is how the paper counts a task with two.
 
     "macro_f1" is over the classes that labels or predictions hold, "balanced_accuracy" the mean recall of those
     that labels hold, "f1a" the F1 of class 1, "em" the share of groups whose rows are all right. Raises
     `ValueError` for a negative label, and for "em" without `groups` (N,).
     """
     counts = unit_counts(metrics, labels, [predictions], groups).sum(axis=0)[0]
-    values = {name: float(METRICS[name](counts)) for name in metrics}
+    values = {name: float(_metric(name, counts)) for name in metrics}
     return {**values, "primary": float(primary_metric(metrics, counts))}
 
 
@@ -68,53 +68,31 @@ def unit_counts(
     return np.concatenate([units, (right == of_gold)[..., None], np.ones((*right.shape, 1))], axis=-1)
 
 
-def _by_class(counts: np.ndarray) -> list[np.ndarray]:
-    """Split counts (..., 3K + 2) into right, gold and predicted rows by class, each (..., K)."""
-    return np.split(counts[..., :-2], 3, axis=-1)
-
-
-def _accuracy(counts: np.ndarray) -> np.ndarray:
-    right, gold, _ = _by_class(counts)
-    return right.sum(axis=-1) / gold.sum(axis=-1)
-
-
-def _f1(counts: np.ndarray) -> np.ndarray:
-    right, gold, predicted = _by_class(counts)
-    return 2 * right / np.maximum(gold + predicted, 1)  # 0 for a class that doesn't occur
-
-
-def _macro_f1(counts: np.ndarray) -> np.ndarray:
-    _, gold, predicted = _by_class(counts)
-    return _f1(counts).sum(axis=-1) / (gold + predicted > 0).sum(axis=-1)
-
-
-def _balanced_accuracy(counts: np.ndarray) -> np.ndarray:
-    right, gold, _ = _by_class(counts)
-    return (right / np.maximum(gold, 1)).sum(axis=-1) / (gold > 0).sum(axis=-1)
-
-
-def _mcc(counts: np.ndarray) -> np.ndarray:
-    """Return Gorodkin's R_K; rows without an answer count as one more predicted class, as in scikit-learn."""
-    right, gold, predicted = _by_class(counts)
-    rows = gold.sum(axis=-1)
-    unanswered = rows - predicted.sum(axis=-1)
-    covariance = right.sum(axis=-1) * rows - (gold * predicted).sum(axis=-1)
-    spread_gold = rows**2 - (gold**2).sum(axis=-1)
-    spread_predicted = rows**2 - (predicted**2).sum(axis=-1) - unanswered**2
-    spread = np.sqrt(spread_gold * spread_predicted)
-    return covariance / np.where(spread > 0, spread, 1)  # 0 where every label or every prediction is the same
-
-
-METRICS = {
-    "accuracy": _accuracy,
-    "macro_f1": _macro_f1,
-    "balanced_accuracy": _balanced_accuracy,
-    "mcc": _mcc,
-    "f1a": lambda counts: _f1(counts)[..., 1],
-    "em": lambda counts: counts[..., -2] / counts[..., -1],
-}
-
-
 def primary_metric(metrics: Sequence[str], counts: np.ndarray) -> np.ndarray:
     """Return the mean of the named metrics: counts (..., 3K + 2) to (...)."""
-    return np.mean([METRICS[name](counts) for name in metrics], axis=0)
+    return np.mean([_metric(name, counts) for name in metrics], axis=0)
+
+
+def _metric(name: str, counts: np.ndarray) -> np.ndarray:
+    """Return a metric of counts: (..., 3K + 2) to (...)."""
+    right, gold, predicted = np.split(counts[..., :-2], 3, axis=-1)  # each (..., K), by class
+    rows = gold.sum(axis=-1)
+    f1 = 2 * right / np.maximum(gold + predicted, 1)  # 0 for a class that doesn't occur
+    match name:
+        case "accuracy":
+            return right.sum(axis=-1) / rows
+        case "macro_f1":
+            return f1.sum(axis=-1) / (gold + predicted > 0).sum(axis=-1)
+        case "balanced_accuracy":
+            return (right / np.maximum(gold, 1)).sum(axis=-1) / (gold > 0).sum(axis=-1)
+        case "f1a":
+            return f1[..., 1]
+        case "em":
+            return counts[..., -2] / counts[..., -1]
+        case "mcc":  # Gorodkin's R_K; rows without an answer count as one more predicted class, as in scikit-learn
+            unanswered = rows - predicted.sum(axis=-1)
+            covariance = right.sum(axis=-1) * rows - (gold * predicted).sum(axis=-1)
+            spread_predicted = rows**2 - (predicted**2).sum(axis=-1) - unanswered**2
+            spread = np.sqrt((rows**2 - (gold**2).sum(axis=-1)) * spread_predicted)
+            return covariance / np.where(spread > 0, spread, 1)  # 0 where all labels or predictions are the same
+    raise ValueError(f"the metric is {name!r}; expected accuracy, macro_f1, balanced_accuracy, mcc, f1a or em.")

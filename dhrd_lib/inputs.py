@@ -38,9 +38,7 @@ def template_fields(template: str) -> tuple[str, ...]:
     """
     fields = tuple(dict.fromkeys(filter(None, _FIELD_OR_BRACE.findall(template))))
     if not fields or re.search("[{}]", _FIELD_OR_BRACE.sub("", template)):
-        raise TaskError(
-            f"template {template!r} has no clear fields; expected some like {{text}}, {{{{ for a brace."
-        )
+        raise TaskError(f"template {template!r} has no clear field; expected some like {{text}}, {{{{ for a brace.")
     return fields
 
 

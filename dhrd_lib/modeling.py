@@ -25,7 +25,6 @@ from dhrd_lib.backbones import (
     autocast_if_faster,
     check_own_weights,
     compute_dtype,
-    decoder_of,
     load_backbone,
     logit_softcap,
     lowest_layers,
@@ -169,7 +168,7 @@ class DHRDModel(PreTrainedModel):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        input_mask: torch.Tensor,
+        input_mask: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
         lm_labels: torch.Tensor | None = None,
         alpha: float = 1.0,
@@ -185,19 +184,20 @@ class DHRDModel(PreTrainedModel):
     ) -> DHRDOutput:
         """Run the decoder once for both heads (paper, "Model" and "Loss").
 
-        `input_ids`, `attention_mask`, `input_mask`, `lm_labels`: `(B, S)` int64, padded on the right;
-        `class_labels (B,)` int64; `class_weights (K,)` float32. `class_loss` is summed over rows and divided by
-        `num_examples`, `lm_loss` over target tokens and by `num_lm_tokens`: by default, this batch's own counts.
+        `input_ids`, `attention_mask`, `input_mask` (default: attention's), `lm_labels`: `(B, S)` int64, padded on
+        the right; `class_labels (B,)` int64; `class_weights (K,)` float32. `class_loss` is summed over rows and
+        divided by `num_examples`, `lm_loss` over target tokens and by `num_lm_tokens`: by default, this batch's.
         With a `privileged_gamma`, a classifier also reads the last state of each rationale, before `rationale_end
         (B,)` int64, and teaches the input's; both terms are divided by `num_rationales`, the rows with a rationale.
         `record_gradients` gets the gradients of the class and the LM loss at the states, in the backward pass.
         """
         with autocast(self.backbone):
-            outputs = decoder_of(self.backbone)(input_ids, attention_mask=attention_mask, use_cache=False)
+            outputs = self.backbone.get_decoder()(input_ids, attention_mask=attention_mask, use_cache=False)
         hidden = outputs.last_hidden_state  # (B, S, H)
         class_hidden = lm_hidden = hidden
         if record_gradients is not None:
             class_hidden, lm_hidden = SplitStates.apply(hidden, record_gradients)
+        input_mask = attention_mask if input_mask is None else input_mask
         pooled = pool(class_hidden, input_mask, self.config.pooling, getattr(self, "pooling_query", None))  # (B, H)
         dtype = next(self.classifier.parameters()).dtype
         logits = self.classifier(pooled.to(dtype)).float()  # (B, K)

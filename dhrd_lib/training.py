@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from filelock import Timeout
@@ -23,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from dhrd_lib.backbones import compute_dtype, resolve_device
 from dhrd_lib.config import ConfigError, RunConfig, TrainingConfig
-from dhrd_lib.data.splits import groups_of, split_overlap
+from dhrd_lib.data.splits import groups_of
 from dhrd_lib.evaluation import task_metrics
 from dhrd_lib.losses import balanced_class_weights
 from dhrd_lib.modeling import DHRDModel, build_model
@@ -87,10 +86,8 @@ def _claim(folder: Path, config: RunConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, config.to_dict())
     elif RunConfig.load(path) != config:
-        raise ConfigError(
-            f"{folder} holds a run of another configuration; expected the same, another name, or that folder "
-            "removed."
-        )
+        found = f"{folder} holds a run of another configuration"
+        raise ConfigError(f"{found}; expected the same, another name, or that folder removed.")
 
 
 @contextmanager
@@ -128,19 +125,15 @@ def _train(
         config.model,
         task,
         backbone=None if trunk_layers else load_unsharded(config.model),
-        max_input_tokens=data.max_input_tokens,
-        max_rationale_tokens=data.max_rationale_tokens,
-        truncation_side=data.truncation_side,
+        **data.model_dump(include={"max_input_tokens", "max_rationale_tokens", "truncation_side"}),
         lm_chunk_tokens=training.lm_chunk_tokens,
         privileged_classifier=training.privileged_head == "separate",
         seed=training.seed,
     )
     _freeze_unused_head(model, training)
     encoded, reports = _encode(config, task, splits, model)
-    overlap = split_overlap(splits)
     for split, report in reports.items():
-        also = f"; {overlap[split]} of its inputs are in train, too" if overlap.get(split) else ""
-        _print(f"{config.name} · {split}: {report}{also}")
+        _print(f"{config.name} · {split}: {report}")
     states = cached_trunk_states(model, encoded, trunk_layers) if trunk_layers else {}
     rows = {split: Rows(of, states.get(split)) for split, of in encoded.items()}
 
@@ -171,10 +164,8 @@ def _train(
     if checkpoint:
         stored = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
         if changed := [split for split in digests if digests[split] != stored.get(split)]:
-            raise ConfigError(
-                f"{folder} was trained on other rows of {', '.join(changed)} than the data has now; expected the "
-                "same rows, labels and tokenizer, or that folder removed."
-            )
+            found = f"{folder} was trained on other rows of {', '.join(changed)} than the data has now"
+            raise ConfigError(f"{found}; expected the same rows, labels and tokenizer, or that folder removed.")
     elif trainer.is_world_process_zero():
         write_json(folder / "rows.json", digests)
     with Progress(config.name, "step") as progress:
@@ -205,7 +196,6 @@ def _train(
                 "task_metrics": list(task.metrics),
                 "label_names": model.label_names,
                 "splits": metrics,
-                "overlap": overlap,
                 "steps": state.global_step,
                 "best_step": int(best.rsplit("-", 1)[1]) if best else state.global_step,
                 "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0,
@@ -299,49 +289,41 @@ def _store_predictions(
     folder: Path, split: str, dataset: Dataset, task: Task, logits: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
     """Write a split's rows with their predictions, if there are any, and return the split's metrics."""
-    names = np.array(task.label_names)
-    frame = pd.DataFrame(
-        {"idx": dataset["idx"], "input_text": dataset["input_text"], "label": names[dataset["label"]]}
-    )
-    metrics: dict[str, float] = {}
+    names, metrics = np.array(task.label_names), {}
+    frame = dataset.select_columns(["idx", "input_text", "label", "group", "rationale"]).to_pandas()
+    frame["label"] = names[dataset["label"]]
     if split in logits:
         predictions = logits[split].argmax(1)
         frame["prediction"] = names[predictions]
         frame["probabilities"] = softmax(logits[split], axis=1).round(6).tolist()
         metrics = task_metrics(task.metrics, dataset["label"], predictions, groups_of(dataset))
-    frame["group"], frame["rationale"] = dataset["group"], dataset["rationale"]
     frame.to_json(folder / f"predictions_{split}.jsonl", orient="records", lines=True, force_ascii=False)
     return metrics
 
 
 def _training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
     training, device = config.training, resolve_device(config.model.device)
-    every = {"eval_strategy": "epoch", "save_strategy": "epoch"}
-    if training.eval_steps:
-        every = {"eval_strategy": "steps", "save_strategy": "steps"}
-        every |= {"eval_steps": training.eval_steps, "save_steps": training.eval_steps}
+    every, shared = "steps" if training.eval_steps else "epoch", ("learning_rate", "weight_decay", "warmup_steps")
+    shared += ("gradient_accumulation_steps", "max_grad_norm", "logging_steps", "seed")
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.eval_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        warmup_steps=training.warmup_steps,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.lr_schedule, training.lr_schedule),
-        max_grad_norm=training.max_grad_norm,
         optim="adamw_torch_fused",
-        logging_steps=training.logging_steps,
         logging_first_step=True,
         report_to=list(training.report_to) or "none",
+        eval_strategy=every,
+        eval_steps=training.eval_steps or None,
+        save_strategy=every,
+        save_steps=training.eval_steps or 500,
         # With beta = 0 the classifier is untrained: the LM loss selects.
         metric_for_best_model="eval_primary" if training.beta else "eval_loss",
         greater_is_better=training.beta > 0,
         load_best_model_at_end=True,
         save_total_limit=1,
-        seed=training.seed,
         bf16=device.type == "cuda" and config.model.dtype in ("auto", "bfloat16"),
         use_cpu=device.type == "cpu",
         remove_unused_columns=False,
@@ -350,5 +332,5 @@ def _training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
         restore_callback_states_from_checkpoint=True,
         dataloader_pin_memory=device.type == "cuda",
         disable_tqdm=True,
-        **every,
+        **{name: getattr(training, name) for name in shared},
     )

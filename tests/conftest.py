@@ -81,7 +81,7 @@ def tiny_backbone(architecture: str) -> Backbone:
         return tiny
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_configs()[architecture]).eval()
-    return Backbone(model=model, tokenizer=tiny.tokenizer, name=architecture, source="random weights")
+    return Backbone(model=model, tokenizer=tiny.tokenizer, name=architecture)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dhrd_lib.backbones import Backbone, autocast, decoder_of, lm_logits
+from dhrd_lib.backbones import Backbone, autocast, lm_logits
 from dhrd_lib.config import Config, ConfigError, PositiveFloat, PositiveInt, Seed
 from dhrd_lib.cot.answers import AnswerReader
 from dhrd_lib.evaluation import NO_ANSWER
@@ -240,12 +240,12 @@ def score_continuations(
     targets = pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)  # (K, T)
     scores = []
     for prefix in prefixes:
-        out = decoder_of(lm)(input_ids=torch.tensor([prefix], device=lm.device), use_cache=True)
+        out = lm.get_decoder()(input_ids=torch.tensor([prefix], device=lm.device), use_cache=True)
         hidden = out.last_hidden_state[:, -1:].expand(len(rows), -1, -1)  # (K, 1, D)
         if targets.shape[1] > 1:
             out.past_key_values.batch_repeat_interleave(len(rows))
             inputs = targets[:, :-1].clamp(min=0)  # Padding follows its row, so that no token of it reads padding.
-            after = decoder_of(lm)(input_ids=inputs, past_key_values=out.past_key_values, use_cache=True)
+            after = lm.get_decoder()(input_ids=inputs, past_key_values=out.past_key_values, use_cache=True)
             hidden = torch.cat([hidden, after.last_hidden_state], 1)  # (K, T, D)
         losses = F.cross_entropy(lm_logits(lm, hidden).float().mT, targets, reduction="none")  # 0 at padding
         scores.append(-losses.sum(1))

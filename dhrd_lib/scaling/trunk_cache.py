@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from dhrd_lib.backbones import autocast, compute_dtype, decoder_of, layers_of, lowest_layers
+from dhrd_lib.backbones import autocast, compute_dtype, layers_of, lowest_layers
 from dhrd_lib.config import cache_dir
 from dhrd_lib.data.embedded import new_folder
 from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH, length_sorted_batches
@@ -62,7 +62,7 @@ def trunk_states(model: DHRDModel, batch: Mapping[str, torch.Tensor], n_layers: 
     hook = layers[n_layers - 1].register_forward_hook(lambda layer, inputs, output: recorded.append(output))
     with autocast(model.backbone), skip_layers(model, range(n_layers, len(layers))):
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-        decoder_of(model.backbone)(ids, attention_mask=mask, use_cache=False)
+        model.backbone.get_decoder()(ids, attention_mask=mask, use_cache=False)
     hook.remove()
     return recorded[0]
 

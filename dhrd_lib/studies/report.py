@@ -119,7 +119,6 @@ def _section(table: pd.DataFrame, runs: Mapping[str, Run]) -> dict[str, Any]:
         "results": results,
         "several_seeds": settings.size().max() > 1,
         "scores": plots.metric_with_interval(results, metric),
-        "overlap": next(iter(first.values())).metrics.get("overlap", {}),
         "costs": settings[list(TOTALS)].mean().join(settings["run"].agg(", ".join)),
         "losses": plots.loss_curves(pd.concat(histories)),
         "classes": _classes(table[table["split"] != "dev"], next(iter(first.values())).label_names),

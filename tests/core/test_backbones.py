@@ -22,7 +22,6 @@ from dhrd_lib import backbones
 from dhrd_lib.backbones import (
     BackboneError,
     compute_dtype,
-    decoder_of,
     layers_of,
     lm_logits,
     load_backbone,
@@ -48,7 +47,7 @@ def test_local_folder_loads_with_its_lm_head(architecture, tmp_path):
     save(architecture, tmp_path)
     backbone = load_backbone(str(tmp_path), device="cpu")
     with torch.no_grad():
-        hidden = decoder_of(backbone.model)(input_ids=IDS).last_hidden_state
+        hidden = backbone.model.get_decoder()(input_ids=IDS).last_hidden_state
         logits = backbone.model(input_ids=IDS).logits
         torch.testing.assert_close(lm_logits(backbone.model, hidden), logits, rtol=0, atol=1e-5)
         torch.testing.assert_close(logits, tiny_backbone(architecture).model(input_ids=IDS).logits)

@@ -117,12 +117,6 @@ def test_run_of_version_0_1_loads(finished, tmp_path):
     assert load_run(folder).predictions("test").equals(finished.predictions("test"))
 
 
-def test_overlap_of_train_and_test_is_stored(table, tmp_path):
-    same = write_rows(tmp_path / "rows.jsonl", read_rows(table, text="the app crashed"))
-    overlap = train(config(same, training__max_steps=1), tmp_path).metrics["overlap"]
-    assert overlap == {"dev": 8, "test": 8}
-
-
 def test_history_grows_while_the_run_trains(table, tmp_path):
     lines = []
 

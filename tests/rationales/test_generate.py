@@ -20,8 +20,8 @@ from fault_server import FaultServer, good_reply, job, run_job, served
 from typer.testing import CliRunner
 
 from dhrd_lib.__main__ import app
-from dhrd_lib.backbones import EMBEDDED, load_backbone
 from dhrd_lib.config import ConfigError
+from dhrd_lib.data.embedded import EMBEDDED, embedded_folder
 from dhrd_lib.rationales import SENTINEL, RationaleStore, TeacherConfig, make_prompt, quality_report
 from dhrd_lib.rationales.generate import export, generate, select, store_for
 from dhrd_lib.tasks import load_task
@@ -182,7 +182,7 @@ def test_two_processes_ask_for_no_row_twice(tmp_path):
 @pytest.fixture(scope="module")
 def real_server(tmp_path_factory):
     """Run `transformers serve` with the embedded backbone; its address, and its name for the model."""
-    folder = load_backbone(EMBEDDED, device="cpu").source
+    folder = str(embedded_folder())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"

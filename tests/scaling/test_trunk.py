@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
 
-from dhrd_lib.backbones import decoder_of
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.scaling import trunk_cache
 from dhrd_lib.scaling.trunk_cache import cached_trunk_states, logits_from_states, skip_layers, trunk_states
@@ -47,7 +46,7 @@ def test_skipped_layers_change_no_state(task, architecture, n_layers):
     model = tiny_model(task, architecture)
     batch = DHRDCollator(model.tokenizer.pad_token_id)(rows(model))
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    decoder = decoder_of(model.backbone)
+    decoder = model.backbone.get_decoder()
     with torch.no_grad():
         expected = decoder(ids, attention_mask=mask).last_hidden_state
         with skip_layers(model, range(n_layers), trunk_states(model, batch, n_layers)):
