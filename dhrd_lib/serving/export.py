@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+from unittest import mock
 
+import onnx_ir
 import torch
 from filelock import FileLock
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from torch.export import Dim
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from transformers.exporters import OnnxConfig, OnnxExporter, OpenVINOConfig, OpenVINOExporter
+from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeQuantizer, OpenVINOConfig, OpenVINOExporter
 
 from dhrd_lib.config import ConfigError, read_json
 from dhrd_lib.data.embedded import new_folder
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import write_json
 from dhrd_lib.serving.classifier import EXPORT_KEY, ExportConfig, Format, classifier_folder, load_classifier
-from dhrd_lib.serving.quantization import Int8Quantizer, smooth
 
 
 def export(source: str | Path, format: Format, *, int8: bool = False, out: str | Path | None = None) -> Path:
@@ -44,18 +44,15 @@ def export(source: str | Path, format: Format, *, int8: bool = False, out: str |
     if format == "hf" and (pooling, head) != ("last", "linear"):
         found = f"pooling is {pooling!r} and head {head!r}"
         raise ConfigError(f"{found}; expected 'last' and 'linear', all that transformers' classifier has.")
+    shared = ("pooling", "head", "template", "max_input_tokens", "truncation_side")
     config = ExportConfig(
         format=format,
         precision="int8" if int8 else "float32",
         backbone=model.config.backbone_name,
-        pooling=pooling,
-        head=head,
-        template=model.config.template,
         label_names=model.label_names,
-        max_input_tokens=model.config.max_input_tokens,
-        truncation_side=model.config.truncation_side,
         start_ids=model.sequence_format.start_ids,
         pad_token_id=model.tokenizer.pad_token_id,
+        **{name: getattr(model.config, name) for name in shared},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"), new_folder(out) as scratch:
@@ -80,33 +77,30 @@ def _load(folder: Path) -> DHRDModel:
             module.merge()
             model.backbone.set_submodule(name, module.get_base_layer())
     # Set here, these are saved with the tokenizer: transformers' pipeline then encodes inputs as in training.
-    model.tokenizer = AutoTokenizer.from_pretrained(
-        folder,
-        trust_remote_code=False,
-        truncation_side=model.config.truncation_side,
-        model_max_length=model.config.max_input_tokens,
-        split_special_tokens=True,
-    )
+    limits = {"truncation_side": model.config.truncation_side, "model_max_length": model.config.max_input_tokens}
+    options = {"trust_remote_code": False, "split_special_tokens": True, **limits}
+    model.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     return model
 
 
-class _Classify(nn.Module):
-    """The model under the two inputs of an exported graph."""
+class _Int8Quantizer(OnnxRuntimeQuantizer):
+    """8-bit products in the decoder; activations, which have outliers, get a scale for each 128 inputs of a row."""
 
-    def __init__(self, model: DHRDModel) -> None:
-        super().__init__()
-        self.model = model
+    def quantize(self, model: onnx_ir.Model, *_: Any) -> onnx_ir.Model:
+        with mock.patch("logging.basicConfig"):  # which the module calls at its import
+            from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"logits": self.model(input_ids, attention_mask, input_mask=attention_mask).logits}
+        # Accuracy level 4: the products themselves are of 8-bit numbers.
+        settings = {"bits": 8, "block_size": 128, "is_symmetric": True, "accuracy_level": 4}
+        quantizer = MatMulNBitsQuantizer(onnx_ir.to_proto(model), **settings)
+        quantizer.process()
+        return onnx_ir.from_proto(quantizer.model.model)
 
 
 def _write_graph(model: DHRDModel, format: Format, int8: bool, folder: Path) -> None:
     if format == "onnx":
-        if int8:
-            smooth(model)
         exporter, path = OnnxExporter(), folder / "model.onnx"
-        config = OnnxConfig(ort_fusions="cpu", quantizer=Int8Quantizer() if int8 else None)
+        config = OnnxConfig(ort_fusions="cpu", quantizer=_Int8Quantizer() if int8 else None)
     else:
         from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig
 
@@ -118,7 +112,7 @@ def _write_graph(model: DHRDModel, format: Format, int8: bool, folder: Path) -> 
     # Ids and mask are two tensors: one alone would be traced as one input.
     mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
     inputs = {"input_ids": torch.full_like(mask, 3), "attention_mask": mask}
-    program, _ = exporter.export_program(_Classify(model), inputs, config)
+    program, _ = exporter.export_program(model, inputs, config)
     exporter.save_program(program, path)
 
 
