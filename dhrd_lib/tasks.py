@@ -150,7 +150,8 @@ def _template(data: DataConfig) -> str:
 
 def _class_names(where: str, rows: pd.DataFrame, column: str, given: Mapping[str, str]) -> dict[str, str]:
     """Return the class name of each label in a user's train rows, in the order of the classes."""
-    labels = sorted({*_labels(rows, column)} - {""})
+    cells = _labels(rows, column)
+    labels = sorted({*cells} - {""})
     where = f"{where}, column {column!r}"
     if len(labels) < 2 or len({*given.values()}) == 1 < len(given):
         found = f"only the label {min(given.values() or labels)!r}" if labels else "no label"
@@ -168,6 +169,11 @@ def _class_names(where: str, rows: pd.DataFrame, column: str, given: Mapping[str
     if not all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in labels):
         return {label: label for label in labels}
     labels.sort(key=float)
+    if (text := f"{column}_text") in rows:
+        pairs = pd.DataFrame({"label": cells, "name": _cells(rows, text)})[cells != ""].drop_duplicates()
+        if pairs["label"].duplicated().any() or pairs["name"].duplicated().any():
+            raise TaskError(f"{where} has labels with several values of {text!r}, or the reverse; {expected}.")
+        return pairs.set_index("label")["name"][labels].to_dict()
     if labels[0] == "-1" and float(labels[1]) >= 0:
         raise TaskError(f"{where} has -1, which often marks a missing label; {expected}.")
     warnings.warn(f"{where} has numbers for labels; `label_names` names the classes for the LM head.", stacklevel=3)
@@ -179,7 +185,7 @@ def _normalize(
 ) -> pd.DataFrame:
     """Return a split's rows with our columns (see `load_task`), and refuse incomplete rows."""
     _require(where, rows, task.fields)
-    reserved = {*columns.values(), *columns, "input_text"} - {"", columns["group"]}
+    reserved = {*columns.values(), *columns, f"{columns['label']}_text", "input_text"} - {"", columns["group"]}
     if bad := [name for name in task.fields if name in reserved]:
         raise TaskError(f"the input reads {bad[0]!r}, which gives away the answer or is reserved; expected others.")
     labels = _labels(rows, columns["label"])

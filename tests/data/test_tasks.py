@@ -184,6 +184,12 @@ def test_whole_numbers_written_as_floats_are_the_same_labels(tmp_path):
     assert (task.label_names, data["test"]["label"][:]) == (("no", "yes"), [0, 1])
 
 
+def test_label_text_column_names_the_classes(tmp_path):
+    assert load_task(labeled(tmp_path, [10, 2], label_text=["ten", "two"]))[0].label_names == ("two", "ten")
+    with pytest.raises(TaskError, match="several values of 'label_text'"):
+        load_task(labeled(tmp_path, [0, 1], label_text=["a", "b", "c"]))
+
+
 def test_class_labels_of_a_dataset_name_the_classes(tmp_path):
     features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["neg", "pos"]))
     rows = {"text": [f"t{n}" for n in range(20)], "label": [n % 2 for n in range(20)]}
