@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dhrd_lib.serving.classifier import load_classifier as load_classifier
     from dhrd_lib.studies.ablations import run_ablation as run_ablation
     from dhrd_lib.studies.comparison import compare_with_baseline as compare_with_baseline
+    from dhrd_lib.studies.comparison import paper_config as paper_config
     from dhrd_lib.tasks import Task as Task
     from dhrd_lib.tasks import load_task as load_task
     from dhrd_lib.trainer import DHRDTrainer as DHRDTrainer
@@ -33,7 +34,7 @@ _MODULES = {
     "runs": ("Run", "load_run", "load_runs"),
     "serving.classifier": ("load_classifier",),
     "studies.ablations": ("run_ablation",),
-    "studies.comparison": ("compare_with_baseline",),
+    "studies.comparison": ("compare_with_baseline", "paper_config"),
     "tasks": ("Task", "load_task"),
     "trainer": ("DHRDTrainer",),
     "training": ("train",),
