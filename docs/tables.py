@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -22,7 +23,8 @@ from dhrd_lib.studies.statistics import Interval, points_interval
 from dhrd_lib.studies.tables import load_results
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/costs.md", "docs/guides/rationales.md")
+GUIDES = ("docs/guides/rationales.md", "docs/guides/superglue.md")
+PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/costs.md", *GUIDES)
 STUDIES, BENCHMARKS = ROOT / "notebooks" / "results", ROOT / "benchmarks" / "results"
 BLOCKS: dict[str, Callable[[], str]] = {}
 # The paper's backbones: published shapes (see `llama` and `qwen`), and queries per second (pooled, CoT).
@@ -32,7 +34,9 @@ PAPER = {
     "Qwen3-8B": ("qwen", {"hidden": 4096, "mlp": 12288}, 341.15, 3.56),
     "Qwen3-4B": ("qwen", {"hidden": 2560, "mlp": 9728, "tied": True}, 440.83, 3.76),
 }
+PAPER_TRAINED = ("Llama-3.2-3B", "Qwen3-4B")
 H100_BYTES_PER_SECOND = 3.35e12  # of its data sheet
+H100_FLOPS_PER_SECOND = 0.4 * 989e12  # 40% of its data sheet's dense bfloat16
 
 
 def block(function: Callable[[], str]) -> Callable[[], str]:
@@ -353,6 +357,51 @@ def paper_backbones() -> str:
         "query | reading all weights 500 times, seconds",
         rows,
     )
+
+
+@block
+def paper_training() -> str:
+    """Return the least minutes and the memory of the paper's runs on one H100, for two of its backbones."""
+    lms = {name: {"llama": llama, "qwen": qwen}[PAPER[name][0]](**PAPER[name][1]) for name in PAPER_TRAINED}
+    rows = []
+    for task, of in stored(BENCHMARKS, "paper")["tasks"].items():
+        n_rows, rationale = of["train_rows"], of["rationale_tokens"]
+        tokens = f"{of['input_tokens']:.0f} + {rationale:.0f}"
+        cells = [f"`{task}`", f"{n_rows:,}", 3 * math.ceil(n_rows / 256), tokens]
+        for lm in lms.values():
+            lengths = (of["input_tokens"] + rationale, of["input_tokens"])
+            seconds = (row_seconds(lm, length, length > lengths[1]) for length in lengths)
+            minutes = [3 * n_rows * of_row / 60 for of_row in seconds]
+            cells += [" / ".join(f"{value:.2g}" for value in minutes)]
+            cells += [f"{lora_bytes(lm, of['longest_input'] + rationale) / 1e9:.0f}"]
+        rows.append(cells)
+    columns = " | ".join(f"{name}: minutes, DHRD / baseline | GB" for name in lms)
+    return markdown(f"task | train rows | steps | tokens, input + rationale | {columns}", rows)
+
+
+def row_seconds(lm: Any, tokens: float, with_rationale: bool) -> float:
+    """Return the least seconds of LoRA on a row on one H100: its FLOPs', or those of reading the weights thrice."""
+    from benchmarks.compute import train_flops
+
+    flops = train_flops(lm, tokens, tokens * with_rationale, lora=True)
+    return max(flops / H100_FLOPS_PER_SECOND, 3 * 2 * lm.num_parameters() / H100_BYTES_PER_SECOND)
+
+
+def lora_bytes(lm: Any, tokens: float) -> float:
+    """Return the memory of LoRA (r = 16, bfloat16 weights) on a row of so many tokens (docs/costs.md)."""
+    from torch.nn import Linear
+
+    from dhrd_lib.backbones import layers_of
+
+    config = lm.config
+    linear = [module for module in layers_of(lm).modules() if isinstance(module, Linear)]
+    adapters = sum(16 * (module.in_features + module.out_features) for module in linear)
+    key_value = config.num_key_value_heads * config.head_dim
+    layer = 7 * config.hidden_size + 4 * config.intermediate_size + 4 * key_value
+    # An adapter keeps its input after dropout, in bfloat16, and dropout's mask of a byte.
+    per_token = 2 * config.num_hidden_layers * layer + 3 * sum(module.in_features for module in linear)
+    logits = 12 * config.vocab_size * min(tokens, 512)
+    return 2 * lm.num_parameters() + 16 * adapters + per_token * tokens + logits
 
 
 def main(check: bool) -> list[str]:
