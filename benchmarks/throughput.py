@@ -90,10 +90,11 @@ def models(run: str, backbone: str, max_input_tokens: int) -> tuple[DHRDModel, D
     if run:
         trained = DHRDModel.from_pretrained(f"{run}/model")
         loaded = Backbone(trained.backbone, trained.tokenizer, run, run)
+    dtype = str(loaded.model.dtype).removeprefix("torch.")  # "auto" would make it float32, which is for training.
     task = Task("mixed", "{text}", LABELS, LABELS)
     dhrd, baseline = (
         build_model(
-            ModelConfig(head="linear", finetune="full"),
+            ModelConfig(head="linear", finetune="full", dtype=dtype),
             task,
             backbone=loaded,
             max_input_tokens=max_input_tokens,
