@@ -185,7 +185,9 @@ def train_cell(cell: Cell, data: dict[str, Any], runs: Path, path: Path) -> None
         frames.append(floor(run, frames[0]))
     with FileLock(f"{path}.lock"):
         before = [stored(path)] if path.is_file() else []
-        tables.store_results(pd.concat([*before, *frames], ignore_index=True), path)
+        part = path.with_suffix(".part")  # Other processes read the file at any time.
+        tables.store_results(pd.concat([*before, *frames], ignore_index=True), part)
+        part.replace(path)
     shutil.rmtree(run.folder)
 
 
