@@ -91,6 +91,18 @@ def test_train_step_measures_every_way(tmp_path):
 
 
 @pytest.mark.slow
+def test_gpu_check_measures_and_trains_cells(tmp_path, capsys):
+    from benchmarks import gpu_check
+
+    small = {"backbone": "tiny", "rows": 8, "queries": 10, "max-new-tokens": 16, "sizes": 32, "seeds": 1}
+    small |= {"freeze-layers": 2, "max-steps": 1, "workers": 1, "minutes": 3, "out": tmp_path}
+    gpu_check.main([*(f"--{name}={value}" for name, value in small.items()), "--settings", "baseline", "alpha 1"])
+    names = {"throughput.json", "gpu_train_step.json", "study_support_triage_gpu.json"}
+    assert names <= {path.name for path in tmp_path.iterdir()}
+    assert "2 of 2 cells" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_trunk_cache_changes_no_prediction(tmp_path):
     from benchmarks import trunk_cache
 
