@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache
+import timeit
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dhrd_lib.config import BackboneError, ConfigError, reason_of, user_path
 from dhrd_lib.data.embedded import EMBEDDED, embedded_folder, gguf_folder, tiny_model
 
 
-@dataclass(frozen=True)
-class Backbone:
+class Backbone(NamedTuple):
     """A causal LM with its pretrained LM head, its tokenizer and its name."""
 
     model: PreTrainedModel
@@ -33,8 +30,8 @@ def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | 
     """Load a causal decoder and its tokenizer; raise `BackboneError` where the name has none.
 
     `name` is "smollm2-135m" (embedded), "tiny" (random, for tests), a folder with safetensors, a `.gguf` file, or a
-    hub id. `device` of None or "auto" is the GPU where there is one. `dtype` of None or "auto" is bfloat16 on a GPU
-    and float32 on a CPU, which computes in bfloat16 autocast where that is faster.
+    hub id. `device` of "auto" is the GPU where there is one; `dtype` of "auto" is bfloat16 on a GPU and float32 on
+    a CPU, which computes in bfloat16 autocast where that is faster.
     """
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device)
@@ -42,22 +39,23 @@ def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | 
         model, tokenizer = tiny_model(torch_dtype)
     else:
         try:
-            source = _locate(name)
-            if AutoConfig.from_pretrained(source, trust_remote_code=False).is_encoder_decoder:
-                raise BackboneError(f"{name} is an encoder-decoder; expected a decoder-only LM.")
+            path, source = user_path(name), name  # as it is for a hub id
+            if name == EMBEDDED or path.suffix == ".gguf":
+                source = embedded_folder() if name == EMBEDDED else gguf_folder(path)
+            elif path.is_dir():
+                check_own_weights(source := path)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             safe = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
             model, report = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **safe)
             # transformers draws these at random with a warning, as of a classifier's checkpoint without an LM head.
             if missing := sorted(report["missing_keys"]):
                 raise BackboneError(f"{name} lacks {len(missing)} weights, as {missing[0]!r}; expected a whole LM.")
+        except BackboneError:
+            raise
         except (OSError, ValueError) as error:
-            if isinstance(error, BackboneError):
-                raise
-            raise BackboneError(
-                f"{name} can't be loaded as a causal LM ({reason_of(error)}); expected a folder with safetensors, "
-                f"a .gguf file, a reachable hub id, or the embedded {EMBEDDED}."
-            ) from error
+            found = f"{name} can't be loaded as a causal LM ({reason_of(error)})"
+            expected = f"a folder with safetensors, a .gguf file, a reachable hub id, or the embedded {EMBEDDED}"
+            raise BackboneError(f"{found}; expected {expected}.") from error
     if tokenizer.pad_token_id is None:  # Padding is masked by length, so any id serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     model = model.to(device).eval()
@@ -67,23 +65,11 @@ def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | 
     return Backbone(model, tokenizer, name)
 
 
-def _locate(name: str) -> Path | str:
-    """Turn a backbone's name into a folder, or leave a hub id as it is."""
-    if name == EMBEDDED:
-        return embedded_folder()
-    path = user_path(name)
-    if path.suffix == ".gguf":
-        return gguf_folder(path)
-    if path.is_dir():
-        check_own_weights(path)
-    return path if path.is_dir() else name
-
-
 def check_own_weights(folder: Path) -> None:
     """Raise `BackboneError` where a model's folder has other weights than safetensors files of its own.
 
-    transformers follows an index to any path, takes a file in it that isn't called .safetensors for a pickle, and
-    an adapter to the model that it names, wherever that is.
+    transformers follows an index to any path, takes a file in it not called .safetensors for a pickle, and an
+    adapter to the model that it names.
     """
     if (folder / "adapter_config.json").is_file():
         raise BackboneError(f"{folder} is an adapter to another model; expected a folder with a whole model.")
@@ -97,9 +83,8 @@ def resolve_device(device: str | None) -> torch.device:
     """Return the named device, or this process's own GPU where there is one and the CPU elsewhere."""
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if device in (None, "auto"):
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu")
-    known = ["cpu", *(["cuda", *gpus] if gpus else [])]
-    if device not in known:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu"
+    elif device not in (known := ["cpu", *(["cuda", *gpus] if gpus else [])]):
         raise BackboneError(f"device is {device!r}; expected one of auto, {', '.join(known)}.")
     return torch.device(device)
 
@@ -107,7 +92,7 @@ def resolve_device(device: str | None) -> torch.device:
 def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     """Return the named dtype of the weights; bfloat16 on a GPU and float32 on the CPU."""
     if dtype in (None, "auto"):
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
     return getattr(torch, dtype)
 
 
@@ -123,37 +108,33 @@ def autocast_if_faster(model: PreTrainedModel) -> None:
 
 @cache
 def _bfloat16_speedup(shapes: tuple[tuple[int, int], ...], n_threads: int, tokens: int = 256) -> float:
-    """Return by how much autocast speeds up products with weights of these shapes; 0 without bfloat16 instructions.
-
-    Forward and backward pass, each dtype at its best of three turns: about 0.3 s for a layer of SmolLM2-135M.
+    """Return by how much autocast speeds up forward and backward products with weights of these shapes; 0 without
+    bfloat16 instructions. Takes about 0.3 s for a layer of SmolLM2-135M, each dtype at its best of three turns.
     """
     capabilities = torch.cpu.get_capabilities()
     if not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):  # The last is ARM's.
         return 0.0
-    pairs = [(torch.ones(tokens, shape[1]), torch.ones(shape, requires_grad=True)) for shape in shapes]
+    pairs = [[torch.ones(of, requires_grad=True) for of in ((tokens, shape[1]), shape)] for shape in shapes]
 
-    def seconds(enabled: bool) -> float:
-        started = time.perf_counter()
+    def step(enabled: bool) -> None:
         for inputs, weight in pairs:
             with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                outputs = F.linear(inputs.requires_grad_(), weight)
+                outputs = F.linear(inputs, weight)
             torch.autograd.grad(outputs, (inputs, weight), torch.ones_like(outputs))
-        return time.perf_counter() - started
 
-    turns = [(seconds(False), seconds(True)) for _ in range(3)]
-    float32, bfloat16 = (min(of) for of in zip(*turns, strict=True))
+    turns = [[timeit.timeit(partial(step, of), number=1) for of in (False, True)] for _ in range(3)]
+    float32, bfloat16 = map(min, zip(*turns, strict=True))
     return float32 / bfloat16
 
 
-def autocast(model: PreTrainedModel) -> AbstractContextManager[Any]:
+def autocast(model: PreTrainedModel) -> torch.autocast:
     """Return the context that a backbone computes in: bfloat16 autocast on a CPU that is faster at it, or none."""
-    return torch.autocast("cpu", torch.bfloat16) if getattr(model, "has_autocast", False) else nullcontext()
+    return torch.autocast("cpu", torch.bfloat16, enabled=getattr(model, "has_autocast", False))
 
 
 def compute_dtype(model: PreTrainedModel) -> str:
     """Return what a backbone computes in: its weights' dtype, or "bfloat16 autocast"."""
-    autocasts = getattr(model, "has_autocast", False)
-    return "bfloat16 autocast" if autocasts else str(model.dtype).removeprefix("torch.")
+    return "bfloat16 autocast" if getattr(model, "has_autocast", False) else str(model.dtype).removeprefix("torch.")
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
