@@ -31,10 +31,8 @@ class TaskError(WorkbenchError):
 
 @lru_cache
 def template_fields(template: str) -> tuple[str, ...]:
-    """Return the names of the row fields that a template reads, in order of first use.
-
-    Templates come from users and saved models: a field is all that stands in braces, as in "{review.text}", and is
-    looked up in the row by this whole name. Raises `TaskError`.
+    """Return the names of the row fields that a template reads, in order; raise `TaskError` without any. All that
+    is in braces is a field, as in "{review.text}", and is looked up in the row by this whole name.
     """
     fields = tuple(dict.fromkeys(filter(None, _FIELD_OR_BRACE.findall(template))))
     if not fields or re.search("[{}]", _FIELD_OR_BRACE.sub("", template)):
@@ -45,8 +43,8 @@ def template_fields(template: str) -> tuple[str, ...]:
 def render(template: str, row: Mapping[str, Any] | str, where: str = "the input") -> str:
     """Return the text that the model reads for a row; a str stands for the field of a one-field template.
 
-    A missing value renders as nothing. Space at the end is cut off, because pooling takes the last input token.
-    Raises `TaskError`, which calls the row `where`, on a row that lacks a field.
+    A missing value renders as nothing, and space at the end is cut off: pooling takes the last input token. Raises
+    `TaskError`, which calls the row `where`, on a row that lacks a field.
     """
     fields = template_fields(template)
     row = {fields[0]: row} if isinstance(row, str) and len(fields) == 1 else row
@@ -55,24 +53,13 @@ def render(template: str, row: Mapping[str, Any] | str, where: str = "the input"
         found = f"lacks {', '.join(map(repr, missing))}" if is_row else f"is of the type {type(row).__name__}"
         raise TaskError(f"{where} {found}; expected a dict with {', '.join(map(repr, fields))}.")
     text = _FIELD_OR_BRACE.sub(lambda part: (as_text(row[part[1]]) or "") if part[1] else part[0][0], template)
-    return whole_characters(text, where).rstrip()
-
-
-def whole_characters(text: str, where: str) -> str:
-    """Return the text; raise `TaskError` on half a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TaskError(f"{where} has half a surrogate pair ({error}); expected whole characters.") from error
-    return text
+    return text.rstrip()
 
 
 def as_inputs(inputs: Inputs) -> list[str | Mapping[str, Any]]:
     """Return inputs as a list: one text or one row is a list of one, a DataFrame its rows."""
     if isinstance(inputs, str | Mapping):
         return [inputs]
-    if not isinstance(inputs, Iterable):
-        raise TaskError(f"inputs is of the type {type(inputs).__name__}; expected texts, rows or a DataFrame.")
     if hasattr(inputs, "notna"):  # pandas, whose missing values are of several kinds
         inputs = inputs.astype(object).where(inputs.notna(), None)
     return inputs.to_dict("records") if hasattr(inputs, "columns") else list(inputs)
@@ -112,8 +99,7 @@ def cut_to_fit(ids: list[int], start_ids: Sequence[int], max_input_tokens: int, 
 
 def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
     """Yield indices of rows, longest first, in batches of at most `max_batch_tokens` tokens, padding counted."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    start = 0
+    order, start = sorted(range(len(lengths)), key=lambda index: -lengths[index]), 0
     while start < len(order):
         rows = max(max_batch_tokens // lengths[order[start]], 1)
         yield order[start : start + rows]
