@@ -1,7 +1,4 @@
-"""Configuration of a run: what it trains, on which rows, and how.
-
-Frozen pydantic models, which refuse unknown fields and wrong values with one sentence and go to JSON and back.
-"""
+"""Configuration of a run: what it trains, on which rows, and how. A wrong value is refused with one sentence."""
 
 from __future__ import annotations
 
@@ -9,16 +6,16 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Pooling = Literal["last", "mean", "weightedmean", "max", "attention"]
 Head = Literal["mlp", "linear"]
 Alignment = Literal["consistent", "only_label", "shuffle_rationale", "shuffle_rationale_label"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Metric = Literal["accuracy", "macro_f1", "balanced_accuracy", "mcc"]
 POOLING_MODES, HEADS, ALIGNMENTS = map(get_args, (Pooling, Head, Alignment))
 # Fields of `TrainingConfig`: runs that differ in these alone are the same setting.
 CHANGES_NO_RESULT = ("report_to", "logging_steps", "cache_trunk", "lm_chunk_tokens", "keep_model")
@@ -41,13 +38,8 @@ def _as_mapping(value: Any) -> Any:
     return {str(label): name for label, name in value.items()} if isinstance(value, dict) else value
 
 
-def _plain_name(name: str) -> str:
-    if not name.strip(".") or set(name) & set("/\\\0") or len(name.encode(errors="replace")) > 255:
-        raise ValueError("a plain folder name")
-    return name
-
-
 Names = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)]
+Metric = Literal["accuracy", "macro_f1", "balanced_accuracy", "mcc"]
 
 
 class WorkbenchError(ValueError):
@@ -73,7 +65,22 @@ class Config(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_sentence(error)) from None
+            first = error.errors(include_url=False)[0]
+            # The kind of a value, such as alpha's number, is no part of its name.
+            names = [name for name in first["loc"] if isinstance(name, str) and name != "constrained-float"]
+            problem = first.get("ctx", {}).get("error")
+            if isinstance(problem, ConfigError):  # a section's sentence, or one on several fields
+                raise ConfigError(".".join([*names, str(problem)])) from None
+            expected = problem or re.sub(r"^.* should (be |have )?", "", first["msg"])
+            raise ConfigError(f"{'.'.join(names)} is {first['input']!r}; expected {expected}.") from None
+
+    def _refuse(self, *conflicts: tuple[bool, str, str, str]) -> Self:
+        """Raise on the first that is one of: is it a conflict, a field, another, what is expected."""
+        for is_wrong, name, other, expected in conflicts:
+            if is_wrong:
+                value, other_value = attrgetter(name, other)(self)
+                raise ConfigError(f"{name} is {value!r} with {other}={other_value!r}; expected {expected}.")
+        return self
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())  # a field may be a dict, which pydantic's own hash can't take
@@ -85,9 +92,9 @@ class Config(BaseModel):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the configuration of nested fields; raise `ConfigError` on a wrong one."""
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"the configuration is {values!r}; expected a mapping of fields.")
-        return cls(**values)
+        if isinstance(values, Mapping):
+            return cls(**values)
+        raise ConfigError(f"the configuration is {values!r}; expected a mapping of fields.")
 
     def save(self, path: str | Path) -> None:
         """Write the configuration to a JSON file."""
@@ -114,18 +121,6 @@ class Config(BaseModel):
         return self.from_dict(values)
 
 
-def _sentence(error: ValidationError) -> str:
-    """Return the first of pydantic's errors as one sentence with the field's dotted name and its value."""
-    first = error.errors(include_url=False)[0]
-    # The first kind of a field's values, such as alpha's number, is no part of its name.
-    names = [name for name in first["loc"] if isinstance(name, str) and name != "constrained-float"]
-    problem = first.get("ctx", {}).get("error")
-    if isinstance(problem, ConfigError):  # a section's sentence, or one on several fields
-        return ".".join([*names, str(problem)])
-    expected = problem or re.sub(r"^.* should (be |have )?", "", first["msg"])
-    return f"{'.'.join(names)} is {first['input']!r}; expected {expected}."
-
-
 class ModelConfig(Config):
     """The backbone, the head on it, and which of its weights are trained.
 
@@ -145,16 +140,12 @@ class ModelConfig(Config):
     dtype: DType = "auto"
 
     def __init__(self, **values: Any) -> None:
-        # Older configurations name their markers, of which the text ones are left.
-        if (markers := values.pop("markers", "text")) != "text":
-            raise ConfigError(f"markers is {markers!r}, which is no longer supported; expected 'text'.")
+        values.pop("markers", None)  # Older configurations name theirs: the text ones.
         super().__init__(**values)
 
     @model_validator(mode="after")
-    def _check_frozen_layers(self) -> Self:
-        if self.freeze_layers and self.finetune == "lora":
-            raise ConfigError(f"freeze_layers is {self.freeze_layers} with finetune='lora'; expected 0.")
-        return self
+    def _check(self) -> Self:
+        return self._refuse((self.freeze_layers > 0 and self.finetune == "lora", "freeze_layers", "finetune", "0"))
 
 
 class DataConfig(Config):
@@ -164,8 +155,8 @@ class DataConfig(Config):
     (docs/guides/data.md): its columns, the `template`, `label_names` (a mapping, or a list for 0, 1, ...), the
     `encoding`, the `columns` of a CSV file without a header, and the `metrics` whose mean selects the checkpoint.
     `shuffled_share` of the rows get another row's rationale in a shuffled `alignment`; `order` is that of the parts
-    after the input. Inputs are cut at `truncation_side`. `dev_fraction` of train is cut off for model selection
-    where the data has no dev split. Row limits of 0 mean all rows.
+    after the input, `truncation_side` where inputs are cut. `dev_fraction` of train serves model selection where
+    the data has no dev split. Row limits of 0 mean all rows.
     """
 
     task: Name = "support_triage"
@@ -197,14 +188,13 @@ class TrainingConfig(Config):
     `alpha` weighs the LM loss, `beta` the class loss (paper, "Loss"); `alpha_schedule` anneals alpha to 0 at the
     last step or keeps it. With alpha "auto" the LM loss's gradient is `alpha_share` times as large as the class
     loss's, or off while they point apart. For the first `beta_delay` of the steps, a share, the LM loss trains
-    alone. `privileged_head`, a separate classifier or the input's (shared), learns the label from the rationale's
-    last state and teaches the input's classifier its soft labels with the weight `privileged_gamma`, at the
-    `privileged_temperature` (see docs/method.md). `lm_span` is the part of the sequence that the LM loss covers;
+    alone. The `privileged_head`, a separate classifier or the input's (shared), learns the label from the
+    rationale's last state and teaches the input's with the weight `privileged_gamma` at the
+    `privileged_temperature` (docs/method.md). `lm_span` is the part of the sequence in the LM loss;
     `class_weights="balanced"` weighs a row's class loss by the inverse of its class's share. `batch_size` is per
-    device and step; `max_steps` of 0 means that `epochs` decides. Dev is evaluated and a checkpoint saved every
-    `eval_steps` steps (0: once an epoch); `early_stopping_patience` counts evaluations without a gain (0: never).
-    `cache_trunk` (the states that leave frozen layers) and `lm_chunk_tokens` (the memory of the LM loss) change
-    no result.
+    device and step; `max_steps` of 0 means `epochs`. Dev is evaluated and a checkpoint saved every `eval_steps`
+    steps (0: once an epoch); `early_stopping_patience` counts evaluations without a gain (0: never). `cache_trunk`
+    (the states that leave frozen layers) and `lm_chunk_tokens` change no result.
     """
 
     alpha: Weight | Literal["auto"] = 1.0
@@ -238,58 +228,49 @@ class TrainingConfig(Config):
     seed: Seed = 0
 
     @model_validator(mode="after")
-    def _check_weights(self) -> Self:
-        if self.alpha == 0 and self.beta == 0:
-            raise ConfigError("alpha and beta are both 0; expected at least one of them above 0.")
-        for name, is_set, other, fits, expected in (
-            ("beta_delay", self.beta_delay, "alpha", self.alpha, "alpha above 0"),
-            ("beta_delay", self.beta_delay, "beta", self.beta, "beta above 0"),
+    def _check(self) -> Self:
+        auto, delayed, taught = self.alpha == "auto", self.beta_delay > 0, self.privileged_head != "none"
+        return self._refuse(
+            (self.alpha == 0 and self.beta == 0, "alpha", "beta", "at least one of them above 0"),
+            (delayed and self.alpha == 0, "beta_delay", "alpha", "alpha above 0"),
+            (delayed and self.beta == 0, "beta_delay", "beta", "beta above 0"),
             # Evaluations of an untrained classifier would use the patience up.
-            ("beta_delay", self.beta_delay, "early_stopping_patience", not self.early_stopping_patience, "0"),
-            ("alpha", self.alpha == "auto", "beta", self.beta, "beta above 0"),
-            ("alpha", self.alpha == "auto", "alpha_schedule", self.alpha_schedule == "constant", "'constant'"),
-            ("alpha", self.alpha == "auto", "beta_delay", not self.beta_delay, "0"),
-            ("privileged_head", self.is_privileged, "beta", self.beta, "beta above 0"),
-            ("privileged_gamma", self.privileged_gamma, "privileged_head", self.is_privileged, "a head"),
-        ):
-            if is_set and not fits:
-                found = f"{name} is {getattr(self, name)!r} with {other}={getattr(self, other)!r}"
-                raise ConfigError(f"{found}; expected {expected}.")
-        return self
-
-    @property
-    def is_privileged(self) -> bool:
-        """Whether a classifier reads the rationale in training."""
-        return self.privileged_head != "none"
+            (delayed and self.early_stopping_patience > 0, "beta_delay", "early_stopping_patience", "0"),
+            (auto and self.beta == 0, "alpha", "beta", "beta above 0"),
+            (auto and self.alpha_schedule != "constant", "alpha", "alpha_schedule", "'constant'"),
+            (auto and delayed, "alpha", "beta_delay", "0"),
+            (taught and self.beta == 0, "privileged_head", "beta", "beta above 0"),
+            (self.privileged_gamma > 0 and not taught, "privileged_gamma", "privileged_head", "a head"),
+        )
 
     @property
     def setting(self) -> str:
         """Return the paper's name for these weights: alpha = 0 is the baseline, beta = 0 CoT."""
         if self.alpha == 0:
-            return "privileged pooling" if self.is_privileged else "pooled baseline"
+            return "pooled baseline" if self.privileged_head == "none" else "privileged pooling"
         return "DHRD" if self.beta > 0 else "reasoning only"
 
 
 class RunConfig(Config):
     """One training run: a name for its folder, and a model, data and training configuration."""
 
-    name: Annotated[str, AfterValidator(_plain_name)] = "run"
+    name: str = "run"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="after")
-    def _check_rows(self) -> Self:
-        data, training = self.data, self.training
-        if data.order == "label_rationale" and training.beta == 0:
-            found = "data.order is 'label_rationale' with beta=0"
-            raise ConfigError(f"{found}; expected beta above 0, as CoT decodes the rationale first.")
-        # A classifier that reads the label teaches nothing.
-        for name, wrong in (("alignment", "only_label"), ("order", "label_rationale")):
-            if training.is_privileged and getattr(data, name) == wrong:
-                found = f"data.{name} is {wrong!r} with privileged_head={training.privileged_head!r}"
-                raise ConfigError(f"{found}; expected a rationale right after the input.")
-        return self
+    def _check(self) -> Self:
+        name, data, head = self.name, self.data, "training.privileged_head"
+        if not name.strip(".") or set(name) & set("/\\\0") or len(name.encode(errors="replace")) > 255:
+            raise ConfigError(f"name is {name!r}; expected a plain folder name.")
+        label_first, privileged = data.order == "label_rationale", self.training.privileged_head != "none"
+        expected = "a rationale right after the input"  # A classifier that reads the label teaches nothing.
+        return self._refuse(
+            (label_first and self.training.beta == 0, "data.order", "training.beta", "beta above 0, for CoT"),
+            (label_first and privileged, "data.order", head, expected),
+            (data.alignment == "only_label" and privileged, "data.alignment", head, expected),
+        )
 
 
 def user_path(name: str | Path) -> Path:
