@@ -29,7 +29,7 @@ from benchmarks.harness import (
     throughput_bars,
 )
 from dhrd_lib.backbones import Backbone, load_backbone
-from dhrd_lib.config import ModelConfig
+from dhrd_lib.config import DataConfig, ModelConfig, TrainingConfig
 from dhrd_lib.cot import CoT, Decoding
 from dhrd_lib.modeling import DHRDModel, build_model
 from dhrd_lib.studies.cot_budget import BUDGETS
@@ -89,7 +89,7 @@ def models(run: str, backbone: str, max_input_tokens: int) -> tuple[DHRDModel, D
     loaded = load_backbone(backbone)
     if run:
         trained = DHRDModel.from_pretrained(f"{run}/model")
-        loaded = Backbone(trained.backbone, trained.tokenizer, run, run)
+        loaded = Backbone(trained.backbone, trained.tokenizer, run)
     dtype = str(loaded.model.dtype).removeprefix("torch.")  # "auto" would make it float32, which is for training.
     task = Task("mixed", "{text}", LABELS, LABELS)
     dhrd, baseline = (
@@ -97,8 +97,8 @@ def models(run: str, backbone: str, max_input_tokens: int) -> tuple[DHRDModel, D
             ModelConfig(head="linear", finetune="full", dtype=dtype),
             task,
             backbone=loaded,
-            max_input_tokens=max_input_tokens,
-            seed=seed,
+            data=DataConfig(max_input_tokens=max_input_tokens),
+            training=TrainingConfig(seed=seed),
         ).eval()
         for seed in (0, 1)
     )

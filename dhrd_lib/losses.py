@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from dhrd_lib.sequences import IGNORE_INDEX
 
+TERMS = ("class_loss", "lm_loss", "privileged_class_loss", "privileged_kl")
 
-class SplitStates(torch.autograd.Function):
-    """Return the states `(B, S, H)` twice, for two losses; backward records the two gradients, then adds them."""
 
-    @staticmethod
-    def forward(ctx, hidden: torch.Tensor, record: Callable[[torch.Tensor, torch.Tensor], None]):
-        ctx.record = record
-        return hidden.view_as(hidden), hidden.view_as(hidden)
+def denominators(input_ids: Tensor, lm_labels: Tensor | None, rationale_end: Tensor | None) -> Tensor:
+    """Return what each of `TERMS` is divided by, int64 `(4,)`: rows, LM target tokens, and rationales (twice)."""
+    tokens = 0 if lm_labels is None else int((lm_labels[:, 1:] != IGNORE_INDEX).sum())
+    rationales = 0 if rationale_end is None else int((rationale_end > 0).sum())
+    return torch.tensor([len(input_ids), tokens, rationales, rationales])
 
-    @staticmethod
-    def backward(ctx, class_grad, lm_grad):
-        ctx.record(class_grad, lm_grad)
-        return class_grad + lm_grad, None
+
+def dhrd_loss(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor | None:
+    """Return `beta * class_loss + alpha * lm_loss` (paper, L_total) and other weighted terms, or None without any.
+
+    A term whose weight is 0 is left out, not multiplied by 0: `alpha = 0` is the pooled baseline to the last bit.
+    """
+    weighted = [weights[name] * term for name, term in terms.items() if weights[name]]
+    return sum(weighted) if weighted else None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T + bias` against targets, a chunk of rows at a time.
-
-    The gradients are computed in the forward pass, chunk by chunk, so that no more than one chunk's logits
-    exist at a time and no matrix product is done twice. `F.linear_cross_entropy` chunks too, but has no softcap.
+    """Summed cross-entropy of `hidden @ weight.T + bias` against targets, a chunk of rows at a time. The forward
+    pass computes the gradients, too: one chunk's logits exist at a time, and no product is done twice.
+    (`F.linear_cross_entropy` has no softcap.)
     """
 
     @staticmethod
@@ -75,56 +79,36 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def lm_cross_entropy_sum(
-    hidden: torch.Tensor,
-    lm_labels: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
+    hidden: Tensor,
+    lm_labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     chunk_tokens: int = 512,
     softcap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed causal LM cross-entropy, float32, and its number of target tokens, int64 (paper, L_reason).
+) -> Tensor:
+    """Return the causal LM cross-entropy, float32, summed over its target tokens (paper, L_reason).
 
     `hidden (B, S, H)` are the decoder's last states, `lm_labels (B, S)` int64 the ids at the same positions with
     `IGNORE_INDEX` where nothing is supervised; position t predicts the label at t + 1. `weight (V, H)` and
-    `bias (V,)` are the LM head's, `softcap` the bound on its logits. The head reads supervised positions alone,
-    `chunk_tokens` of them at a time, so the peak memory is `chunk_tokens x V`, whatever the batch and length.
+    `bias (V,)` are the LM head's, `softcap` the bound on its logits. The peak memory is `chunk_tokens x V`.
     """
     targets = lm_labels[:, 1:]
     valid = targets != IGNORE_INDEX
     states, grad_enabled = hidden[:, :-1][valid], torch.is_grad_enabled()
-    total = _ChunkedCrossEntropy.apply(states, weight, bias, targets[valid], chunk_tokens, softcap, grad_enabled)
-    return total, valid.sum()
+    return _ChunkedCrossEntropy.apply(states, weight, bias, targets[valid], chunk_tokens, softcap, grad_enabled)
 
 
-def balanced_class_weights(class_labels: Sequence[int], num_labels: int) -> torch.Tensor:
+def balanced_class_weights(class_labels: Sequence[int], num_labels: int) -> Tensor:
     """Return weights `(K,)`, float32, inverse to the labels' numbers of rows, whose mean over the rows is 1."""
     labels = torch.as_tensor(class_labels)
     weights = 1.0 / labels.bincount(minlength=num_labels).clamp(min=1)
     return weights / weights[labels].mean()
 
 
-def distillation_loss_sum(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return `T^2 KL(softmax(teacher / T) || softmax(student / T))`, summed over rows (Hinton et al. 2015).
-
-    Both are logits `(N, K)`; the teacher's get no gradient.
+def distillation_loss_sum(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return `T^2 KL(softmax(teacher / T) || softmax(student / T))` of logits `(N, K)`, summed over rows (Hinton et
+    al. 2015); the teacher's get no gradient.
     """
     target = F.log_softmax(teacher.detach() / temperature, dim=-1)
     log_probs = F.log_softmax(student / temperature, dim=-1)
     return temperature**2 * F.kl_div(log_probs, target, reduction="sum", log_target=True)
-
-
-def dhrd_loss(
-    class_loss: torch.Tensor | None,
-    lm_loss: torch.Tensor | None,
-    alpha: float,
-    beta: float,
-    others: Iterable[tuple[float, torch.Tensor]] = (),
-) -> torch.Tensor | None:
-    """Return `beta * class_loss + alpha * lm_loss` (paper, L_total) and other weighted terms, or None without any.
-
-    A term whose weight is 0 is left out, not multiplied by 0: `alpha = 0` is the pooled baseline to the last bit.
-    """
-    weighted = ((beta, class_loss), (alpha, lm_loss), *others)
-    terms = [weight * term for weight, term in weighted if term is not None and weight]
-    return sum(terms) if terms else None

@@ -30,8 +30,6 @@ from filelock import FileLock
 from dhrd_lib.config import RunConfig, WorkbenchError, read_json
 
 if TYPE_CHECKING:
-    import torch
-
     from dhrd_lib.modeling import DHRDModel
 
 PACKAGES = (
@@ -77,19 +75,18 @@ class Run:
         return pd.read_json(self.folder / "history.jsonl", lines=True)
 
     def predictions(self, split: str) -> pd.DataFrame:
-        """Return one row per example of a split: idx, input_text, label and prediction (names), group, rationale.
-
-        Also label_id and prediction_id (class indices), and probabilities (a list of K). With `beta = 0` the
-        classifier is untrained, and there are no predictions and probabilities.
+        """Return one row per example of a split: idx, input_text, label and prediction (names), label_id and
+        prediction_id (class indices), probabilities (a list of K), group, rationale; with `beta = 0`, which leaves
+        the classifier untrained, no prediction and no probabilities.
         """
-        path = self.folder / f"predictions_{split}.jsonl"
+        path, names = self.folder / f"predictions_{split}.jsonl", dict(enumerate(self.label_names))
         frame = pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+        if self.config.training.beta == 0:
+            frame = frame.drop(columns=["prediction", "probabilities"], errors="ignore")
         for column in frame.columns.intersection(["label", "prediction"]):
             if pd.api.types.is_integer_dtype(frame[column]):  # Runs of version 0.1 stored class indices.
-                frame[column] = frame[column].map(dict(enumerate(self.label_names)))
-            frame[f"{column}_id"] = frame[column].map({name: i for i, name in enumerate(self.label_names)})
-        if self.config.training.beta == 0:
-            frame = frame.drop(columns=["prediction", "prediction_id", "probabilities"], errors="ignore")
+                frame[column] = frame[column].map(names)
+            frame[f"{column}_id"] = frame[column].map({name: i for i, name in names.items()})
         return frame
 
     def model(self, **kwargs: Any) -> DHRDModel:
@@ -111,11 +108,10 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not is_finished(folder):
         raise FileNotFoundError(f"{folder} holds no finished run (no metrics.json); expected a run's folder.")
-    metrics, environment = (read_json(folder / f"{name}.json") for name in ("metrics", "environment"))
-    config = RunConfig.load(folder / "config.json")
+    config, metrics = RunConfig.load(folder / "config.json"), read_json(folder / "metrics.json")
     if config.training.beta == 0:  # Version 0.1 stored the metrics of the untrained classifier.
         metrics["splits"] = {split: {} for split in metrics["splits"]}
-    return Run(folder, config, metrics, environment)
+    return Run(folder, config, metrics, read_json(folder / "environment.json"))
 
 
 def find_runs(root: str | Path = "runs", report: Callable[[str], Any] = warnings.warn) -> list[Run]:
@@ -151,7 +147,7 @@ def run_lock(folder: Path) -> FileLock:
     return FileLock(folder / "training.lock", is_singleton=True)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: Any) -> dict[str, Any]:
     """Return what a run's figures depend on beside its configuration: versions, hardware, git commit."""
     import torch
 

@@ -5,6 +5,7 @@ The parts are encoded apart and joined as ids, so the input's ids are the same w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,21 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_lib.config import ConfigError
-from dhrd_lib.inputs import cut_to_fit, whole_characters
+from dhrd_lib.inputs import cut_to_fit
 
 IGNORE_INDEX = -100
+Texts = Sequence[str | None]
 REASON_MARKER, ANSWER_MARKER = "\nReasoning:", "\nAnswer:"
 # Rows held as Python objects at once, in which tokens take several times their size in Arrow.
 CHUNK_ROWS = 1000
 # Four bytes hold any token's id; left to itself, Arrow takes eight.
 _IDS = List(Value("int32"))
-_COUNTS = ("input_length", "rationale_end", "input_tokens_cut", "rationale_tokens_cut")
-_COUNTS += ("class_labels", "length", "lm_tokens")
-_COLUMNS = Features({"input_ids": _IDS, "lm_labels": _IDS, **dict.fromkeys(_COUNTS, Value("int64"))})
+_COUNTS = dict.fromkeys(("input_length", "rationale_end", "class_labels", "length"), Value("int64"))
+_COLUMNS = Features({"input_ids": _IDS, "lm_labels": _IDS, **_COUNTS})
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class SequenceFormat:
 
     def encode_texts(self, texts: Iterable[str]) -> dict[str, list[int]]:
         """Map each text to its ids; a special token that a text spells, such as `<|im_end|>`, is text here."""
-        parts = [whole_characters(text, "a text") for text in dict.fromkeys(texts)]
+        parts = list(dict.fromkeys(texts))
         encoded = self.tokenizer(parts, add_special_tokens=False, split_special_tokens=True)
         return dict(zip(parts, encoded.input_ids, strict=True))
 
@@ -64,17 +66,14 @@ class SequenceFormat:
 
 
 def encode_examples(
-    fmt: SequenceFormat,
-    inputs: Sequence[str],
-    rationales: Sequence[str | None] | None = None,
-    verbalizers: Sequence[str | None] | None = None,
+    fmt: SequenceFormat, inputs: Sequence[str], rationales: Texts | None = None, verbalizers: Texts | None = None
 ) -> list[dict[str, Any]]:
     """Encode examples as token rows (paper, "Model").
 
     With a rationale and a verbalizer a row is `[x, <REASON>, r, <ANS>, y]`, with a verbalizer alone `[x, <ANS>, y]`
     (the paper's OnlyLabel), with neither `[x]`; the order "label_rationale" swaps what follows x. It has
     `input_ids`, `lm_labels` (of the same length, `IGNORE_INDEX` where nothing is predicted), `input_length`,
-    `rationale_end` (0 without a rationale), and the numbers of tokens cut from the input and the rationale.
+    `rationale_end` (0 without a rationale), and the numbers of tokens cut from both.
     """
     if not inputs:
         return []
@@ -82,27 +81,28 @@ def encode_examples(
     labels = [None if text is None else f" {text}" for text in verbalizers or [None] * len(inputs)]
     ids_of = fmt.encode_texts(part for part in (*inputs, *rationales, *labels) if part is not None)
     start, reason, answer = fmt.start_ids, fmt.encode(fmt.reason_marker), fmt.encode(fmt.answer_marker)
+    rationale_first = fmt.order == "rationale_label"
     rows = []
     for text, rationale, label in zip(inputs, rationales, labels, strict=True):
         # The cut doesn't depend on what follows the input, so the class logits don't either.
         ids, input_cut = cut_to_fit(ids_of[text], start, fmt.max_input_tokens, fmt.truncation_side)
-        input_length, rationale_cut, reasoning = len(ids), 0, []
-        if rationale is not None:
-            body = ids_of[rationale]
-            rationale_cut = max(len(body) - fmt.max_rationale_tokens, 0)
-            reasoning = reason + body[: fmt.max_rationale_tokens]
+        input_length, body = len(ids), ids_of.get(rationale, [])
+        reasoning = [] if rationale is None else reason + body[: fmt.max_rationale_tokens]
         target = [] if label is None else answer + ids_of[label]
-        rationale_first = fmt.order == "rationale_label"
         ids = ids + (reasoning + target if rationale_first else target + reasoning)
-        rationale_end = (len(ids) - len(target) * rationale_first) * (rationale is not None)
-        prompt = reason if rationale_first else answer
-        unsupervised = 1 if fmt.lm_span == "all" else input_length + len(prompt) * (rationale is not None)
+        prompt = [] if rationale is None else reason if rationale_first else answer
+        unsupervised = 1 if fmt.lm_span == "all" else input_length + len(prompt)
         # A row without a label is an input alone: it trains the classifier and adds nothing to the LM loss.
-        supervised = ids[unsupervised:] if label is not None else []
-        lm_labels = [IGNORE_INDEX] * (len(ids) - len(supervised)) + supervised
-        cut = {"input_tokens_cut": input_cut, "rationale_tokens_cut": rationale_cut}
-        row = {"input_ids": ids, "lm_labels": lm_labels, "input_length": input_length}
-        rows.append({**row, "rationale_end": rationale_end, **cut})
+        supervised = [] if label is None else ids[unsupervised:]
+        row = {
+            "input_ids": ids,
+            "lm_labels": [IGNORE_INDEX] * (len(ids) - len(supervised)) + supervised,
+            "input_length": input_length,
+            "rationale_end": 0 if rationale is None else len(ids) - len(target) * rationale_first,
+            "input_tokens_cut": input_cut,
+            "rationale_tokens_cut": max(len(body) - fmt.max_rationale_tokens, 0),
+        }
+        rows.append(row)
     return rows
 
 
@@ -117,8 +117,7 @@ def derangement(n: int, seed: int) -> list[int]:
     """Return a permutation in which no index stays in place, by Sattolo's shuffle: one cycle has no fixed point."""
     if n < 2:
         raise ConfigError(f"Shuffling rationales needs at least 2 rows that have one; found {n}.")
-    generator = np.random.default_rng(seed)
-    order = list(range(n))
+    generator, order = np.random.default_rng(seed), list(range(n))
     for last in range(n - 1, 0, -1):
         other = int(generator.integers(0, last))
         order[last], order[other] = order[other], order[last]
@@ -126,12 +125,12 @@ def derangement(n: int, seed: int) -> list[int]:
 
 
 def align(
-    rationales: Sequence[str | None], labels: Sequence[int], alignment: str, seed: int, shuffled_share: float = 1.0
+    rationales: Texts, labels: list[int], alignment: str = "consistent", seed: int = 0, shuffled_share: float = 1.0
 ) -> tuple[list[str | None], list[int | None]]:
     """Return the rationale and the label that the LM head is trained on after each row's input.
 
-    A row without a rationale gets no label either, so that it adds nothing to the LM loss, and isn't shuffled.
-    A larger share of shuffled rows contains every smaller one.
+    A row without a rationale gets no label either, adds nothing to the LM loss, and isn't shuffled. A larger share
+    of shuffled rows contains every smaller one.
     """
     rows = [i for i, rationale in enumerate(rationales) if rationale]
     source = {i: i for i in rows}
@@ -140,68 +139,37 @@ def align(
         drawn = sorted(drawn.tolist())
         source |= {row: drawn[other] for row, other in zip(drawn, derangement(len(drawn), seed), strict=True)}
     labeled = source if alignment == "shuffle_rationale_label" else {i: i for i in rows}
-    is_shown = alignment != "only_label"
-    shown = [rationales[source[i]] if i in source and is_shown else None for i in range(len(labels))]
     answers = [labels[labeled[i]] if i in labeled else None for i in range(len(labels))]
-    return shown, answers
-
-
-@dataclass(frozen=True)
-class SequenceReport:
-    """Rows and tokens of an encoded split; nothing is cut or left out without a count."""
-
-    rows: int
-    tokens: int
-    lm_tokens: int
-    inputs_cut: int
-    rationales_cut: int
-    rows_without_rationale: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.rows} rows, {self.tokens} tokens, {self.lm_tokens} of them train the LM head; "
-            f"{self.inputs_cut} inputs and {self.rationales_cut} rationales cut, "
-            f"{self.rows_without_rationale} rows without a rationale"
-        )
+    source = {} if alignment == "only_label" else source
+    return [rationales[source[i]] if i in source else None for i in range(len(labels))], answers
 
 
 def encode_split(
-    dataset: Dataset,
-    fmt: SequenceFormat,
-    verbalizers: Sequence[str],
-    *,
-    with_rationale: bool,
-    alignment: str = "consistent",
-    shuffled_share: float = 1.0,
-    seed: int = 0,
-) -> tuple[Dataset, SequenceReport]:
+    dataset: Dataset, fmt: SequenceFormat, verbalizers: Sequence[str], *, with_rationale: bool, **alignment: Any
+) -> tuple[Dataset, dict[str, int]]:
     """Encode a split of `load_task`: its token rows (see `encode_examples`), `class_labels` and `length`.
 
-    Without rationales (at test time, or for the pooled baseline) each row is its input alone.
+    Without rationales (at test time, or for the pooled baseline) each row is its input alone; `alignment` has the
+    options of `align`. Counts of rows and tokens come with it, as nothing is cut or left out without one.
     """
     labels = dataset["label"][:]
     rationales, answers = [None] * len(labels), [None] * len(labels)
     if with_rationale:
-        rationales, answers = align(dataset["rationale"][:], labels, alignment, seed, shuffled_share)
+        rationales, answers = align(dataset["rationale"][:], labels, **alignment)
     taught = [None if answer is None else verbalizers[answer] for answer in answers]
-    chunks = []
+    chunks, report = [], Counter(rows=len(labels))
     for start in range(0, len(labels), CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
         rows = encode_examples(fmt, dataset["input_text"][chunk], rationales[chunk], taught[chunk])
         for row, label in zip(rows, labels[chunk], strict=True):
-            lm_tokens = len(row["lm_labels"]) - row["lm_labels"].count(IGNORE_INDEX)
-            row |= {"class_labels": label, "length": len(row["input_ids"]), "lm_tokens": lm_tokens}
+            row |= {"class_labels": label, "length": len(row["input_ids"])}
+            report["tokens"] += row["length"]
+            report["lm_tokens"] += row["length"] - row["lm_labels"].count(IGNORE_INDEX)
+            report["inputs_cut"] += row.pop("input_tokens_cut") > 0
+            report["rationales_cut"] += row.pop("rationale_tokens_cut") > 0
         chunks.append(Dataset.from_list(rows, features=_COLUMNS))
-    encoded = concatenate_datasets(chunks)
-    report = SequenceReport(
-        rows=len(encoded),
-        tokens=sum(encoded["length"][:]),
-        lm_tokens=sum(encoded["lm_tokens"][:]),
-        inputs_cut=sum(cut > 0 for cut in encoded["input_tokens_cut"][:]),
-        rationales_cut=sum(cut > 0 for cut in encoded["rationale_tokens_cut"][:]),
-        rows_without_rationale=answers.count(None) if with_rationale else 0,
-    )
-    return encoded.remove_columns(["input_tokens_cut", "rationale_tokens_cut", "lm_tokens"]), report
+    report["rows_without_rationale"] = answers.count(None) if with_rationale else 0
+    return concatenate_datasets(chunks), dict(report)
 
 
 @dataclass(frozen=True)
@@ -219,21 +187,20 @@ class DHRDCollator:
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        def padded(name: str, value: int) -> torch.Tensor:
-            return pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value)
-
-        def mask(lengths: Sequence[int]) -> torch.Tensor:
-            return (torch.arange(batch["input_ids"].shape[1]) < torch.tensor(lengths)[:, None]).long()
-
-        batch = {"input_ids": padded("input_ids", self.pad_token_id)}
-        batch["attention_mask"] = mask([len(row["input_ids"]) for row in rows])
-        batch["input_mask"] = mask([row["input_length"] for row in rows])
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        padding = {"input_ids": self.pad_token_id, "lm_labels": IGNORE_INDEX, "trunk_states": 0}
+        batch = {}
+        for name, value in padding.items():
+            if name in rows[0]:
+                parts = [torch.tensor(row[name]) for row in rows]
+                batch[name] = pad_sequence(parts, batch_first=True, padding_value=value)
+        lengths = {"attention_mask": [len(row["input_ids"]) for row in rows]}
+        lengths["input_mask"] = [row["input_length"] for row in rows]
+        for name, of in lengths.items():
+            batch[name] = (torch.arange(batch["input_ids"].shape[1]) < torch.tensor(of)[:, None]).long()
         for name in ("class_labels", "rationale_end"):
             if name in rows[0]:
                 batch[name] = torch.tensor([row[name] for row in rows])
-        if "lm_labels" in rows[0] and ((labels := padded("lm_labels", IGNORE_INDEX)) != IGNORE_INDEX).any():
-            batch["lm_labels"] = labels
-        if "trunk_states" in rows[0]:
-            batch["trunk_states"] = padded("trunk_states", 0)
+        if "lm_labels" in batch and (batch["lm_labels"] == IGNORE_INDEX).all():
+            del batch["lm_labels"]
         return batch

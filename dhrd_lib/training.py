@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,69 +19,66 @@ from filelock import Timeout
 from scipy.special import log_softmax, softmax
 from torch.utils.data import Subset
 from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
 from dhrd_lib.backbones import compute_dtype, resolve_device
-from dhrd_lib.config import ConfigError, RunConfig, TrainingConfig
+from dhrd_lib.config import ConfigError, RunConfig
 from dhrd_lib.data.splits import groups_of
 from dhrd_lib.evaluation import task_metrics
-from dhrd_lib.losses import balanced_class_weights
 from dhrd_lib.modeling import DHRDModel, build_model
-from dhrd_lib.progress import Progress, TrainingProgress, without_transformers_bars
+from dhrd_lib.progress import Progress
 from dhrd_lib.runs import Run, environment, is_finished, load_run, run_lock, write_json
 from dhrd_lib.scaling.fsdp import load_unsharded
 from dhrd_lib.scaling.trunk_cache import cached_trunk_states, logits_from_states
-from dhrd_lib.sequences import DHRDCollator, SequenceReport, encode_split
+from dhrd_lib.sequences import DHRDCollator, encode_split
 from dhrd_lib.tasks import Task, load_rows
-from dhrd_lib.trainer import FINITE_WANTED, DHRDTrainer, Rows, TrainingClock
+from dhrd_lib.trainer import FINITE_WANTED, DHRDTrainer, Rows
 
 
-class HistoryWriter(TrainerCallback):
-    """Writes the training log to history.jsonl while the run trains, one JSON object per logged step."""
+class RunLog(TrainerCallback, ExportableState):
+    """Writes the training log to history.jsonl, shows the run's progress, and counts its seconds of training."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self) -> None:
+        self.seconds, self.notes = 0.0, {}
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir).parent
+        self.path, self.progress = folder / "history.jsonl", Progress(folder.name, "step")
         if state.is_world_process_zero:  # A resumed run's state has the log up to its checkpoint.
             self.path.write_text("".join(f"{json.dumps(log)}\n" for log in state.log_history), encoding="utf-8")
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self.started
+        if state.is_world_process_zero:
+            self.progress.update(state.global_step, state.max_steps, " · ".join(self.notes.values()))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(state.log_history[-1])}\n")
+        shown = {"class_loss": "class loss", "lm_loss": "LM loss", args.metric_for_best_model: "dev"}
+        self.notes |= {label: f"{label} {logs[name]:.3f}" for name, label in shown.items() if name in logs}
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.progress.close()
 
 
 def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[TrainerCallback] = ()) -> Run:
     """Train, select on dev, evaluate on the final splits, and store it all in `root/config.name`.
 
     A finished run is returned as it is, a stopped one resumes from its last checkpoint, and one that another
-    process trains is waited for. `callbacks` are transformers'; their logs have every term of the loss.
-
-    Raises `ConfigError` where the folder holds a run of another configuration or of other rows, where a loss
-    reads rationales and no train row has one, and where the loss isn't finite.
+    process trains is waited for. `callbacks` are transformers'. Raises `ConfigError` where the folder holds a run
+    of another configuration or of other rows, where a loss reads rationales and no train row has one, and where the
+    loss isn't finite.
     """
     folder = Path(root) / config.name
-    _claim(folder, config)
-    if not is_finished(folder):
-        arguments = _training_arguments(config, folder)  # Joins the processes of a launch.
-        with _locked(folder), without_transformers_bars():
-            if not is_finished(folder):
-                _claim(folder, config)  # Another configuration's training may have begun meanwhile.
-                _train(config, folder, arguments, callbacks)
-    drop_checkpoints(folder)  # Also those of a run that was killed right after its last file.
-    return load_run(folder)
-
-
-def drop_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints and the lock of a finished run."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    with suppress(OSError):  # A process that still waits for the lock will see that the run is finished.
-        (folder / "training.lock").unlink()
-
-
-def _claim(folder: Path, config: RunConfig) -> None:
-    """Write the configuration to the run's folder, or check that the folder's is the same."""
     path = folder / "config.json"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,12 +86,23 @@ def _claim(folder: Path, config: RunConfig) -> None:
     elif RunConfig.load(path) != config:
         found = f"{folder} holds a run of another configuration"
         raise ConfigError(f"{found}; expected the same, another name, or that folder removed.")
+    if not is_finished(folder):
+        arguments = _training_arguments(config, folder)  # Joins the processes of a launch.
+        with _locked(folder):
+            if not is_finished(folder):
+                _train(config, folder, arguments, callbacks)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # Of a run that was killed at its end, too.
+    with suppress(OSError):  # A process that still waits for the lock will see that the run is finished.
+        (folder / "training.lock").unlink()
+    return load_run(folder)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the run's lock, of several processes in the first for all; wait while another training holds it."""
     state, lock = PartialState(), run_lock(folder)
+    # Hides transformers' bars of loading and writing weights, meanwhile; those of downloads stay.
+    hook = logging.set_tqdm_hook(lambda _, args, kwargs: logging.EmptyTqdm(*args, **kwargs))
     try:
         if state.is_main_process:
             try:
@@ -104,42 +113,29 @@ def _locked(folder: Path) -> Iterator[None]:
         state.wait_for_everyone()
         yield
     finally:
+        logging.set_tqdm_hook(hook)
         lock.release()
 
 
 def _print(line: str) -> None:
-    """Print what a run does, in the first process of a launch."""
-    PartialState().print(line, flush=True)
+    PartialState().print(line, flush=True)  # in the first process of a launch
 
 
-def _train(
-    config: RunConfig, folder: Path, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback]
-) -> None:
+def _train(config: RunConfig, folder: Path, arguments: TrainingArguments, callbacks: Sequence[Any]) -> None:
     """Train an unfinished run, from its last checkpoint where there is one, and store its results."""
     data, training = config.data, config.training
     set_seed(training.seed)
     _print(f"{config.name}: loading {data.task} and {config.model.backbone}")
     task, splits = load_rows(data)
     trunk_layers = config.model.freeze_layers if training.cache_trunk else 0
-    model = build_model(
-        config.model,
-        task,
-        backbone=None if trunk_layers else load_unsharded(config.model),
-        **data.model_dump(include={"max_input_tokens", "max_rationale_tokens", "truncation_side"}),
-        lm_chunk_tokens=training.lm_chunk_tokens,
-        privileged_classifier=training.privileged_head == "separate",
-        seed=training.seed,
-    )
-    _freeze_unused_head(model, training)
+    backbone = None if trunk_layers else load_unsharded(config.model)
+    model = build_model(config.model, task, data, training, backbone)
     encoded, reports = _encode(config, task, splits, model)
     for split, report in reports.items():
-        _print(f"{config.name} · {split}: {report}")
+        counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in report.items()]
+        _print(f"{config.name} · {split}: {', '.join(counts)}")
     states = cached_trunk_states(model, encoded, trunk_layers) if trunk_layers else {}
     rows = {split: Rows(of, states.get(split)) for split, of in encoded.items()}
-
-    class_weights = None
-    if training.class_weights == "balanced":
-        class_weights = balanced_class_weights(rows["train"].rows["class_labels"][:], len(task.label_names))
     groups = groups_of(splits["dev"])
 
     def dev_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -150,17 +146,21 @@ def _train(
     trainer = DHRDTrainer(
         training,
         trunk_layers=trunk_layers,
-        class_weights=class_weights,
         model=model,
         args=arguments,
         data_collator=DHRDCollator(model.tokenizer.pad_token_id),
         train_dataset=rows["train"],
         eval_dataset=rows["dev"],
         compute_metrics=dev_metrics if training.beta else None,  # beta = 0 leaves the classifier untrained.
-        callbacks=[HistoryWriter(folder / "history.jsonl"), *callbacks],
+        callbacks=[RunLog(), *callbacks],
     )
     checkpoint = _last_checkpoint(folder / "checkpoints")
-    digests = {split: _digest(of, model.label_names) for split, of in rows.items()}
+    digests = {}
+    for split, of in encoded.items():
+        digest = hashlib.sha256(json.dumps(model.label_names).encode())  # what its class indices mean
+        for batch in of.remove_columns("rationale_end").iter(1000):  # Older runs' rows had none.
+            digest.update(json.dumps(batch, sort_keys=True).encode())
+        digests[split] = digest.hexdigest()
     if checkpoint:
         stored = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
         if changed := [split for split in digests if digests[split] != stored.get(split)]:
@@ -168,9 +168,7 @@ def _train(
             raise ConfigError(f"{found}; expected the same rows, labels and tokenizer, or that folder removed.")
     elif trainer.is_world_process_zero():
         write_json(folder / "rows.json", digests)
-    with Progress(config.name, "step") as progress:
-        trainer.add_callback(TrainingProgress(progress))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     evaluated = ["dev", *task.test_splits]
     _print(f"{config.name}: evaluating {', '.join(evaluated)}")
@@ -187,55 +185,43 @@ def _train(
             model.save_pretrained(folder / "model", state_dict=weights)
         dtype = "bfloat16 autocast" if arguments.bf16 else compute_dtype(model.backbone)
         write_json(folder / "environment.json", {**environment(model.device), "dtype": dtype})
-        clock = next(c for c in trainer.callback_handler.callbacks if isinstance(c, TrainingClock))
-        state = trainer.state
-        best = state.best_model_checkpoint
-        write_json(
-            folder / "metrics.json",  # Written last: it marks the run as finished.
-            {
-                "task_metrics": list(task.metrics),
-                "label_names": model.label_names,
-                "splits": metrics,
-                "steps": state.global_step,
-                "best_step": int(best.rsplit("-", 1)[1]) if best else state.global_step,
-                "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0,
-                "train_seconds": clock.seconds,
-                "train_tokens": state.num_input_tokens_seen,
-                "tokens_per_second": state.num_input_tokens_seen / clock.seconds,
-                "sequences": {split: vars(report) for split, report in reports.items()},
-            },
-        )
+        seconds = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunLog)).seconds
+        state, tokens = trainer.state, trainer.state.num_input_tokens_seen
+        results = {
+            "task_metrics": list(task.metrics),
+            "label_names": model.label_names,
+            "splits": metrics,
+            "steps": state.global_step,
+            "best_step": state.best_global_step or state.global_step,
+            "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0,
+            "train_seconds": seconds,
+            "train_tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "sequences": reports,
+        }
+        write_json(folder / "metrics.json", results)  # Written last: it marks the run as finished.
     trainer.accelerator.wait_for_everyone()
 
 
-def _encode(
-    config: RunConfig, task: Task, splits: DatasetDict, model: DHRDModel
-) -> tuple[dict[str, Dataset], dict[str, SequenceReport]]:
-    """Encode each split, with rationales where a loss reads them.
-
-    Sorts dev's rows in `splits` by length, as they are evaluated in batches in their order.
+def _encode(config: RunConfig, task: Task, splits: DatasetDict, model: DHRDModel) -> tuple[dict, dict]:
+    """Encode each split, with rationales where a loss reads them; sort dev's rows, in `splits` too, by length, as
+    they are evaluated in batches in their order.
     """
     training = config.training
-    reads_rationales = training.alpha != 0 or training.is_privileged
+    reads_rationales = training.alpha != 0 or training.privileged_head != "none"
     fmt = replace(model.sequence_format, lm_span=training.lm_span, order=config.data.order)
+    alignment = config.data.model_dump(include={"alignment", "shuffled_share"}) | {"seed": training.seed}
     rows, reports = {}, {}
     for split in list(splits):
-        lm_trained = split == "train" or (split == "dev" and training.beta == 0)
+        # Where no loss reads the rationale, the sequence has none.
+        with_rationale = reads_rationales and (split == "train" or (split == "dev" and training.beta == 0))
         encoded, reports[split] = encode_split(
-            splits[split],
-            fmt,
-            task.verbalizers,
-            # Where no loss reads the rationale, the sequence has none.
-            with_rationale=lm_trained and reads_rationales,
-            alignment=config.data.alignment,
-            shuffled_share=config.data.shuffled_share,
-            seed=training.seed,
+            splits[split], fmt, task.verbalizers, with_rationale=with_rationale, **alignment
         )
-        if split == "train" and reads_rationales and reports[split].lm_tokens == 0:
-            reader = f"privileged_head is {training.privileged_head!r}"
-            reader, off = (f"alpha is {training.alpha}", "alpha=0") if training.alpha else (reader, "'none'")
-            found = f"{reader} and none of the {len(encoded)} train rows has a rationale"
-            raise ConfigError(f"{found}; expected some with one, or {off}.")
+        if split == "train" and reads_rationales and reports[split]["lm_tokens"] == 0:
+            found = f"alpha is {training.alpha} with privileged_head={training.privileged_head!r}"
+            found += f", and none of the {len(encoded)} train rows has a rationale"
+            raise ConfigError(f"{found}; expected some with one, or alpha=0 and privileged_head='none'.")
         if split == "dev":
             order = sorted(range(len(encoded)), key=encoded["length"][:].__getitem__)
             encoded, splits[split] = encoded.select(order), splits[split].select(order)
@@ -243,34 +229,13 @@ def _encode(
     return rows, reports
 
 
-def _freeze_unused_head(model: DHRDModel, training: TrainingConfig) -> None:
-    """Freeze a head whose loss has no weight: it gets no gradient, and weight decay must not move it either."""
-    if training.beta == 0:
-        model.config.classifier_trained = False
-        model.classifier.requires_grad_(False)
-        if model.config.pooling == "attention":
-            model.pooling_query.requires_grad_(False)
-    tied = model.lm_head.weight is model.get_input_embeddings().weight
-    if training.alpha == 0 and not tied:
-        model.lm_head.requires_grad_(False)
-
-
 def _last_checkpoint(folder: Path) -> Path | None:
     """Return the last complete checkpoint; one that a kill cut off has no readable trainer state, written last."""
-    checkpoints = folder.glob("checkpoint-*")
-    for path in sorted(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True):
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rsplit("-", 1)[1])):
         with suppress(OSError, ValueError):
-            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+            TrainerState.load_from_json(str(path / "trainer_state.json"))
             return path
     return None
-
-
-def _digest(rows: Rows, label_names: Sequence[str]) -> str:
-    """Return a hash of a split's encoded rows and of what its class indices mean."""
-    digest = hashlib.sha256(json.dumps(label_names).encode())
-    for batch in rows.rows.remove_columns("rationale_end").iter(1000):  # Older runs' rows had none.
-        digest.update(json.dumps(batch, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def _logits(trainer: DHRDTrainer, rows: Rows) -> np.ndarray:

@@ -330,7 +330,7 @@ def cost_model() -> str:
     training = []
     for with_rationale in (True, False):
         _, report = encode_split(splits["train"], fmt, task.verbalizers, with_rationale=with_rationale)
-        training.append(train_flops(lm, report.tokens, report.lm_tokens, frozen_layers=20, cached=True))
+        training.append(train_flops(lm, report["tokens"], report["lm_tokens"], frozen_layers=20, cached=True))
     seconds = {run["run"]: run["train_seconds"] for run in stored(STUDIES, "quick_two_seeds")["by_seed"]}
     for seed in (0, 1):
         dhrd, baseline = (seconds[f"quick-support_triage-{name}-seed{seed}"] for name in ("dhrd", "baseline"))

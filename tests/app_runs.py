@@ -52,7 +52,7 @@ def store_run(
         data=DataConfig(**limits, **data),
         training=TrainingConfig(alpha=alpha, beta=beta),
     )
-    model = build_model(config.model, known, backbone=tiny_backbone("llama"), seed=seed, **limits)
+    model = build_model(config.model, known, config.data, TrainingConfig(seed=seed), tiny_backbone("llama"))
     # An untrained head predicts one label for all; centered, its labels differ by the text.
     words = ("lamp", "kettle", "train", "bill") * 5
     texts = [dict.fromkeys(known.fields, f"My {word} broke{' again' * n}.") for n, word in enumerate(words)]

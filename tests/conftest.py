@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import small_runs
 import torch
 from datasets import Dataset
 from transformers import (
@@ -23,9 +24,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from dhrd_lib import training
 from dhrd_lib.backbones import Backbone, load_backbone
-from dhrd_lib.config import ModelConfig
+from dhrd_lib.config import DataConfig, ModelConfig, TrainingConfig
 from dhrd_lib.modeling import DHRDModel, build_model
+from dhrd_lib.runs import Run
 from dhrd_lib.tasks import Task, load_task
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +103,18 @@ def own_cache(tmp_path_factory):
     patch.undo()
 
 
+@pytest.fixture(scope="session")
+def table(tmp_path_factory) -> Path:
+    """Return a data file with two classes that a tiny model can tell apart."""
+    return small_runs.write_table(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def finished(table, tmp_path_factory) -> Run:
+    """Return a small run on `table`."""
+    return training.train(small_runs.config(table), tmp_path_factory.mktemp("runs"))
+
+
 @pytest.fixture
 def no_teacher(monkeypatch):
     """Hide servers, keys and rationales of the environment; backing off takes no time."""
@@ -135,7 +150,12 @@ def task() -> Task:
     )
 
 
-def tiny_model(task: Task, architecture: str = "llama", **config: object) -> DHRDModel:
-    return build_model(
-        ModelConfig(backbone="tiny", device="cpu", **config), task, backbone=tiny_backbone(architecture)
-    ).eval()
+def tiny_model(
+    task: Task,
+    architecture: str = "llama",
+    data: DataConfig | None = None,
+    training: TrainingConfig | None = None,
+    **config: object,
+) -> DHRDModel:
+    settings = ModelConfig(backbone="tiny", device="cpu", **config)
+    return build_model(settings, task, data, training, tiny_backbone(architecture)).eval()

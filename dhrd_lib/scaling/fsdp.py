@@ -38,11 +38,11 @@ def gathered_lm_head(model: DHRDModel) -> Iterator[None]:
     """Compute the LM loss as the LM head's forward while this is open: FSDP gathers its weights for a call."""
     loss_sum, head = model.lm_loss_sum, model.lm_head
 
-    def as_head(hidden: torch.Tensor, lm_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def as_head(hidden: torch.Tensor, lm_labels: torch.Tensor) -> torch.Tensor:
         head.forward = loss_sum
-        sum_and_count = head(hidden, lm_labels)
+        total = head(hidden, lm_labels)
         del head.forward  # Uncovers the class's own.
-        return sum_and_count
+        return total
 
     model.lm_loss_sum = as_head
     yield

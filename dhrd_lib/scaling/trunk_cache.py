@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def _compute(model: DHRDModel, rows: Rows, n_layers: int, folder: Path, progress
     target = folder / _hash_ids([token for row in rows for token in row["input_ids"]])
     starts, start, index = {}, 0, {}
     # Written, and not mapped: on a full disk a write raises, where a mapped page would end the process.
-    with new_folder(target) as part, (part / "states.npy").open("wb") as file, progress:
+    with new_folder(target) as part, (part / "states.npy").open("wb") as file, closing(progress):
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for places in length_sorted_batches(lengths, MAX_TOKENS_PER_CPU_BATCH):
             batch = collate([rows[place] for place in places])

@@ -12,7 +12,7 @@ from conftest import tiny_backbone, tiny_model
 
 from benchmarks import harness
 from benchmarks.harness import Measurement, System, Tokens, measure, ratio
-from dhrd_lib.config import ConfigError, ModelConfig
+from dhrd_lib.config import ConfigError, DataConfig, ModelConfig
 from dhrd_lib.cot import CoT, Decoding
 from dhrd_lib.inputs import MAX_TOKENS_PER_CPU_BATCH
 from dhrd_lib.modeling import build_model
@@ -144,7 +144,7 @@ class TestSystems:
     def model(self):
         task = Task("mixed", "{text}", ("no", "yes", "maybe"), ("no", "yes", "maybe"))
         config = ModelConfig(backbone="tiny", device="cpu", head="linear")
-        return build_model(config, task, backbone=tiny_backbone("llama"), max_input_tokens=48).eval()
+        return build_model(config, task, DataConfig(max_input_tokens=48), backbone=tiny_backbone("llama")).eval()
 
     @pytest.mark.parametrize("batch_size", [1, 5])
     def test_pipeline_has_the_same_logits(self, model, batch_size):

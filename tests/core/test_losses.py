@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from dhrd_lib.losses import (
-    SplitStates,
     balanced_class_weights,
+    denominators,
     dhrd_loss,
-    distillation_loss_sum,
     lm_cross_entropy_sum,
 )
 from dhrd_lib.sequences import IGNORE_INDEX
@@ -45,10 +42,9 @@ def test_chunked_lm_loss_equals_naive_loss_and_gradients(shape, bias, softcap):
     *sizes, chunk = shape
     hidden, labels, lm_head = problem(*sizes, bias)
     labels[0, 1] = 0
-    chunked, count = lm_cross_entropy_sum(
+    chunked = lm_cross_entropy_sum(
         hidden, labels, lm_head.weight, lm_head.bias, chunk_tokens=chunk, softcap=softcap
     )
-    assert count == (labels[:, 1:] != IGNORE_INDEX).sum()
     expected = naive(hidden, labels, lm_head, softcap)
     torch.testing.assert_close(chunked, expected, **CLOSE)
     inputs = [hidden, *lm_head.parameters()]
@@ -59,16 +55,16 @@ def test_chunked_lm_loss_equals_naive_loss_and_gradients(shape, bias, softcap):
 
 def test_lm_loss_without_targets_is_zero_with_gradient():
     hidden, labels, lm_head = problem(2, 5, 3, 7)
-    loss, count = lm_cross_entropy_sum(hidden, torch.full_like(labels, IGNORE_INDEX), lm_head.weight)
+    loss = lm_cross_entropy_sum(hidden, torch.full_like(labels, IGNORE_INDEX), lm_head.weight)
     loss.backward()
-    assert (loss, count, hidden.grad.abs().sum(), lm_head.weight.grad.abs().sum()) == (0, 0, 0, 0)
+    assert (loss, hidden.grad.abs().sum(), lm_head.weight.grad.abs().sum()) == (0, 0, 0)
 
 
 def test_frozen_lm_head_passes_gradient_on():
     hidden, labels, lm_head = problem(2, 9, 4, 13)
     expected = torch.autograd.grad(naive(hidden, labels, lm_head), hidden)[0]
     lm_head.weight.requires_grad_(False)
-    loss, _ = lm_cross_entropy_sum(hidden, labels, lm_head.weight, chunk_tokens=4)
+    loss = lm_cross_entropy_sum(hidden, labels, lm_head.weight, chunk_tokens=4)
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], expected, **CLOSE)
 
 
@@ -95,29 +91,15 @@ def test_balanced_weights_are_inverse_to_counts():
 
 
 def test_total_leaves_out_a_term_of_weight_zero():
-    class_loss, nan = torch.tensor(2.0), torch.tensor(float("nan"))
-    assert dhrd_loss(class_loss, torch.tensor(3.0), alpha=0.5, beta=2.0) == 5.5
-    assert dhrd_loss(class_loss, nan, alpha=0.0, beta=2.0) == 4.0
-    assert dhrd_loss(nan, torch.tensor(3.0), alpha=2.0, beta=0.0) == 6.0
-    assert dhrd_loss(class_loss, nan, alpha=0.0, beta=2.0, others=[(1.0, class_loss), (0.0, nan)]) == 6.0
-    assert dhrd_loss(None, None, alpha=1.0, beta=1.0) is None
+    two, three, nan = map(torch.tensor, (2.0, 3.0, float("nan")))
+    weights = {"class_loss": 2.0, "lm_loss": 0.5, "privileged_kl": 0.0}
+    assert dhrd_loss({"class_loss": two, "lm_loss": three}, weights) == 5.5
+    assert dhrd_loss({"class_loss": two, "privileged_kl": nan}, weights) == 4.0
+    assert dhrd_loss({"class_loss": nan, "lm_loss": three}, {"class_loss": 0.0, "lm_loss": 2.0}) == 6.0
+    assert dhrd_loss({}, weights) is None
 
 
-def test_split_states_record_each_losss_gradient():
-    hidden, recorded = torch.tensor([1.0, 2.0], requires_grad=True), []
-    a, b = SplitStates.apply(hidden, lambda *gradients: recorded.extend(gradients))
-    ((2 * a).sum() + (b**2).sum()).backward()
-    assert [grad.tolist() for grad in recorded] == [[2, 2], [2, 4]]
-    assert hidden.grad.tolist() == [4, 6]
-
-
-def test_distillation_loss_by_hand():
-    # At temperature 2 the teacher has 3/4 and 1/4, the student 1/2 each: KL = 3/4 ln 3/2 + 1/4 ln 1/2.
-    teacher = torch.tensor([[2 * math.log(3), 0.0], [1.0, 1.0]], requires_grad=True)
-    student = torch.zeros(2, 2, requires_grad=True)
-    loss = distillation_loss_sum(student, teacher, 2.0)
-    assert loss.item() == pytest.approx(4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)))
-    loss.backward()
-    # d/d student = T (softmax(student / T) - softmax(teacher / T)).
-    torch.testing.assert_close(student.grad, torch.tensor([[-0.5, 0.5], [0.0, 0.0]]))
-    assert teacher.grad is None
+def test_denominators_count_rows_targets_and_rationales():
+    labels = torch.tensor([[1, IGNORE_INDEX, 3], [1, 2, 3], [1, IGNORE_INDEX, IGNORE_INDEX]])
+    assert denominators(labels, labels, torch.tensor([0, 2, 3])).tolist() == [3, 3, 2, 2]
+    assert denominators(labels, None, None).tolist() == [3, 0, 0, 0]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dhrd_lib import backbones, generation
 from dhrd_lib.backbones import autocast_if_faster, compute_dtype, layers_of, load_backbone
-from dhrd_lib.config import POOLING_MODES, ConfigError, ModelConfig
+from dhrd_lib.config import POOLING_MODES, ConfigError, DataConfig, ModelConfig, TrainingConfig
 from dhrd_lib.inputs import TaskError
 from dhrd_lib.modeling import DHRDModel, build_model, pool
 from dhrd_lib.sequences import DHRDCollator, encode_example
@@ -93,10 +93,9 @@ def test_class_weights_weigh_rows_by_their_label(task):
 def test_privileged_terms_by_hand(task, separate):
     model = tiny_model(task)
     if separate:
-        model.privileged_classifier = build_model(
-            ModelConfig(), task, backbone=tiny_backbone("llama"), privileged_classifier=True, seed=3
-        ).privileged_classifier
-    made, texts = rows(model, True)[:2], ["My lamp.", "My lamp"]
+        taught = tiny_model(task, training=TrainingConfig(privileged_head="separate", seed=3))
+        model.privileged_classifier = taught.privileged_classifier
+    texts = ["My lamp.", "My lamp"]
     made = [{**encode_example(model.sequence_format, texts[0], "It broke.", "fix"), "class_labels": 0}]
     made.append({**encode_example(model.sequence_format, texts[1]), "class_labels": 1})
     end = len(encode_example(model.sequence_format, texts[0], "It broke.")["input_ids"])
@@ -116,10 +115,7 @@ def test_privileged_terms_by_hand(task, separate):
 
 
 def test_privileged_classifier_leaves_the_inputs_as_it_is(task):
-    plain, taught = (
-        build_model(ModelConfig(), task, backbone=tiny_backbone("llama"), privileged_classifier=is_taught, seed=3)
-        for is_taught in (False, True)
-    )
+    plain, taught = (tiny_model(task, training=TrainingConfig(privileged_head=of)) for of in ("none", "separate"))
     for name, tensor in plain.classifier.state_dict().items():
         assert torch.equal(tensor, taught.classifier.state_dict()[name])
     assert not torch.equal(taught.privileged_classifier[0].weight, taught.classifier[0].weight)
@@ -136,9 +132,8 @@ def test_lm_loss_equals_the_backbones_loss(model):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.text(), st.none() | st.text(), st.sampled_from([0, 1])), min_size=1, max_size=4))
 def test_any_texts_give_a_finite_loss_and_gradient(task, drawn):
-    model = build_model(
-        ModelConfig(), task, backbone=tiny_backbone("llama"), max_input_tokens=16, max_rationale_tokens=16
-    )
+    limits = DataConfig(max_input_tokens=16, max_rationale_tokens=16)
+    model = tiny_model(task, data=limits)
     fmt, made = model.sequence_format, []
     for text, rationale, label in drawn:
         verbalizer = None if rationale is None else task.verbalizers[label]
@@ -195,7 +190,7 @@ def test_head_and_adapters_stay_in_float32(task, tmp_path):
     assert torch.equal(forward(again, rows(again, True)).logits, forward(model, rows(model, True)).logits)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_autocast_keeps_weights_losses_and_logits_in_float32(task, architecture, tmp_path, monkeypatch):
     exact = forward(tiny_model(task, architecture), rows(tiny_model(task), True))
     monkeypatch.setattr(backbones, "_bfloat16_speedup", lambda *_: 2.0)
@@ -213,11 +208,6 @@ def test_autocast_keeps_weights_losses_and_logits_in_float32(task, architecture,
     model.save_pretrained(tmp_path)
     assert compute_dtype(DHRDModel.from_pretrained(tmp_path).backbone) == "bfloat16 autocast"
     assert compute_dtype(DHRDModel.from_pretrained(tmp_path, dtype="float32").backbone) == "float32"
-
-
-def test_build_model_keeps_pretrained_weights(task):
-    kept = tiny_model(task).backbone.state_dict()
-    assert all(torch.equal(kept[name], of) for name, of in tiny_backbone("llama").model.state_dict().items())
 
 
 def test_lora_trains_seven_projections_and_classifier(task):
@@ -241,15 +231,13 @@ def test_freeze_layers_freezes_embedding_and_lowest_layers(model, task, request)
 
 
 def test_limits_beyond_the_context_are_refused(task):
-    with pytest.raises(ConfigError, match="need a context of 4128 tokens .* the backbone's is 2048"):
-        build_model(ModelConfig(), task, backbone=tiny_backbone("llama"), max_input_tokens=3840)
+    with pytest.raises(ConfigError, match="need a context of 4128 tokens; the backbone's is 2048"):
+        tiny_model(task, data=DataConfig(max_input_tokens=3840))
 
 
 def test_seed_draws_the_head(task):
-    one, same, other = (
-        build_model(ModelConfig(), task, backbone=tiny_backbone("llama"), seed=seed).classifier[0].weight
-        for seed in (1, 1, 2)
-    )
+    models = [tiny_model(task, training=TrainingConfig(seed=seed)) for seed in (1, 1, 2)]
+    one, same, other = (model.classifier[0].weight for model in models)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 from rich.console import Console
 
@@ -17,7 +19,7 @@ def clock(monkeypatch):
 
 
 def count_to_six(first: int = 1) -> None:
-    with Progress("work", "row") as shown:
+    with closing(Progress("work", "row")) as shown:
         for done in range(first, 7):
             shown.update(done, 6, "loss 1.0")
 
