@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from small_runs import config, weights, write_table
+from conftest import tiny_backbone
+from small_runs import config, read_rows, weights, write_rows
 
 from dhrd_lib.backbones import BackboneError
 from dhrd_lib.config import DataConfig, ModelConfig, TrainingConfig
@@ -16,18 +15,8 @@ from dhrd_lib.training import train
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory) -> Path:
-    return write_table(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def finished(table, tmp_path_factory) -> Run:
-    return train(config(table), tmp_path_factory.mktemp("runs"))
-
-
 CHANGES = {
-    "model__backbone": "saved folder",
+    "model__backbone": None,  # a folder
     "model__pooling": "mean",
     "model__head": "linear",
     "model__finetune": "lora",
@@ -73,6 +62,17 @@ CHANGES = {
 }
 
 
+# Some show only beside others, which both runs have.
+TAUGHT = {"training__privileged_head": "separate", "training__privileged_gamma": 1.0}
+TOGETHER = {
+    "data__truncation_side": {"data__max_input_tokens": 8},
+    "data__shuffled_share": {"data__alignment": "shuffle_rationale"},
+    "training__alpha_share": {"training__alpha": "auto"},
+    "training__privileged_gamma": TAUGHT,
+    "training__privileged_temperature": TAUGHT,
+}
+
+
 def trace(run: Run) -> tuple:
     """What a run computed: its log, without times, and its final weights."""
     history = run.history.drop(columns=[c for c in run.history if "runtime" in c or "per_second" in c])
@@ -81,38 +81,22 @@ def trace(run: Run) -> tuple:
 
 
 @pytest.mark.parametrize("field", CHANGES)
-def test_every_field_changes_the_run(table, tmp_path, finished, field, tmp_path_factory):
-    value = CHANGES[field]
-    if value == "saved folder":
-        from conftest import tiny_backbone
-
-        backbone = tiny_backbone("qwen3")
-        value = str(tmp_path_factory.mktemp("backbone"))
-        backbone.model.save_pretrained(value)
-        backbone.tokenizer.save_pretrained(value)
-    if field == "data__rationale":
-        # Left out, the column is found under its own name: name one that isn't there.
+def test_every_field_changes_the_run(table, tmp_path, finished, field):
+    value, shared = CHANGES[field], TOGETHER.get(field, {})
+    if field == "model__backbone":
+        value = str(tmp_path / "qwen3")
+        for part in tiny_backbone("qwen3")[:2]:
+            part.save_pretrained(value)
+    if field == "data__rationale":  # Left out, the column is found under its own name: name one that isn't there.
         with pytest.raises(ValueError, match="nowhere"):
             train(config(table, "changed", data__rationale="nowhere"), tmp_path)
         return
-    if field == "data__truncation_side":
-        finished = train(config(table, "cut", data__max_input_tokens=8), tmp_path)
-        value = {field: value, "data__max_input_tokens": 8}
     if field == "training__class_weights":  # The table's two classes are equally frequent.
-        rows = [row for i, row in enumerate(table.read_text().splitlines()) if i % 2 or i % 3]
-        table = tmp_path / "imbalanced.jsonl"
-        table.write_text("\n".join(rows))
-        finished = train(config(table, "unweighted"), tmp_path)
-    if field == "data__shuffled_share":
-        finished = train(config(table, "all", data__alignment="shuffle_rationale"), tmp_path)
-        value = {field: value, "data__alignment": "shuffle_rationale"}
-    if field.startswith("training__privileged_") and field != "training__privileged_head":
-        head = {"training__privileged_head": "separate", "training__privileged_gamma": 1.0}
-        finished, value = train(config(table, "taught", **head), tmp_path), {**head, field: value}
-    if field == "training__alpha_share":
-        finished = train(config(table, "auto", training__alpha="auto"), tmp_path)
-        value = {"training__alpha": "auto", field: value}
-    changed = train(config(table, "changed", **(value if isinstance(value, dict) else {field: value})), tmp_path)
+        rows = [row for i, row in enumerate(read_rows(table)) if i % 2 or i % 3]
+        table = write_rows(tmp_path / "rows.jsonl", rows)
+    if shared or field == "training__class_weights":
+        finished = train(config(table, "before", **shared), tmp_path)
+    changed = train(config(table, "changed", **{**shared, field: value}), tmp_path)
     assert trace(changed) != trace(finished)
 
 
@@ -129,19 +113,10 @@ def test_other_fields_reach_what_they_control(table, tmp_path, finished, monkeyp
 
     monkeypatch.setattr(training.DHRDTrainer, "__init__", recording)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
-    changes = {
-        "model__finetune": "lora",
-        "model__lora_r": 3,
-        "model__lora_alpha": 5,
-        "model__lora_dropout": 0.25,
-        "training__lm_chunk_tokens": 7,
-        "training__eval_batch_size": 5,
-        "training__early_stopping_patience": 1,
-        "training__learning_rate": 1e-9,
-        "training__classifier_learning_rate": 1e-9,
-        "training__epochs": 6,
-        "training__report_to": ["tensorboard"],
-    }
+    changes = {"model__finetune": "lora", "model__lora_r": 3, "model__lora_alpha": 5, "model__lora_dropout": 0.25}
+    changes |= {"training__lm_chunk_tokens": 7, "training__eval_batch_size": 5, "training__epochs": 6}
+    changes |= {"training__early_stopping_patience": 1, "training__report_to": ["tensorboard"]}
+    changes |= dict.fromkeys(("training__learning_rate", "training__classifier_learning_rate"), 1e-9)
     run = train(config(table, "changed", **changes), tmp_path)
     trainer, model = trainers[0], trainers[0].model
     layer = model.backbone.model.layers[0].self_attn.q_proj
@@ -164,15 +139,8 @@ def test_keep_model_false_keeps_predictions(table, tmp_path, finished):
 
 
 def test_every_field_is_tested():
-    named = {
-        f"{part}__{name}"
-        for part, section in (
-            ("model", ModelConfig),
-            ("data", DataConfig),
-            ("training", TrainingConfig),
-        )
-        for name in section.model_fields
-    }
+    sections = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
+    named = {f"{part}__{name}" for part, section in sections.items() for name in section.model_fields}
     steered = {
         *("model__device", "model__lora_r", "model__lora_alpha", "model__lora_dropout"),
         *("training__lm_chunk_tokens", "training__eval_batch_size", "training__early_stopping_patience"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -26,7 +24,7 @@ LOSS_TOLERANCE, PROBABILITY_TOLERANCE = 1e-5, 1e-4
 def config_of(backbone: str) -> RunConfig:
     return RunConfig(
         name="mine",
-        model=ModelConfig(backbone=backbone, device="cpu"),
+        model=ModelConfig(backbone=backbone, device="cpu", dtype="float32"),
         data=DataConfig(max_train_rows=24, max_eval_rows=12, max_input_tokens=96, max_rationale_tokens=64),
         training=TrainingConfig(epochs=2, batch_size=8, learning_rate=3e-3, warmup_steps=0, logging_steps=1),
     )
@@ -35,18 +33,6 @@ def config_of(backbone: str) -> RunConfig:
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory) -> Run:
     return train(config_of("tiny"), tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture
-def on_two_threads():
-    """Train again on two threads."""
-
-    def repeated(stored: Run, out: Path) -> Run:
-        torch.set_num_threads(2)
-        return train(stored.config, out)
-
-    yield repeated
-    torch.set_num_threads(1)
 
 
 def apart(one: Run, two: Run) -> tuple[float, float]:
@@ -67,7 +53,7 @@ def test_docs_state_the_tolerance():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_threads_stay_within_tolerance(on_two_threads, tmp_path):
+def test_two_threads_stay_within_tolerance(tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     torch.manual_seed(0)
@@ -75,23 +61,17 @@ def test_two_threads_stay_within_tolerance(on_two_threads, tmp_path):
     load_backbone("tiny", device="cpu").tokenizer.save_pretrained(tmp_path / "wide")
     alone = train(config_of(str(tmp_path / "wide")), tmp_path / "alone")
     assert apart(alone, train(alone.config, tmp_path / "again")) == (0, 0)
-    shared = on_two_threads(alone, tmp_path / "shared")
+    torch.set_num_threads(2)
+    shared, again = (train(alone.config, tmp_path / name) for name in ("shared", "shared again"))
+    torch.set_num_threads(1)
     losses, shares = apart(alone, shared)
     print(f"1 thread against 2: losses {losses:.1e}, probabilities {shares:.1e}")
     assert losses < LOSS_TOLERANCE
     assert shares < PROBABILITY_TOLERANCE
-    assert apart(shared, on_two_threads(shared, tmp_path / "shared again")) == (0, 0)
+    assert apart(shared, again) == (0, 0)
 
 
 def test_repeat_on_one_thread_is_identical(stored, tmp_path):
     repeat = train(RunConfig.load(stored.folder / "config.json"), tmp_path)
     assert apart(stored, repeat) == (0, 0)
     assert repeat.metrics["splits"] == stored.metrics["splits"]
-
-
-def test_tiny_repeat_on_two_threads(stored, on_two_threads, tmp_path):
-    repeat = on_two_threads(stored, tmp_path)
-    losses, shares = apart(stored, repeat)
-    assert losses < LOSS_TOLERANCE
-    assert shares < PROBABILITY_TOLERANCE
-    assert (stored.environment["cpu_threads"], repeat.environment["cpu_threads"]) == (1, 2)
