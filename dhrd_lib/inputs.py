@@ -60,6 +60,8 @@ def as_inputs(inputs: Inputs) -> list[str | Mapping[str, Any]]:
     """Return inputs as a list: one text or one row is a list of one, a DataFrame its rows."""
     if isinstance(inputs, str | Mapping):
         return [inputs]
+    if not isinstance(inputs, Iterable):
+        raise TaskError(f"inputs is of the type {type(inputs).__name__}; expected texts, rows or a DataFrame.")
     if hasattr(inputs, "notna"):  # pandas, whose missing values are of several kinds
         inputs = inputs.astype(object).where(inputs.notna(), None)
     return inputs.to_dict("records") if hasattr(inputs, "columns") else list(inputs)

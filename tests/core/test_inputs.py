@@ -72,6 +72,8 @@ def test_as_inputs_takes_one_input_or_many():
     assert as_inputs("a") == ["a"]
     assert as_inputs(row) == as_inputs(pd.DataFrame([row])) == as_inputs(iter([row])) == [row]
     assert as_inputs(pd.Series(["a", "b"])) == as_inputs(("a", "b")) == ["a", "b"]
+    with pytest.raises(TaskError, match="int"):
+        as_inputs(3)
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA, pd.NaT])
