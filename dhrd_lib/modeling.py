@@ -195,8 +195,9 @@ class DHRDModel(PreTrainedModel):
             teacher = (self.privileged_classifier or self.classifier)(states.to(dtype)).float()  # (R, K)
             sums["privileged_class_loss"] = F.cross_entropy(teacher, labels, weight=class_weights, reduction="sum")
             sums["privileged_kl"] = losses.distillation_loss_sum(logits[rows], teacher, privileged_temperature)
-        counts = losses.denominators(input_ids, lm_labels, rationale_end) if counts is None else counts
-        divisors = dict(zip(losses.TERMS, counts.clamp(min=1), strict=True))
+        if sums:  # An export, which has none, keeps the batch size open.
+            counts = losses.denominators(input_ids, lm_labels, rationale_end) if counts is None else counts
+            divisors = dict(zip(losses.TERMS, counts.clamp(min=1), strict=True))
         weights = dict(zip(losses.TERMS, (beta, alpha, 1.0, privileged_gamma), strict=True))
         terms = {name: total / divisors[name] for name, total in sums.items()}
         return DHRDOutput(loss=losses.dhrd_loss(terms, weights), **terms, logits=logits)

@@ -136,12 +136,12 @@ def _train(config: RunConfig, folder: Path, arguments: TrainingArguments, callba
         _print(f"{config.name} · {split}: {', '.join(counts)}")
     states = cached_trunk_states(model, encoded, trunk_layers) if trunk_layers else {}
     rows = {split: Rows(of, states.get(split)) for split, of in encoded.items()}
-    groups = groups_of(splits["dev"])
 
     def dev_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = prediction.predictions, prediction.label_ids
+        metrics = task_metrics(task.metrics, labels, logits.argmax(1), groups_of(splits["dev"]))
         class_loss = -log_softmax(logits, axis=1)[range(len(labels)), labels].mean()
-        return {**task_metrics(task.metrics, labels, logits.argmax(1), groups), "class_loss": float(class_loss)}
+        return {**metrics, "class_loss": float(class_loss)}
 
     trainer = DHRDTrainer(
         training,
@@ -284,9 +284,8 @@ def _training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
         eval_steps=training.eval_steps or None,
         save_strategy=every,
         save_steps=training.eval_steps or 500,
-        # With beta = 0 the classifier is untrained: the LM loss selects.
         metric_for_best_model="eval_primary" if training.beta else "eval_loss",
-        greater_is_better=training.beta > 0,
+        greater_is_better=training.beta > 0,  # With beta = 0 the LM loss selects.
         load_best_model_at_end=True,
         save_total_limit=1,
         bf16=device.type == "cuda" and config.model.dtype in ("auto", "bfloat16"),
