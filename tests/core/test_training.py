@@ -11,6 +11,7 @@ import torch
 from small_runs import assert_same_weights, config, logged, read_rows, weights, write_rows
 from transformers import TrainerCallback, TrainerState
 
+from dhrd_lib.backbones import load_backbone
 from dhrd_lib.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from dhrd_lib.modeling import DHRDModel
 from dhrd_lib.runs import find_runs, load_run, load_runs
@@ -208,6 +209,14 @@ def test_beta_zero_selects_by_dev_lm_loss(table, tmp_path):
     assert run.metrics["splits"] == {"dev": {}, "test": {}}
     assert not {"prediction", "prediction_id", "probabilities"} & set(run.predictions("test"))
     assert "eval_primary" not in run.history
+
+
+def test_frozen_layers_do_not_change(table, tmp_path):
+    trained = weights(train(config(table, "frozen", model__freeze_layers=2), tmp_path))
+    for name, tensor in load_backbone("tiny").model.state_dict().items():
+        if (name := f"backbone.{name}") in trained:
+            frozen = "embed_tokens" in name or "layers.0." in name or "layers.1." in name
+            assert torch.equal(trained[name], tensor) == frozen, name
 
 
 def test_best_dev_checkpoint_is_kept(finished):
