@@ -92,8 +92,8 @@ def definitions(title: str, values: Mapping[str, object]) -> str:
 
 def comparison(cards: Mapping[str, Card], gold: str | None = None) -> str:
     """Return the cards side by side, and the latencies below them; `gold` is the label's name where it is known."""
-    shown = "".join(_card(name, card, gold) for name, card in cards.items())
-    return f'<div class="cards">{shown}</div>{_latencies(cards)}'
+    html_cards = "".join(_card(name, card, gold) for name, card in cards.items())
+    return f'<div class="cards">{html_cards}</div>{_latencies(cards)}'
 
 
 def _card(name: str, card: Card, gold: str | None) -> str:

@@ -36,8 +36,8 @@ class Settings(Config):
     @model_validator(mode="after")
     def _check_access(self) -> Settings:
         if bool(self.user) != bool(self.password):
-            given, missing = ("user", "password") if self.user else ("password", "user")
-            raise ConfigError(f"There is a {given} and no {missing}; expected both, or neither.")
+            present, missing = ("user", "password") if self.user else ("password", "user")
+            raise ConfigError(f"There is a {present} and no {missing}; expected both, or neither.")
         if not self.user and self.host not in ("127.0.0.1", "localhost", "::1"):
             wanted = "DHRD_APP_USER and DHRD_APP_PASSWORD with it, or 127.0.0.1"
             raise ConfigError(f"host is {self.host!r}, which other machines reach; expected {wanted}.")

@@ -53,9 +53,9 @@ def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | 
         except BackboneError:
             raise
         except (OSError, ValueError) as error:
-            found = f"{name} can't be loaded as a causal LM ({reason_of(error)})"
+            problem = f"{name} can't be loaded as a causal LM ({reason_of(error)})"
             expected = f"a folder with safetensors, a .gguf file, a reachable hub id, or the embedded {EMBEDDED}"
-            raise BackboneError(f"{found}; expected {expected}.") from error
+            raise BackboneError(f"{problem}; expected {expected}.") from error
     if tokenizer.pad_token_id is None:  # Padding is masked by length, so any id serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     model = model.to(device).eval()
@@ -66,7 +66,7 @@ def load_backbone(name: str = EMBEDDED, device: str | None = None, dtype: str | 
 
 
 def check_own_weights(folder: Path) -> None:
-    """Raise `BackboneError` where a model's folder has other weights than safetensors files of its own.
+    """Raise `BackboneError` where a model's folder has weights other than safetensors files in it.
 
     transformers follows an index to any path, takes a file in it not called .safetensors for a pickle, and an
     adapter to the model that it names.
@@ -174,5 +174,5 @@ def _check_causal_decoder(model: PreTrainedModel, name: str) -> None:
         raise BackboneError(f"{name} attends to later tokens (an encoder); expected a decoder-only LM.")
     expected = model(input_ids=rows, use_cache=False).logits  # (2, 4, V)
     if not torch.allclose(lm_logits(model, hidden).to(expected), expected, rtol=1e-2, atol=1e-2):
-        found = f"{name} ({type(model).__name__}) changes its logits after the LM head"
-        raise BackboneError(f"{found}; expected plain or soft-capped logits.")
+        problem = f"{name} ({type(model).__name__}) changes its logits after the LM head"
+        raise BackboneError(f"{problem}; expected plain or soft-capped logits.")

@@ -51,7 +51,7 @@ class ConfigError(WorkbenchError):
 
 
 class BackboneError(WorkbenchError):
-    """A backbone can't be found, loaded, or used as a causal decoder."""
+    """A backbone is missing, can't be loaded, or can't be used as a causal decoder."""
 
 
 class Config(BaseModel):

@@ -50,8 +50,8 @@ def render(template: str, row: Mapping[str, Any] | str, where: str = "the input"
     row = {fields[0]: row} if isinstance(row, str) and len(fields) == 1 else row
     is_row = isinstance(row, Mapping)
     if not is_row or (missing := [name for name in fields if name not in row]):
-        found = f"lacks {', '.join(map(repr, missing))}" if is_row else f"is of the type {type(row).__name__}"
-        raise TaskError(f"{where} {found}; expected a dict with {', '.join(map(repr, fields))}.")
+        problem = f"lacks {', '.join(map(repr, missing))}" if is_row else f"is of the type {type(row).__name__}"
+        raise TaskError(f"{where} {problem}; expected a dict with {', '.join(map(repr, fields))}.")
     text = _FIELD_OR_BRACE.sub(lambda part: (as_text(row[part[1]]) or "") if part[1] else part[0][0], template)
     return text.rstrip()
 

@@ -310,8 +310,8 @@ def build_model(
     after = len(fmt.encode(REASON_MARKER)) + max(len(fmt.encode_label(words)) for words in task.verbalizers)
     needed = data.max_input_tokens + data.max_rationale_tokens + max(after, 32)
     if needed > (context := generation.context_length(lm)):
-        found = f"max_input_tokens={data.max_input_tokens} and max_rationale_tokens={data.max_rationale_tokens}"
-        raise ConfigError(f"{found} need a context of {needed} tokens; the backbone's is {context}.")
+        problem = f"max_input_tokens={data.max_input_tokens} and max_rationale_tokens={data.max_rationale_tokens}"
+        raise ConfigError(f"{problem} need a context of {needed} tokens; the backbone's is {context}.")
     large, lora = lm.num_parameters() >= 500_000_000 and config.freeze_layers == 0, None
     if config.finetune == "lora" or (config.finetune == "auto" and large):
         lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}

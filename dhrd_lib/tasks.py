@@ -93,8 +93,8 @@ def load_task(name: str, data_dir: str | Path | None = None, **options: Any) -> 
 def load_rows(data: DataConfig) -> tuple[Task, datasets.DatasetDict]:
     """Load the task and the rows that a configuration names (see `load_task`), at most its row limits."""
     name, columns = data.task, {key: key for key in ("label", "rationale", "group")}
-    if name in TASKS and (given := [key for key in _FILE_OPTIONS if getattr(data, key)]):
-        raise TaskError(f"{given[0]} is given with task {name!r}; expected it only with a data file.")
+    if name in TASKS and (options := [key for key in _FILE_OPTIONS if getattr(data, key)]):
+        raise TaskError(f"{options[0]} is set with task {name!r}; expected it only with a data file.")
     if name in FOLDERS:
         splits = read_superglue(name, TASKS[name].fields, TASKS[name].label_names, data.data_dir)
     elif name in TASKS:
@@ -133,8 +133,8 @@ def load_rows(data: DataConfig) -> tuple[Task, datasets.DatasetDict]:
         if n_rows := getattr(data, limit):
             loaded[split] = draw(loaded[split], n_rows, data.split_seed)
             if not len(loaded[split]):
-                found = f"{limit} is {n_rows}, and every group of {split} has more rows"
-                raise ConfigError(f"{found}; expected room for a whole group, or 0 for all rows.")
+                problem = f"{limit} is {n_rows}, and every group of {split} has more rows"
+                raise ConfigError(f"{problem}; expected room for a whole group, or 0 for all rows.")
     return replace(task, test_splits=tuple(rows)[2:]), loaded
 
 
@@ -148,16 +148,16 @@ def _template(data: DataConfig) -> str:
     return template
 
 
-def _class_names(where: str, rows: pd.DataFrame, column: str, given: Mapping[str, str]) -> dict[str, str]:
+def _class_names(where: str, rows: pd.DataFrame, column: str, names: Mapping[str, str]) -> dict[str, str]:
     """Return the class name of each label in a user's train rows, in the order of the classes."""
     cells = _labels(rows, column)
     labels = sorted({*cells} - {""})
     where = f"{where}, column {column!r}"
-    if len(labels) < 2 or len({*given.values()}) == 1 < len(given):
-        found = f"only the label {min(given.values() or labels)!r}" if labels else "no label"
-        raise TaskError(f"{where} has {found}; expected two or more labels.")
-    if given:
-        return {_WHOLE.sub(r"\1", label): name for label, name in given.items()}
+    if len(labels) < 2 or len({*names.values()}) == 1 < len(names):
+        problem = f"only the label {min(names.values() or labels)!r}" if labels else "no label"
+        raise TaskError(f"{where} has {problem}; expected two or more labels.")
+    if names:
+        return {_WHOLE.sub(r"\1", label): name for label, name in names.items()}
     expected = "expected one class per row, or a name for each label as `label_names`"
     cases: dict[str, str] = {}
     for label in labels:
@@ -224,12 +224,12 @@ def _with_rationales(name: str, where: str, rows: pd.DataFrame, packaged: bool) 
         return rows
     path = paths[0]
     _require(str(path), table, ("idx", "rationale"))
-    given = dict(zip(_cells(table, "idx"), _cells(table, "rationale"), strict=True))
-    if strays := sorted(given.keys() - {*rows["idx"]}):
-        found = f"{path} has {len(strays)} rationales of {len(given)} whose idx no row of {where} has"
-        raise TaskError(f"{found}, the first {strays[0]!r}; expected rationales for these rows.")
-    given = {idx: rationale for idx, rationale in given.items() if rationale}
-    return rows.assign(rationale=rows["idx"].map(given).fillna(rows["rationale"]))
+    rationales = dict(zip(_cells(table, "idx"), _cells(table, "rationale"), strict=True))
+    if strays := sorted(rationales.keys() - {*rows["idx"]}):
+        problem = f"{path} has {len(strays)} rationales of {len(rationales)} whose idx no row of {where} has"
+        raise TaskError(f"{problem}, the first {strays[0]!r}; expected rationales for these rows.")
+    rationales = {idx: rationale for idx, rationale in rationales.items() if rationale}
+    return rows.assign(rationale=rows["idx"].map(rationales).fillna(rows["rationale"]))
 
 
 def _cells(rows: pd.DataFrame, column: str) -> pd.Series:

@@ -63,8 +63,8 @@ class RunLog(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(state.log_history[-1])}\n")
-        shown = {"class_loss": "class loss", "lm_loss": "LM loss", args.metric_for_best_model: "dev"}
-        self.notes |= {label: f"{label} {logs[name]:.3f}" for name, label in shown.items() if name in logs}
+        labels = {"class_loss": "class loss", "lm_loss": "LM loss", args.metric_for_best_model: "dev"}
+        self.notes |= {label: f"{label} {logs[name]:.3f}" for name, label in labels.items() if name in logs}
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.progress.close()
@@ -84,8 +84,8 @@ def train(config: RunConfig, root: str | Path = "runs", callbacks: Sequence[Trai
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, config.to_dict())
     elif RunConfig.load(path) != config:
-        found = f"{folder} holds a run of another configuration"
-        raise ConfigError(f"{found}; expected the same, another name, or that folder removed.")
+        problem = f"{folder} holds a run of another configuration"
+        raise ConfigError(f"{problem}; expected the same, another name, or that folder removed.")
     if not is_finished(folder):
         arguments = _training_arguments(config, folder)  # Joins the processes of a launch.
         with _locked(folder):
@@ -164,8 +164,8 @@ def _train(config: RunConfig, folder: Path, arguments: TrainingArguments, callba
     if checkpoint:
         stored = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
         if changed := [split for split in digests if digests[split] != stored.get(split)]:
-            found = f"{folder} was trained on other rows of {', '.join(changed)} than the data has now"
-            raise ConfigError(f"{found}; expected the same rows, labels and tokenizer, or that folder removed.")
+            problem = f"{folder} was trained on other rows of {', '.join(changed)} than the data has now"
+            raise ConfigError(f"{problem}; expected the same rows, labels and tokenizer, or that folder removed.")
     elif trainer.is_world_process_zero():
         write_json(folder / "rows.json", digests)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -219,9 +219,9 @@ def _encode(config: RunConfig, task: Task, splits: DatasetDict, model: DHRDModel
             splits[split], fmt, task.verbalizers, with_rationale=with_rationale, **alignment
         )
         if split == "train" and reads_rationales and reports[split]["lm_tokens"] == 0:
-            found = f"alpha is {training.alpha} with privileged_head={training.privileged_head!r}"
-            found += f", and none of the {len(encoded)} train rows has a rationale"
-            raise ConfigError(f"{found}; expected some with one, or alpha=0 and privileged_head='none'.")
+            problem = f"alpha is {training.alpha} with privileged_head={training.privileged_head!r}"
+            problem += f", and none of the {len(encoded)} train rows has a rationale"
+            raise ConfigError(f"{problem}; expected some with one, or alpha=0 and privileged_head='none'.")
         if split == "dev":
             order = sorted(range(len(encoded)), key=encoded["length"][:].__getitem__)
             encoded, splits[split] = encoded.select(order), splits[split].select(order)

@@ -182,17 +182,17 @@ class ReviewPanel(widgets.VBox):
 
     def _show(self, page: int) -> None:
         choice = self.choice.value
-        shown = [row for row in self._rows if choice != "flagged" or flags(*row)]
-        shown = [row for row in shown if choice != "not reviewed" or row[0].review is None]
+        rows = [row for row in self._rows if choice != "flagged" or flags(*row)]
+        rows = [row for row in rows if choice != "not reviewed" or row[0].review is None]
         for button in self.buttons.values():
-            button.disabled = not shown
-        self._page, self.message.value = max(min(page, len(shown) - 1), 0), ""
+            button.disabled = not rows
+        self._page, self.message.value = max(min(page, len(rows) - 1), 0), ""
         self.row.value, self.words.value = "No rationale to show.", ""
-        if shown:
-            self._row = shown[self._page]
+        if rows:
+            self._row = rows[self._page]
             record, input_text, gold = self._row
             sections = {
-                f"{self._page + 1} of {len(shown)}, idx {record.idx}": input_text,
+                f"{self._page + 1} of {len(rows)}, idx {record.idx}": input_text,
                 "Gold": gold,
                 "Flags": "\n".join(f"{name}: {FLAGS[name]}" for name in flags(*self._row)),
                 "Review": record.review,

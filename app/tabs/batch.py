@@ -203,8 +203,8 @@ class BatchTab:
 
     def _connect(self) -> None:
         mapping = [self.fields, *self.columns, self.label]
-        shown = [self.table, self.status, self.outcome, self.run, *mapping]
-        self.file.change(self._on_file, [self.file, self.task, *self.picked], shown, **QUIET)
+        outputs = [self.table, self.status, self.outcome, self.run, *mapping]
+        self.file.change(self._on_file, [self.file, self.task, *self.picked], outputs, **QUIET)
         known = [self.table, self.fields, self.task, *self.picked]
         changes = [self.task.change, *(run.change for run in self.picked)]
         gr.on(changes, self._on_picked, known, mapping, **QUIET)

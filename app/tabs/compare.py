@@ -142,11 +142,11 @@ class CompareTab:
         return [gr.Dropdown(tasks, value=task), *(gr.Dropdown(**picker) for picker in pickers)]
 
     def _connect(self) -> None:
-        picked, shown = [*self.runs.values()], [self.example, self.gold, *self.texts]
-        self.task.input(self._on_task, self.task, [*shown, *picked], **QUIET)
+        picked, inputs = [*self.runs.values()], [self.example, self.gold, *self.texts]
+        self.task.input(self._on_task, self.task, [*inputs, *picked], **QUIET)
         self.example.input(self._on_example, [self.task, self.example, *picked], [self.gold, *self.texts], **QUIET)
         for picker in picked:
-            picker.input(self._on_picked, [self.task, self.example, self.gold, *picked], shown, **QUIET)
+            picker.input(self._on_picked, [self.task, self.example, self.gold, *picked], inputs, **QUIET)
         for box in self.texts:
             box.input(lambda: (None, None), None, [self.gold, self.example], **QUIET)
         connect_computation(
@@ -209,5 +209,5 @@ def _pickers(runs: Sequence[Run], task: str) -> dict[str, dict[str, Any]]:
 
 def _boxes(task: Task) -> list[dict[str, Any]]:
     """Return label and visibility of each text box."""
-    shown = [{"label": name, "visible": True} for name in task.fields]
-    return (shown + [{"label": "", "visible": False}] * MAX_FIELDS)[:MAX_FIELDS]
+    fields = [{"label": name, "visible": True} for name in task.fields]
+    return (fields + [{"label": "", "visible": False}] * MAX_FIELDS)[:MAX_FIELDS]

@@ -131,15 +131,15 @@ class TrainingPanel:
 
     def connect(self, page: gr.Blocks, compare: CompareTab) -> None:
         """Start, stop and watch; a page that is opened during training watches it too."""
-        shown = [self.panel, self.start, self.stop, self.bar]
+        outputs = [self.panel, self.start, self.stop, self.bar]
         # Watching costs nothing, so any number may watch, outside the queue's one computation at a time.
         watching = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
         refresh = (compare.refreshed, compare.task, [compare.task, *compare.runs.values()])
         started = self.start.click(self.training.start, None, None, **QUIET)
-        started.then(self._watch, None, shown, **watching).then(*refresh, **QUIET)
-        self.stop.click(self.training.stop, None, None, **QUIET).then(self._shown, None, shown, **QUIET)
+        started.then(self._watch, None, outputs, **watching).then(*refresh, **QUIET)
+        self.stop.click(self.training.stop, None, None, **QUIET).then(self._shown, None, outputs, **QUIET)
         page.load(*refresh, **QUIET)
-        page.load(self._watch, None, shown, **watching)
+        page.load(self._watch, None, outputs, **watching)
 
     async def _watch(self) -> AsyncIterator[list[Any]]:
         while self.training.state == "running":

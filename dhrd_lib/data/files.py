@@ -112,8 +112,8 @@ def _read_text(path: Path, encoding: str | None) -> str:
     except (UnicodeError, LookupError) as error:
         start = getattr(error, "start", 0)
     line = content[:start].count(b"\n") + 1
-    found = f"line {line} isn't {encoding.removesuffix('-sig')} text"
-    raise TaskError(f"{path}, {found}; expected UTF-8, or the file's encoding as `encoding`, such as 'cp1252'.")
+    problem = f"line {line} isn't {encoding.removesuffix('-sig')} text"
+    raise TaskError(f"{path}, {problem}; expected UTF-8, or the file's encoding as `encoding`, such as 'cp1252'.")
 
 
 def _csv_rows(path: Path, encoding: str | None, columns: Sequence[str]) -> Iterator[Row]:
@@ -141,14 +141,14 @@ def _csv_rows(path: Path, encoding: str | None, columns: Sequence[str]) -> Itera
                 continue
             row = {name: cell for name, cell in zip(names, cells, strict=False) if name}
             if not len(cells) == len(names) == len(row) + names.count(""):
-                found = f"{path}, line {reader.line_num} has {len(cells)} values"
-                raise TaskError(f"{found}; expected one for each of different columns, here {', '.join(names)}.")
+                problem = f"{path}, line {reader.line_num} has {len(cells)} values"
+                raise TaskError(f"{problem}; expected one for each of different columns, here {', '.join(names)}.")
             yield row
     except csv.Error as error:
         raise TaskError(f"{path}, line {reader.line_num} isn't well-formed CSV ({error}).") from error
     if len(widths) == 1 and 0 not in widths and n_records < widths.total():
-        found = f"{widths.total()} lines, which quotation marks join to {n_records} rows"
-        warnings.warn(f"{path} has {found}; a stray mark would lose rows.", stacklevel=2)
+        problem = f"{widths.total()} lines, which quotation marks join to {n_records} rows"
+        warnings.warn(f"{path} has {problem}; a stray mark would lose rows.", stacklevel=2)
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

@@ -34,9 +34,9 @@ def read_superglue(name: str, fields: Sequence[str], label_names: Sequence[str],
         try:
             hub = datasets.load_dataset("aps/super_glue", name)
         except (OSError, ValueError, RuntimeError) as error:
-            found = f"task {name!r} can't be loaded from the hub ({reason_of(error)})"
+            problem = f"task {name!r} can't be loaded from the hub ({reason_of(error)})"
             others = "SuperGLUE's JSONL files in the folder DHRD_DATA_DIR, or everyday_nli or support_triage"
-            raise TaskError(f"{found}; expected a network, or {others}.") from error
+            raise TaskError(f"{problem}; expected a network, or {others}.") from error
         raw = {split: (f"the hub's {split}", hub[split]) for split in ("train", "validation")}
     unpack = {"multirc": _multirc, "wsc": _wsc}.get(name, lambda row: [row])
     names = dict(enumerate(label_names))  # JSONL has names or truth values, which equal 0 and 1, the hub has ids

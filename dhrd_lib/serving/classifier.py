@@ -180,8 +180,8 @@ def _hf_engine(folder: Path) -> Engine:
     from dhrd_lib.backbones import check_own_weights
 
     check_own_weights(folder)
-    own = {"use_safetensors": True, "trust_remote_code": False}
-    model = AutoModelForSequenceClassification.from_pretrained(folder, **own).eval()
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **safe).eval()
 
     @torch.inference_mode()
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -42,8 +42,8 @@ def export(source: str | Path, format: Format, *, int8: bool = False, out: str |
     model = _load(folder)
     pooling, head = model.config.pooling, model.config.head
     if format == "hf" and (pooling, head) != ("last", "linear"):
-        found = f"pooling is {pooling!r} and head {head!r}"
-        raise ConfigError(f"{found}; expected 'last' and 'linear', all that transformers' classifier has.")
+        problem = f"pooling is {pooling!r} and head {head!r}"
+        raise ConfigError(f"{problem}; expected 'last' and 'linear', all that transformers' classifier has.")
     shared = ("pooling", "head", "template", "max_input_tokens", "truncation_side")
     config = ExportConfig(
         format=format,

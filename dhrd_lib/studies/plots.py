@@ -84,8 +84,8 @@ def factor_effect(
     kind, name = summary[factor].dtype if numeric else str, factor.replace("_", " ")
     summary, seeds = (table.astype({factor: kind}) for table in (summary, seeds))
     summary = summary.sort_values(factor) if numeric else summary
-    shown = pd.concat([summary, seeds.assign(low=seeds["value"], high=seeds["value"])])
-    y = {"title": f"{metric.replace('_', ' ')} (%)", "range": _zoomed(shown)}
+    points = pd.concat([summary, seeds.assign(low=seeds["value"], high=seeds["value"])])
+    y = {"title": f"{metric.replace('_', ' ')} (%)", "range": _zoomed(points)}
     x = {"title": name} if numeric else {"title": name, "type": "category"}
     title = question or f"What does {name} change? Means with 95% intervals, a mark per run"
     options = {"by": "series", "marks": styles(summary["series"])}

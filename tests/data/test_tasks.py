@@ -66,8 +66,8 @@ def test_embedded_sets_are_balanced_with_rationales_and_no_overlap(name, sizes, 
 
 
 def test_file_options_are_refused_for_a_named_task():
-    assert "label is given with task 'support_triage'" in refusal("support_triage", label="domain")
-    assert "metrics is given" in refusal("support_triage", metrics=["mcc"])
+    assert "label is set with task 'support_triage'" in refusal("support_triage", label="domain")
+    assert "metrics is set" in refusal("support_triage", metrics=["mcc"])
 
 
 def test_every_file_kind_has_the_same_rows(tmp_path):
