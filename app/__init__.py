@@ -5,7 +5,7 @@
 
 import os
 
-# Both are read when their package is imported, so they are set before. No page view leaves the machine.
+# Read when their packages are imported, so set before. No page view leaves the machine.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Gradio's table of calls serves a monitoring page that is off here; it would be summed up after each call.

@@ -28,8 +28,7 @@ from dhrd_lib.studies.statistics import bootstrap_interval, paired_comparison
 from dhrd_lib.tasks import Task, TaskError
 
 _SHOWN_ROWS, _NO_LABEL = 300, "(none)"
-# Not Parquet: a small file of it may unfold to more than fits into memory.
-SUFFIXES = tuple(suffix for suffix in files.SUFFIXES if suffix != ".parquet")
+SUFFIXES = sorted({*files.SUFFIXES} - {".parquet"})  # which may unfold to more than memory holds
 
 
 class Table(NamedTuple):
@@ -180,7 +179,7 @@ class BatchTab:
             f"{MAX_CHARACTERS:,} characters per text: CSV and TSV with a header, JSONL.",
             elem_classes="limits",
         )
-        self.file = gr.File(label="File", file_types=list(SUFFIXES), height=120)
+        self.file = gr.File(label="File", file_types=SUFFIXES, height=120)
         with gr.Row():
             self.columns = [gr.Dropdown([], label="", visible=False, filterable=False) for _ in range(MAX_FIELDS)]
             self.label = gr.Dropdown([], label="Gold label column", visible=False, filterable=False)
@@ -206,12 +205,11 @@ class BatchTab:
         outputs = [self.table, self.status, self.outcome, self.run, *mapping]
         self.file.change(self._on_file, [self.file, self.task, *self.picked], outputs, **QUIET)
         known = [self.table, self.fields, self.task, *self.picked]
-        changes = [self.task.change, *(run.change for run in self.picked)]
-        gr.on(changes, self._on_picked, known, mapping, **QUIET)
+        gr.on([self.task.change, *(run.change for run in self.picked)], self._on_picked, known, mapping, **QUIET)
         outputs = [self.status, self.outcome, self.result, self.figures, self.csv, self.jsonl, *self.confusion]
         inputs = [self.table, self.task, *self.picked, *self.columns, self.label]
-        buttons = (self.run, self.stop)
-        ran = connect_computation([self.run.click], self._on_run, inputs, outputs, buttons, self.status)
+        clicked, buttons = [self.run.click], (self.run, self.stop)
+        ran = connect_computation(clicked, self._on_run, inputs, outputs, buttons, self.status)
         for listen in (ran.then, self.only.input):
             listen(_filtered, [self.result, self.only], self.rows, **QUIET)
 

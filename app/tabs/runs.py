@@ -106,8 +106,8 @@ class RunsTab:
         if not name:
             return gr.Plot(visible=False), gr.Dataframe(visible=False)
         result = stored.ablation(self.settings.results, name)
-        figure, table = result.plot(*factors(result.table)[:2]), stored.ablation_table(result)
-        return _plot(figure), gr.Dataframe(table, visible=True)
+        figure = result.plot(*factors(result.table)[:2])
+        return _plot(figure), gr.Dataframe(stored.ablation_table(result), visible=True)
 
 
 def _plot(figure: go.Figure) -> gr.Plot:

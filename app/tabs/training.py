@@ -1,8 +1,7 @@
 """The panel above the tabs: trains the quick comparison where there is no run, and shows its progress.
 
-Training runs in a process of its own, `python -m dhrd_lib compare`, because it draws from torch's one random
-generator: answers meanwhile must not change a run. Its progress is read from the runs' folders. It goes on when the
-browser is closed, and ends with the app.
+Training is a separate process, `python -m dhrd_lib compare`: it and answers would share torch's one random
+generator. Its progress is read from the runs' folders. It outlives the browser, and ends with the app.
 """
 
 from __future__ import annotations

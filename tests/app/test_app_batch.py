@@ -48,7 +48,7 @@ def tab(backend) -> batch.BatchTab:
     ("name", "content", "message"),
     [
         ("rows.txt", b"text\nx\n", r"^rows\.txt ends in '\.txt'"),
-        ("rows.parquet", b"PAR1", r"^rows\.parquet ends in '\.parquet'; expected one of .*\.json\.$"),
+        ("rows.parquet", b"PAR1", r"^rows\.parquet ends in '\.parquet'; expected one of .*\.tsv\.$"),
         ("rows.csv", b"text\n", r"^rows\.csv has 0 rows"),
         ("rows.csv", b"text\n\xff\n", r"^rows\.csv"),
         ("rows.jsonl", b'{"text": "x"}\n' * (MAX_ROWS + 1), r"^rows\.jsonl has more than 5,000 rows"),
