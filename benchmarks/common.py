@@ -15,6 +15,9 @@ import torch
 
 from dhrd_lib.runs import environment, write_json
 
+# On a CPU, others' training and pipelines compute in float32 unless they are told otherwise.
+COMPARED_DTYPE = "auto" if torch.cuda.is_available() else "float32"
+
 
 def parse_args(doc: str, arguments: Sequence[str] | None, **options: tuple[Any, str]) -> argparse.Namespace:
     """Parse a benchmark's options, each given as `name=(default, help)`.

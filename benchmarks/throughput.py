@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.common import parse_args, write_result
+from benchmarks.common import COMPARED_DTYPE, parse_args, write_result
 from benchmarks.compute import classify_flops, peak_share, profile_classify
 from benchmarks.harness import (
     MIXED_TASKS,
@@ -86,7 +86,7 @@ def models(run: str, backbone: str, max_input_tokens: int) -> tuple[DHRDModel, D
     The classifiers have one linear layer each, as transformers' own has; their template takes a text unchanged,
     because the texts come from several tasks.
     """
-    loaded = load_backbone(backbone)
+    loaded = load_backbone(backbone, dtype=COMPARED_DTYPE)
     if run:
         trained = DHRDModel.from_pretrained(f"{run}/model")
         loaded = Backbone(trained.backbone, trained.tokenizer, run)

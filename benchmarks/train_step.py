@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainingArguments
 
-from benchmarks.common import in_own_process, parse_args, write_result
+from benchmarks.common import COMPARED_DTYPE, in_own_process, parse_args, write_result
 from benchmarks.compute import StepTimer, matmul_peak, train_flops
 from dhrd_lib.backbones import Backbone, load_backbone
 from dhrd_lib.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     ways = [{**vars(way), "way": way.name, **in_own_process(measure, way, options)} for way in WAYS]
     task, _ = load_rows(data_config(options))
-    model = build_model(ModelConfig(backbone=options.backbone), task)
+    model = build_model(ModelConfig(backbone=options.backbone, dtype=COMPARED_DTYPE), task)
     peak = max(max(matmul_peak(model, options.batch_size * 80).values()) for _ in range(3))
     table = pd.DataFrame(ways).set_index("way")
     table["tokens_per_second"] = table["tokens"] / table["seconds"]
@@ -121,7 +121,7 @@ def measure(way: Way, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         if way.by == OURS:  # before the rows are loaded here, which would add to its memory
             train_ours(way, options, timer, folder)
-        backbone = load_backbone(options.backbone)
+        backbone = load_backbone(options.backbone, dtype=COMPARED_DTYPE)
         task, splits = load_rows(data_config(options))
         encoded, _ = encode_split(
             splits["train"], SequenceFormat(backbone.tokenizer), task.verbalizers, with_rationale=way.alpha > 0
@@ -147,7 +147,7 @@ def measure(way: Way, options: argparse.Namespace) -> dict[str, Any]:
 def train_ours(way: Way, options: argparse.Namespace, timer: StepTimer, folder: str) -> None:
     """Train with the workbench."""
     config = RunConfig(
-        model=ModelConfig(backbone=options.backbone, finetune=way.finetune),
+        model=ModelConfig(backbone=options.backbone, finetune=way.finetune, dtype=COMPARED_DTYPE),
         data=data_config(options),
         training=TrainingConfig(
             alpha=way.alpha, epochs=2, batch_size=options.batch_size * way.batches, keep_model=False
