@@ -1,6 +1,7 @@
 """Dual-Head Reasoning Distillation: a pooled classifier trained jointly with its LM head on rationales."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from dhrd_lib.tasks import load_task as load_task
     from dhrd_lib.trainer import DHRDTrainer as DHRDTrainer
     from dhrd_lib.training import train as train
+
+# Read when torch is imported. By default, threads spin 300,000 times at a barrier, for milliseconds: two processes
+# on the same cores then take twice as long.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # Loaded on first use, so that `import dhrd_lib` takes no time and an export is served without torch.
 _MODULES = {

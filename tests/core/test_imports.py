@@ -1,6 +1,7 @@
 """The rooms of the library: what each may import, and what importing the public names must not load."""
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -62,3 +63,16 @@ def test_imports_have_no_circle():
 def test_import_leaves_out(module, absent):
     code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_spin_briefly_unless_the_user_decides(user, expected):
+    others = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    code = "import dhrd_lib, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], env={**others, **user}, capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
