@@ -177,18 +177,27 @@ def stored(path: Path) -> pd.DataFrame:
     return tables.load_results(path) if path.is_file() else pd.DataFrame({"run": [], "setting": []})
 
 
-def train_cell(cell: Cell, data: dict[str, Any], runs: Path, path: Path) -> None:
-    """Train a cell, add its results to the file, and remove its run folder."""
-    run = train(cell.config(data), runs)
-    frames = [results_of(run, cell)]
-    if cell.setting == BASELINE:
-        frames.append(floor(run, frames[0]))
-    with FileLock(f"{path}.lock"):
-        before = [stored(path)] if path.is_file() else []
-        part = path.with_suffix(".part")  # Other processes read the file at any time.
-        tables.store_results(pd.concat([*before, *frames], ignore_index=True), part)
-        part.replace(path)
-    shutil.rmtree(run.folder)
+def train_cell(cell: Cell, data: dict[str, Any], runs: Path, path: Path) -> bool:
+    """Train a cell without a result, add its results to the file, and remove its run folder.
+
+    Returns False, having done nothing, where another process trains it.
+    """
+    try:
+        with FileLock(runs / f"{cell.name}.lock", timeout=0):
+            if missing([cell], stored(path)):  # Another process may have been faster.
+                run = train(cell.config(data), runs)
+                frames = [results_of(run, cell)]
+                if cell.setting == BASELINE:
+                    frames.append(floor(run, frames[0]))
+                with FileLock(f"{path}.lock"):
+                    before = [stored(path)] if path.is_file() else []
+                    part = path.with_suffix(".part")  # Other processes read the file at any time.
+                    tables.store_results(pd.concat([*before, *frames], ignore_index=True), part)
+                    part.replace(path)
+                shutil.rmtree(run.folder)
+    except Timeout:
+        return False
+    return True
 
 
 def results_of(run: Run, cell: Cell) -> pd.DataFrame:
@@ -270,13 +279,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stage in options.stages:
         while todo := missing(stages[stage](table := stored(path)), table):
             for cell in todo:
-                try:
-                    with FileLock(runs / f"{cell.name}.lock", timeout=0):
-                        if missing([cell], stored(path)):  # Another process may have been faster.
-                            train_cell(cell, data, runs, path)
-                except Timeout:
-                    continue  # Another process trains it.
-                break  # What comes next may depend on the result.
+                if train_cell(cell, data, runs, path):
+                    break  # What comes next may depend on the result.
             else:
                 time.sleep(5)
 

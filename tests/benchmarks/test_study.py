@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from benchmarks import study
+from benchmarks import study, study_results
 from benchmarks.study import Cell
 
 BUDGET = ["budget 0.0001 12 8", "budget 0.0002 12 8"]
@@ -41,13 +41,20 @@ def test_screening_halves_only_complete_rounds():
 def test_a_cell_keeps_results_and_no_run(tmp_path):
     fields = study.SETTINGS[study.BASELINE] | {"model.backbone": "tiny", "training.epochs": 1}
     cell, path = Cell(study.BASELINE, 32, 100, fields), tmp_path / "study_support_triage.json"
-    study.train_cell(cell, {"data.task": "support_triage"}, tmp_path / "runs", path)
+    study.train_cell(cell, {"data.task": "support_triage"}, tmp_path, path)
     table = study.stored(path)
     assert set(table["setting"]) == {study.BASELINE, study.FLOOR}
     assert set(table["split"]) == {"dev", "test", "test_new_domain"}
     assert table[table["setting"] == study.BASELINE][["class_loss", "calibration_error"]].notna().all(axis=None)
     assert not study.missing([cell], table)
-    assert not (tmp_path / "runs" / cell.name).exists()
+    assert not (tmp_path / cell.name).exists()
+
+
+def test_takeaways_name_what_is_clear_of_zero():
+    table = results({study.BASELINE: 4, "privileged": 9, study.FLOOR: 3}, range(5), "test").assign(task="triage")
+    found = study_results.differences(table)
+    assert found[["setting", "difference", "above_floor"]].to_numpy().tolist() == [["privileged", 0.5, True]]
+    assert "`privileged` helps at 128 rows: +50.0" in study_results.takeaways(table)
 
 
 @pytest.mark.parametrize("setting", study.SETTINGS)
