@@ -214,7 +214,7 @@ class DHRDTrainer(Trainer):
             if not math.isfinite(loss.item()):
                 raise ConfigError(f"the loss is {loss.item()} at step {step + 1}; {FINITE_WANTED}.")
             self._steps.add(step)
-            self._terms += torch.tensor([float(outputs.get(term, 0.0)) for term in TERMS])
+            self._terms += torch.tensor([outputs[term].item() if term in outputs else 0.0 for term in TERMS])
         # The counts are over all processes, and gradients are averaged over them: undo the average.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
